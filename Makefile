@@ -1,0 +1,76 @@
+# Everything starts here; `make help` lists the targets. What a target needs is
+# installed by it: Debian packages, Envoy (into .cache/), tools (into bin/).
+SHELL    := /bin/bash
+PATH     := $(PATH):/usr/sbin:/sbin
+ROOT     := scripts/as-root
+PACKAGES := protobuf-compiler openssl procps
+PROTOS   := $(wildcard proto/*/*/*.proto)
+STATIC   := CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w'
+FUZZTIME ?= 20s
+
+.DEFAULT_GOAL := all
+.PHONY: all help build vet quick up demo test race lint fuzz bench e2e generate install clean
+
+all: build vet quick ## build, vet, and run the tests that need nothing installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build ca and node-agent into bin/
+	$(STATIC) -o bin/ ./cmd/ca ./cmd/node-agent
+
+vet: ## go vet
+	go vet ./...
+
+quick: ## go test, without what needs Docker or Envoy
+	go test ./...
+
+up: build bin/shop bin/demo ## a mesh of Docker containers with real Envoys, until Ctrl-C
+	scripts/install-envoy
+	scripts/install-docker
+	$(ROOT) bin/demo up
+
+demo: build bin/shop bin/demo ## the same with a story: scaling, rotations, crashes; ends with figures
+	scripts/install-envoy
+	scripts/install-docker
+	$(ROOT) bin/demo story
+
+bin/shop bin/demo: FORCE
+	@CGO_ENABLED=0 go build -trimpath -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
+
+install: ## install all that tests need
+	scripts/install-packages $(PACKAGES)
+	scripts/install-envoy
+	scripts/install-docker -own
+
+test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
+	go build -o bin/with-docker ./scripts/with-docker
+	$(ROOT) env REQUIRE_ALL=1 bin/with-docker go test -race -timeout 20m ./...
+
+race: ## go test -race, without what needs Docker or Envoy
+	go test -race ./...
+
+e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
+	$(ROOT) env REQUIRE_ALL=1 go test -race -v -timeout 20m ./test/...
+
+lint: ## golangci-lint, with the rules of .golangci.yml
+	scripts/install-tools golangci-lint
+	bin/golangci-lint run ./...
+
+fuzz: ## each fuzz target for FUZZTIME (20s)
+	scripts/each-fuzz-target $(FUZZTIME)
+
+bench: ## the benchmarks
+	go test -run '^$$' -bench . -benchmem ./...
+
+generate: ## Go from .proto files, and what is generated into docs/ and deploy/
+	scripts/install-packages protobuf-compiler libprotobuf-dev
+	scripts/install-tools protoc-gen-go protoc-gen-go-grpc
+	PATH=$(CURDIR)/bin:$$PATH protoc -I. --go_out=. --go_opt=module=github.com/meshid/meshid \
+		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid $(PROTOS)
+	go generate ./...
+
+clean: ## remove what was built and installed here
+	rm -rf bin .cache
+
+FORCE:

@@ -1,0 +1,341 @@
+// Package docs holds the documents to the programs: generated pages are compared
+// with what generates them, and the examples in the pages are executed.
+package docs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+)
+
+var update = flag.Bool("update", false, "write the generated pages")
+
+// bin is the folder of the programs that the tests run.
+var bin string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "docs")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-o", dir+"/", "./cmd/...")
+	build.Dir = "../.."
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build the programs: %v\n%s", err, out)
+		return 1
+	}
+	bin = dir
+	return m.Run()
+}
+
+// generated compares a page with what it should be, or writes it.
+func generated(t *testing.T, page, want string) {
+	t.Helper()
+	path := filepath.Join("../../docs", page)
+	if *update {
+		if err := os.WriteFile(path, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, string(got)); diff != "" {
+		t.Errorf("docs/%s is not what it should be; run make generate\n%s", page, diff)
+	}
+}
+
+func TestConfiguration(t *testing.T) {
+	var page strings.Builder
+	page.WriteString(`# Configuration
+
+<!-- Generated from cmd/ca/config.go and cmd/node-agent/config.go by make generate. -->
+
+One strict YAML file a program. An unknown key, a key given twice or a value of the wrong type is an error with line
+and column; anchors, aliases and tags are not supported. Durations are written as 30s, 15m or 1h. Secrets are never
+in these files, only the paths of theirs. ` + "`ca check` and `node-agent check`" + ` check a file without starting.
+`)
+	for _, p := range []struct{ title, file, path string }{
+		{"The CA", "cmd/ca/config.go", "/etc/meshid/ca.yaml"},
+		{"The node agent", "cmd/node-agent/config.go", "/etc/meshid/agent.yaml"},
+	} {
+		fmt.Fprintf(&page, "\n## %s: %s\n\n| key | default | meaning |\n|---|---|---|\n", p.title, p.path)
+		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join("../..", p.file), nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		types := make(map[string]*ast.StructType)
+		ast.Inspect(file, func(n ast.Node) bool {
+			if s, ok := n.(*ast.TypeSpec); ok {
+				if st, ok := s.Type.(*ast.StructType); ok {
+					types[s.Name.Name] = st
+				}
+			}
+			return true
+		})
+		writeKeys(&page, types, types["settings"], "")
+	}
+	page.WriteString(examples)
+	generated(t, "configuration.md", page.String())
+}
+
+const examples = "\n## Examples\n\n" +
+	"A CA that also admits machines with a certificate of the company's own CA:\n\n" +
+	"```yaml file=ca.yaml\n" + `trust_domain: example.org
+data_dir: /var/lib/meshid/ca
+listen: :8443
+svid:
+  default_ttl: 1h
+  max_ttl: 12h
+node_attestation:
+  join_token: {}
+` + "```\n\n```console\n$ ca check --config ca.yaml\n" +
+	"the configuration is valid: trust domain example.org, data in /var/lib/meshid/ca, listening at :8443\n```\n\n" +
+	"Every mistake says where it is and what to write:\n\n```yaml file=typo.yaml\ntrust_domain: example.org\nsvid:\n  default_tll: 1h\n```\n\n" +
+	"```console\n$ ca check --config typo.yaml\nerror: typo.yaml:3:3: unknown key \"default_tll\"; did you mean \"default_ttl\"?\n```\n"
+
+func writeKeys(page *strings.Builder, types map[string]*ast.StructType, s *ast.StructType, prefix string) {
+	for _, f := range s.Fields.List {
+		tag := reflect.StructTag("")
+		if f.Tag != nil {
+			tag = reflect.StructTag(strings.Trim(f.Tag.Value, "`"))
+		}
+		key := prefix + tag.Get("yaml")
+		def := tag.Get("default")
+		if strings.ContainsAny(def, "0123456789/") {
+			def = "`" + def + "`"
+		}
+		fmt.Fprintf(page, "| `%s` | %s | %s |\n", key, def, strings.Join(strings.Fields(f.Doc.Text()), " "))
+		switch ft := f.Type.(type) {
+		case *ast.StructType:
+			writeKeys(page, types, ft, key+".")
+		case *ast.Ident:
+			if nested := types[ft.Name]; nested != nil {
+				writeKeys(page, types, nested, key+".")
+			}
+		}
+	}
+}
+
+// TestMetrics compares docs/metrics.md with what both programs expose.
+func TestMetrics(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts both programs")
+	}
+	dir := t.TempDir()
+	caMetrics, agentMetrics, listen := freeAddress(t), freeAddress(t), freeAddress(t)
+	start(t, "ca", "run", "--trust-domain", "example.org", "--data-dir", dir+"/ca", "--listen", listen,
+		"--admin-socket", dir+"/admin.sock", "--metrics-listen", caMetrics)
+	ca := scrape(t, caMetrics)
+	ctl := func(args ...string) []byte {
+		t.Helper()
+		out, err := exec.Command(bin+"/ca", append(args, "--admin-socket", dir+"/admin.sock")...).Output()
+		if err != nil {
+			t.Fatalf("ca %v: %v", args, err)
+		}
+		return out
+	}
+	files := map[string][]byte{
+		"bundle.pem": ctl("bundle", "show"),
+		"token":      ctl("token", "create", "--node", "docs"),
+		"agent.yaml": []byte(fmt.Sprintf(`trust_domain: example.org
+ca: {address: '%s', bundle: %[2]s/bundle.pem}
+data_dir: %[2]s/agent
+socket: %[2]s/agent.sock
+admin_socket: %[2]s/agent-admin.sock
+metrics_listen: '%[3]s'
+node_attestation: {join_token: {token_file: %[2]s/token}}
+workload_attestation: {docker: {socket: %[2]s/no-docker.sock}}
+`, listen, dir, agentMetrics)),
+	}
+	for name, data := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start(t, "node-agent", "run", "--config", dir+"/agent.yaml")
+	agent := scrape(t, agentMetrics)
+
+	var page strings.Builder
+	page.WriteString(`# Metrics
+
+<!-- Generated from what the programs expose by make generate. -->
+
+Both programs serve ` + "`/metrics`, `/livez` and `/readyz`" + ` on ` + "`metrics_listen`" + `. Labels are closed sets: no metric ever has
+a SPIFFE ID, an entry or a node in a label. Each series exists from the start.
+`)
+	for _, p := range []struct {
+		title    string
+		families map[string]*dto.MetricFamily
+	}{{"The CA", ca}, {"The node agent", agent}} {
+		fmt.Fprintf(&page, "\n## %s\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n", p.title)
+		var names []string
+		for name := range p.families {
+			if strings.HasPrefix(name, "meshid_") {
+				names = append(names, name)
+			}
+		}
+		slices.Sort(names)
+		for _, name := range names {
+			f := p.families[name]
+			fmt.Fprintf(&page, "| `%s` | %s | %s | %s |\n", name, strings.ToLower(f.GetType().String()), labels(f), f.GetHelp())
+		}
+	}
+	page.WriteString("\nBeside these, the Go collector's `go_*` and `process_*`.\n")
+	generated(t, "metrics.md", page.String())
+}
+
+func labels(f *dto.MetricFamily) string {
+	var names []string
+	for _, m := range f.GetMetric() {
+		for _, l := range m.GetLabel() {
+			if name := "`" + l.GetName() + "`"; !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	return strings.Join(names, ", ")
+}
+
+// freeAddress returns a loopback address that nothing listens on.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// start runs a program until the test ends, and fails the test if the program
+// does not end cleanly then.
+func start(t *testing.T, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(bin, name), args...)
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("%s: %v\n%s", name, err, log.String())
+		}
+	})
+}
+
+// scrape reads the metrics at an address once they are there.
+func scrape(t *testing.T, address string) map[string]*dto.MetricFamily {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	retry := time.NewTicker(20 * time.Millisecond)
+	defer retry.Stop()
+	for {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+"/metrics", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		answer, err := http.DefaultClient.Do(request)
+		if err == nil {
+			defer answer.Body.Close()
+			p := expfmt.NewTextParser(model.UTF8Validation)
+			families, err := p.TextToMetricFamilies(answer.Body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return families
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("no metrics at %s: %v", address, err)
+		case <-retry.C:
+		}
+	}
+}
+
+var fence = regexp.MustCompile("(?ms)^```(\\w+)([^\\n]*)\\n(.*?)^```$")
+
+// TestExamples writes the blocks of each page that are marked as files, and
+// executes its console blocks, in a folder of the page's own.
+func TestExamples(t *testing.T) {
+	pages, err := filepath.Glob("../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, page := range append(pages, "../../README.md") {
+		t.Run(filepath.Base(page), func(t *testing.T) {
+			text, err := os.ReadFile(page)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dir := t.TempDir()
+			for _, m := range fence.FindAllStringSubmatch(string(text), -1) {
+				language, options, body := m[1], strings.TrimSpace(m[2]), m[3]
+				if name, ok := strings.CutPrefix(options, "file="); ok {
+					if err := os.WriteFile(filepath.Join(dir, name), []byte(body), 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if language == "console" {
+					console(t, dir, body)
+				}
+			}
+		})
+	}
+}
+
+// console executes the lines that start with "$ " and compares what they print
+// with the lines that follow.
+func console(t *testing.T, dir, body string) {
+	t.Helper()
+	for block := range strings.SplitSeq(strings.TrimPrefix(body, "$ "), "\n$ ") {
+		command, want, _ := strings.Cut(block, "\n")
+		cmd := exec.Command("bash", "-c", command)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(strings.TrimSpace(want), strings.TrimSpace(string(out))); diff != "" {
+			t.Errorf("$ %s\n%s", command, diff)
+		}
+	}
+}

@@ -1,0 +1,385 @@
+package house
+
+import (
+	"bytes"
+	"go/ast"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"unicode"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const root = "../.."
+
+func parse(t *testing.T) []*File {
+	t.Helper()
+	files, err := Parse(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// arrows says which of our packages each of our packages may import, as in
+// docs/architecture.md; the first pattern that matches a package counts. A "*"
+// stands for one folder, "**" at the end for all that is below. Tests may import
+// what they need.
+var arrows = []struct {
+	from string
+	to   []string
+}{
+	// Level 0: nothing of ours.
+	{"proto/**", []string{"proto/**"}},
+	{"pkg/config", nil},
+	{"pkg/health", nil},
+	{"pkg/attest/peer", nil},
+	{"internal/cli", []string{"internal/*", "pkg/health"}}, // what both commands share: logs, metrics and health over HTTP
+	{"internal/**", []string{"internal/*"}},
+	// Level 1.
+	{"pkg/identity", []string{"proto/attributes/v1", "proto/entry/v1", "internal/*"}},
+	{"pkg/ledger", []string{"proto/ledger/v1", "proto/attributes/v1", "proto/entry/v1", "internal/*"}},
+	// Level 2.
+	{"pkg/attest", []string{"pkg/identity", "pkg/attest/peer", "proto/attributes/v1", "proto/node/v1"}},
+	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "proto/ledger/v1", "internal/*"}},
+	{"pkg/agent/cache", []string{"pkg/identity", "proto/**"}},
+	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
+	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
+	// Level 3.
+	{"pkg/attest/attesttest", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "proto/**"}},
+	{"pkg/attest/node/*", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
+	{"pkg/attest/workload/**", []string{"pkg/attest", "pkg/attest/peer", "pkg/attest/workload/**", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
+	{"pkg/ca/keys", []string{"pkg/config", "internal/*"}},
+	{"pkg/ca/upstream/*", []string{"pkg/config"}},
+	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
+	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/health", "proto/**", "internal/*"}},
+	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
+	// Level 4.
+	{"cmd/*", []string{"pkg/**", "proto/**", "internal/*"}},
+	// What is not part of the product.
+	{"test/house/**", []string{"test/house"}},
+	{"test/shop", nil},
+	{"test/shop/engine", nil},
+	{"test/shop/image", nil},
+	{"test/shop/mesh", []string{"test/shop/engine", "test/shop/image", "proto/**"}},
+	{"test/**", []string{"test/**", "proto/**", "pkg/**", "internal/*"}},
+	{"deploy/demo", []string{"test/shop/**", "proto/admin/v1"}},
+	{"scripts/*", []string{"test/shop/engine"}},
+}
+
+func allowed(from, to string) (known, ok bool) {
+	for _, a := range arrows {
+		if matches(a.from, from) {
+			return true, slices.ContainsFunc(a.to, func(p string) bool { return matches(p, to) })
+		}
+	}
+	return false, false
+}
+
+func matches(pattern, pkg string) bool {
+	if prefix, ok := strings.CutSuffix(pattern, "/**"); ok {
+		return pkg == prefix || strings.HasPrefix(pkg, prefix+"/")
+	}
+	ok, err := path.Match(pattern, pkg)
+	return err == nil && ok
+}
+
+func TestArrows(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Test() {
+			continue
+		}
+		for _, i := range f.File.Imports {
+			to, ours := strings.CutPrefix(strings.Trim(i.Path.Value, `"`), Module+"/")
+			if !ours {
+				continue
+			}
+			switch known, ok := allowed(f.Package(), to); {
+			case !known:
+				t.Errorf("%s: package %s is not in the table of arrows: add it to docs/architecture.md and here", f.Position(i.Pos()), f.Package())
+			case !ok:
+				t.Errorf("%s: %s may not import %s", f.Position(i.Pos()), f.Package(), to)
+			}
+		}
+	}
+}
+
+func TestMatches(t *testing.T) {
+	for _, c := range []struct {
+		pattern, pkg string
+		want         bool
+	}{
+		{"pkg/ca", "pkg/ca", true}, {"pkg/ca", "pkg/ca/keys", false}, {"internal/*", "internal/durable", true},
+		{"proto/**", "proto/node/v1", true}, {"proto/**", "protos", false}, {"pkg/*", "pkg/attest/node", false},
+	} {
+		if got := matches(c.pattern, c.pkg); got != c.want {
+			t.Errorf("matches(%q, %q) = %v", c.pattern, c.pkg, got)
+		}
+	}
+}
+
+func TestPackageComments(t *testing.T) {
+	comments := map[string][]string{}
+	for _, f := range parse(t) {
+		if f.Test() {
+			continue
+		}
+		if _, ok := comments[f.Package()]; !ok {
+			comments[f.Package()] = nil
+		}
+		if f.Doc != nil && strings.TrimSpace(f.Doc.Text()) != "" {
+			comments[f.Package()] = append(comments[f.Package()], f.Path)
+		}
+	}
+	for pkg, files := range comments {
+		if strings.HasPrefix(pkg, "proto/") {
+			continue // the comment is in the .proto file
+		}
+		if len(files) != 1 {
+			t.Errorf("package %s has %d package comments %v: want one, which says which question it answers and what it does not know", pkg, len(files), files)
+		}
+	}
+}
+
+func TestNoInit(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Generated() {
+			continue
+		}
+		for _, d := range f.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil && fn.Name.Name == "init" {
+				t.Errorf("%s: func init: say it in main, where it is seen", f.Position(fn.Pos()))
+			}
+		}
+	}
+}
+
+func TestTestingOnlyInTests(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Test() || f.Package() == "pkg/attest/attesttest" || strings.HasPrefix(f.Path, "test/") {
+			continue
+		}
+		if f.Imports("testing") {
+			t.Errorf("%s: imports testing outside of tests", f.Path)
+		}
+	}
+}
+
+// Words that say nothing of what a thing is.
+var (
+	emptyWords     = []string{"Impl", "Manager", "Util", "Utils", "Common", "Helper", "Helpers"}
+	emptyTypeWords = []string{"Data", "Info"}
+	emptyPackages  = []string{"impl", "manager", "util", "utils", "common", "helper", "helpers", "misc", "base", "types"}
+)
+
+func TestNames(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Generated() {
+			continue
+		}
+		if slices.Contains(emptyPackages, strings.TrimSuffix(f.Name.Name, "_test")) {
+			t.Errorf("%s: package %s: name it after what it is", f.Path, f.Name.Name)
+		}
+		for _, d := range f.Decls {
+			for _, n := range declared(d) {
+				if !n.name.IsExported() || n.name.Name == "AuthInfo" { // the name is gRPC's
+					continue
+				}
+				for _, word := range words(n.name.Name) {
+					if slices.Contains(emptyWords, word) || n.isType && slices.Contains(emptyTypeWords, word) {
+						t.Errorf("%s: %s: the word %s says nothing of what it is", f.Position(n.name.Pos()), n.name.Name, word)
+					}
+				}
+			}
+		}
+	}
+}
+
+type declaration struct {
+	name   *ast.Ident
+	isType bool
+}
+
+func declared(d ast.Decl) []declaration {
+	var out []declaration
+	switch d := d.(type) {
+	case *ast.FuncDecl:
+		out = append(out, declaration{name: d.Name})
+	case *ast.GenDecl:
+		for _, s := range d.Specs {
+			switch s := s.(type) {
+			case *ast.TypeSpec:
+				out = append(out, declaration{s.Name, true})
+			case *ast.ValueSpec:
+				for _, n := range s.Names {
+					out = append(out, declaration{name: n})
+				}
+			}
+		}
+	}
+	return out
+}
+
+func words(name string) []string {
+	var out []string
+	start := 0
+	runes := []rune(name)
+	for i := 1; i <= len(runes); i++ {
+		if i == len(runes) || unicode.IsUpper(runes[i]) && unicode.IsLower(runes[i-1]) || runes[i] == '_' {
+			out = append(out, strings.Trim(string(runes[start:i]), "_"))
+			start = i
+		}
+	}
+	return out
+}
+
+// In a bubble of testing/synctest, Sleep is how time passes; elsewhere it is a
+// guess about a machine's speed.
+func TestNoSleepInTests(t *testing.T) {
+	for _, f := range parse(t) {
+		if !f.Test() && !strings.HasPrefix(f.Path, "test/") || f.Imports("testing/synctest") {
+			continue
+		}
+		for _, s := range selectors(f, "time", "Sleep") {
+			t.Errorf("%s: time.Sleep in a test: wait for the event", f.Position(s.Pos()))
+		}
+	}
+}
+
+// verifiesOtherwise are the files that may switch off the standard verification
+// of a TLS peer, and why.
+var verifiesOtherwise = map[string]string{
+	"test/shop/intruder.go": "an intruder does not care who answers",
+	"pkg/agent/connect.go":  "the CA is verified by the hash of its root",
+}
+
+// Kuma CVE-2026-50166: a peer that is not verified because nothing was
+// configured. There is no way to ask for it, and no place where it happens.
+func TestV_T6_NoInsecureSkipVerify(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Test() || verifiesOtherwise[f.Path] != "" {
+			continue
+		}
+		ast.Inspect(f.File, func(n ast.Node) bool {
+			if id, ok := n.(*ast.Ident); ok && id.Name == "InsecureSkipVerify" {
+				t.Errorf("%s: InsecureSkipVerify", f.Position(id.Pos()))
+			}
+			return true
+		})
+	}
+}
+
+// SPIRE CVE-2021-27099: a path that is joined is cleaned, and what is cleaned is
+// another identity. Nothing that makes identities imports package path.
+func TestV_A1_NoPathJoin(t *testing.T) {
+	for _, f := range parse(t) {
+		if !f.Test() && strings.HasPrefix(f.Path, "pkg/") && f.Imports("path") {
+			t.Errorf("%s: imports path", f.Path)
+		}
+		if strings.HasPrefix(f.Path, "pkg/identity/") && !f.Test() && f.Imports("path/filepath") {
+			t.Errorf("%s: imports path/filepath", f.Path)
+		}
+	}
+}
+
+func selectors(f *File, pkg, name string) []*ast.SelectorExpr {
+	var out []*ast.SelectorExpr
+	ast.Inspect(f.File, func(n ast.Node) bool {
+		if s, ok := n.(*ast.SelectorExpr); ok && s.Sel.Name == name {
+			if x, ok := s.X.(*ast.Ident); ok && x.Name == pkg {
+				out = append(out, s)
+			}
+		}
+		return true
+	})
+	return out
+}
+
+// Where packages come from is the business of the machine's configuration.
+func TestNoRegistryNames(t *testing.T) {
+	var names [][]byte
+	for _, n := range []string{
+		"pypi|.org", "pythonhosted|.org", "deb.debian|.org", "proxy.golang|.org", "sum.golang|.org", "registry-1.docker|.io",
+		"hub.docker|.com", "ghcr|.io", "quay|.io", "gcr|.io", "registry.npmjs|.org", "repo1.maven|.org",
+	} {
+		names = append(names, []byte(strings.ReplaceAll(n, "|", ""))) // so that this file has none
+	}
+	err := Walk(root, func(path string) error {
+		text, err := os.ReadFile(filepath.Join(root, path))
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			if bytes.Contains(text, n) {
+				t.Errorf("%s: names the registry %s", path, n)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestTopLevel(t *testing.T) {
+	want := []string{
+		".ci", ".git", ".gitignore", ".golangci.yml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+		"cmd", "deploy", "docs", "go.mod", "go.sum", "internal", "pkg", "proto", "scripts", "test", "tools",
+	}
+	made := []string{".cache", ".up", "bin"} // by make, and ignored by git
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !slices.Contains(want, e.Name()) && !slices.Contains(made, e.Name()) {
+			t.Errorf("%s at the top of the work tree has no place in the layout", e.Name())
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(root, "Makefile"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(text, []byte("\n")); n >= 80 {
+		t.Errorf("Makefile has %d lines: want less than 80", n)
+	}
+}
+
+func TestCoverageIsCurrent(t *testing.T) {
+	var want bytes.Buffer
+	if err := WriteCoverage(&want, Cases(parse(t))); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(filepath.Join(root, "docs", "coverage.md"))
+	if err != nil {
+		t.Fatalf("%v: run `make generate`", err)
+	}
+	if diff := cmp.Diff(want.String(), string(got)); diff != "" {
+		t.Errorf("docs/coverage.md is old: run `make generate` (-want +got):\n%s", diff)
+	}
+}
+
+func TestCompareRows(t *testing.T) {
+	rows := []string{"B2", "A10", "A2", "T1", "S41", "B16"}
+	slices.SortFunc(rows, compareRows)
+	if diff := cmp.Diff([]string{"A2", "A10", "B2", "B16", "S41", "T1"}, rows); diff != "" {
+		t.Errorf("order (-want +got):\n%s", diff)
+	}
+}
+
+func TestWhat(t *testing.T) {
+	for name, want := range map[string]string{
+		"TestV_A1_TemplateInjection":    "template injection",
+		"TestSpec_D01_HeaderTRUEIsBad":  "header TRUE is bad",
+		"TestV_C1_C3_JoinTokenOnlyOnce": "join token only once",
+		"TestSpec_S16_XFCC":             "XFCC",
+	} {
+		if got := (Case{Function: name}).what(); got != want {
+			t.Errorf("%s: got %q, want %q", name, got, want)
+		}
+	}
+}

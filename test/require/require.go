@@ -1,0 +1,59 @@
+// Package require answers for a test "is what I need on this machine": if not,
+// the test is skipped with a reason, or fails where REQUIRE_ALL=1 says that
+// everything was installed. It does not install anything.
+package require
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"testing"
+)
+
+// Missing skips the test for a reason, or fails it if nothing may be missing.
+func Missing(t testing.TB, format string, args ...any) {
+	t.Helper()
+	if os.Getenv("REQUIRE_ALL") == "1" {
+		t.Fatalf("REQUIRE_ALL=1: "+format, args...)
+	}
+	t.Skipf(format, args...)
+}
+
+// Root needs the test to run as root.
+func Root(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		Missing(t, "root is needed")
+	}
+}
+
+// Program needs a program in PATH and returns its path.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		Missing(t, "%v", err)
+	}
+	return path
+}
+
+// Envoy needs a real Envoy and returns its path: that of ENVOY_BIN, or the one
+// that `make` installs.
+func Envoy(t testing.TB) string {
+	t.Helper()
+	path := os.Getenv("ENVOY_BIN")
+	if path == "" {
+		path = filepath.Join(Repository(), ".cache", "envoy", "envoy")
+	}
+	if _, err := os.Stat(path); err != nil {
+		Missing(t, "no Envoy (run scripts/install-envoy): %v", err)
+	}
+	return path
+}
+
+// Repository returns the root of the work tree.
+func Repository() string {
+	_, file, _, _ := runtime.Caller(0)
+	return filepath.Join(filepath.Dir(file), "..", "..")
+}
