@@ -1,0 +1,477 @@
+package sds
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+// The life of a stream:
+//
+//  1. serve counts it in, takes the peer from the connection and subscribes to
+//     the source, once.
+//  2. receive, the stream's only goroutine besides the handler, takes requests
+//     into the session. It ends when the handler has returned, since gRPC then
+//     ends the stream.
+//  3. run, in the handler, sends what the session says is due, whenever the
+//     snapshot or the session has changed.
+//
+// Nothing is queued anywhere: both sides leave state, and wake the other.
+
+// stream is one open stream.
+type stream struct {
+	server   *Server
+	protocol protocol
+	grpc     grpc.ServerStream
+	peer     *peer.Peer
+	watch    *identity.Watch
+	wake     chan struct{} // capacity 1: the session or err has changed
+
+	// Owned by run.
+	unanswered, held, rejecting bool // counted in the gauge of that name
+	// silentAt is when a client that has asked for nothing is sent away, heldAt
+	// when it is said that names wait; zero when that is settled.
+	silentAt, heldAt time.Time
+
+	mu      sync.Mutex // guards what follows
+	session *session
+	err     error // why receiving ended
+}
+
+// serve is the handler of all streams.
+func (s *Server) serve(g grpc.ServerStream, p protocol) error {
+	ctx := g.Context()
+	caller, ok := peer.FromContext(ctx)
+	if !ok {
+		// Keys go over a local socket to a process that the kernel named, or not
+		// at all.
+		s.metrics.refusals[refusedPeer].Inc()
+		return status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
+	}
+	release, err := s.admit(caller.UID, 2)
+	if err != nil {
+		return err
+	}
+	defer s.running.Done()
+	defer release()
+	watch, err := s.subscribe(ctx, caller)
+	if err != nil {
+		s.running.Done() // there is no receiver
+		return err
+	}
+	defer watch.Close()
+
+	st := &stream{
+		server: s, protocol: p, grpc: g, peer: caller, watch: watch,
+		wake:    make(chan struct{}, 1),
+		session: newSession(p.delta(), s.names),
+	}
+	s.metrics.streams[p].Inc()
+	defer s.metrics.streams[p].Dec()
+	defer st.forget()
+	go st.receive()
+	return st.run(ctx)
+}
+
+// subscribe asks the source for a peer's watch. It turns errors into such that a
+// proxy may see.
+func (s *Server) subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, error) {
+	watch, err := s.source.Subscribe(ctx, p)
+	if err == nil {
+		return watch, nil
+	}
+	s.metrics.refusals[refusedSource].Inc()
+	s.log.Debug("process could not be served", "pid", p.PID, "err", err)
+	var kinded interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &kinded) {
+		switch code := kinded.GRPCStatus().Code(); code {
+		case codes.ResourceExhausted, codes.PermissionDenied:
+			return nil, status.Error(code, "the process cannot be served")
+		default:
+		}
+	}
+	return nil, status.Error(codes.Unavailable, "the process cannot be attested at the moment")
+}
+
+// receive takes requests in until the stream ends.
+func (st *stream) receive() {
+	defer st.server.running.Done()
+	for {
+		r, err := st.read()
+		st.mu.Lock()
+		if err != nil {
+			st.err = err
+		} else {
+			st.take(r)
+		}
+		st.mu.Unlock()
+		select {
+		case st.wake <- struct{}{}:
+		default:
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// received is a request with what is said about it to people.
+type received struct {
+	request
+	problem string // of a refusal
+}
+
+// read reads one request. The message that it was in is garbage afterwards.
+func (st *stream) read() (*received, error) {
+	r := &received{}
+	var typeURL string
+	if st.protocol.delta() {
+		var m discoveryv3.DeltaDiscoveryRequest
+		if err := st.grpc.RecvMsg(&m); err != nil {
+			return nil, err
+		}
+		typeURL = m.GetTypeUrl()
+		r.nonce, r.subscribe, r.unsubscribe = m.GetResponseNonce(), m.GetResourceNamesSubscribe(), m.GetResourceNamesUnsubscribe()
+		r.initial = m.GetInitialResourceVersions()
+		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
+	} else {
+		var m discoveryv3.DiscoveryRequest
+		if err := st.grpc.RecvMsg(&m); err != nil {
+			return nil, err
+		}
+		typeURL = m.GetTypeUrl()
+		r.nonce, r.names, r.version = m.GetResponseNonce(), m.GetResourceNames(), m.GetVersionInfo()
+		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
+	}
+	if err := st.server.checkType(typeURL, st.protocol); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// checkType refuses other resources than secrets. On the dedicated streams the type
+// may be left out.
+func (s *Server) checkType(typeURL string, p protocol) error {
+	if typeURL == TypeURL || typeURL == "" && !p.aggregated() {
+		return nil
+	}
+	s.metrics.refusals[refusedType].Inc()
+	return status.Errorf(codes.InvalidArgument, "only resources of the type %s are served", TypeURL)
+}
+
+// take takes a request into the session. The caller holds st.mu.
+func (st *stream) take(r *received) {
+	m := st.server.metrics
+	outcome, sent := st.session.request(&r.request)
+	switch outcome {
+	case outcomeAccepted:
+		m.acks[st.protocol].Inc()
+		m.acknowledging.Observe(time.Since(sent).Seconds())
+	case outcomeRejected:
+		m.rejections[classify(r.problem)].Inc()
+		st.server.logRejection(st.peer.PID, r.problem)
+	case outcomeNone:
+	}
+	st.count()
+}
+
+// count moves the session's counts into the metrics. The caller holds st.mu.
+func (st *stream) count() {
+	s, m := st.session, st.server.metrics
+	m.surplusNames.Add(float64(s.surplus))
+	m.unknownNames.Add(float64(s.strange))
+	s.surplus, s.strange = 0, 0
+	for _, err := range s.blocked {
+		m.withheld[withheldGuard].Inc()
+		st.server.log.Error("secret held back because it is not what its name says", "pid", st.peer.PID, "err", err)
+		st.server.report(conditionRejected, "a secret was held back because it is not what its name says; this is a defect of the agent")
+	}
+	s.blocked = nil
+}
+
+// run sends what is due until the stream ends.
+func (st *stream) run(ctx context.Context) error {
+	st.silentAt = time.Now().Add(firstRequestWithin)
+	timer := time.NewTimer(firstRequestWithin)
+	defer timer.Stop()
+	for {
+		response, at, err := st.due(time.Now())
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil // the client is done
+		case err != nil:
+			return err
+		case response != nil:
+			if err := st.send(response); err != nil {
+				return err
+			}
+			continue
+		}
+		if at.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(at))
+		}
+		select {
+		case <-st.wake:
+		case <-st.watch.Changed():
+		case <-timer.C:
+		case <-st.watch.Done():
+			st.server.metrics.refusals[refusedSource].Inc()
+			st.server.log.DebugContext(ctx, "stream ended by its source", "pid", st.peer.PID, "err", st.watch.Err())
+			return status.Error(codes.Unavailable, "the agent cannot serve this process at the moment")
+		case <-st.peer.Done():
+			return status.Error(codes.Unavailable, "the process has ended")
+		case <-st.server.closing:
+			return status.Error(codes.Unavailable, "the agent is stopping")
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// due returns the response that is due now, or nil and when to look again though
+// nothing has happened, zero for never. It also passes on what was acknowledged.
+func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
+	snapshot := st.watch.Snapshot()
+	st.mu.Lock()
+	if st.err != nil {
+		st.mu.Unlock()
+		return nil, at, st.err
+	}
+	r = st.session.next(now, func(sub *subscription) resolution {
+		r, again := st.server.resolve(snapshot, sub, now)
+		at = earlier(at, again)
+		return r
+	})
+	sequence, acknowledged := st.session.acknowledge()
+	heard, waiting := st.session.heard, st.session.waiting
+	unanswered, rejecting := st.session.inflight != nil, st.session.rejecting
+	names := 0
+	if st.held || !st.heldAt.IsZero() && !now.Before(st.heldAt) {
+		names = waiting()
+	}
+	st.count()
+	st.mu.Unlock()
+
+	if acknowledged {
+		st.watch.Acknowledge(sequence)
+	}
+	switch {
+	case !st.silentAt.IsZero() && heard:
+		st.silentAt, st.heldAt = time.Time{}, now.Add(heldAfter)
+	case !st.silentAt.IsZero() && !now.Before(st.silentAt):
+		st.server.metrics.refusals[refusedSilent].Inc()
+		return nil, at, status.Error(codes.DeadlineExceeded, "no request was made")
+	case !st.heldAt.IsZero() && !now.Before(st.heldAt):
+		st.heldAt = time.Time{}
+		if names > 0 {
+			st.server.logHeld(st.peer.PID, names)
+		}
+	}
+	st.show(unanswered, names > 0, rejecting)
+	return r, earlier(at, earlier(st.silentAt, st.heldAt)), nil
+}
+
+// earlier returns the earlier of two times, of which zero is none.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// show keeps the gauges that count streams by their state.
+func (st *stream) show(unanswered, held, rejecting bool) {
+	m := st.server.metrics
+	move(m.unanswered, &st.unanswered, unanswered)
+	move(m.held, &st.held, held)
+	if st.rejecting != rejecting {
+		st.server.countRejecting(rejecting)
+	}
+	move(m.rejected, &st.rejecting, rejecting)
+}
+
+// forget takes the stream out of the gauges.
+func (st *stream) forget() { st.show(false, false, false) }
+
+// move counts a stream into or out of a gauge.
+func move(g interface{ Add(float64) }, is *bool, will bool) {
+	switch {
+	case will && !*is:
+		g.Add(1)
+	case !will && *is:
+		g.Add(-1)
+	}
+	*is = will
+}
+
+// send sends one response.
+func (st *stream) send(r *response) error {
+	// The process may have ended since it connected, and its connection be held
+	// by another.
+	if err := st.peer.Alive(); err != nil {
+		return status.Error(codes.Unavailable, "the process has ended")
+	}
+	m := st.server.metrics
+	for _, i := range r.items {
+		if i.tombstone {
+			m.tombstones.Inc()
+		}
+	}
+	m.responses[st.protocol].Inc()
+	if !st.protocol.delta() {
+		return st.grpc.SendMsg(r.world())
+	}
+	return st.grpc.SendMsg(r.delta())
+}
+
+// world returns the response as a state of the world.
+func (r *response) world() *discoveryv3.DiscoveryResponse {
+	m := &discoveryv3.DiscoveryResponse{VersionInfo: r.version, TypeUrl: TypeURL, Nonce: r.nonce}
+	for _, i := range r.items {
+		m.Resources = append(m.Resources, i.any)
+	}
+	return m
+}
+
+// delta returns the response as a change.
+func (r *response) delta() *discoveryv3.DeltaDiscoveryResponse {
+	m := &discoveryv3.DeltaDiscoveryResponse{
+		SystemVersionInfo: r.version, TypeUrl: TypeURL, Nonce: r.nonce, RemovedResources: r.removed,
+	}
+	for _, i := range r.items {
+		m.Resources = append(m.Resources, &discoveryv3.Resource{Name: i.name, Version: i.version, Resource: i.any})
+	}
+	return m
+}
+
+// fetch answers one request, as soon as there is something to answer.
+func (s *Server) fetch(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*discoveryv3.DiscoveryResponse, error) {
+	if err := s.checkType(r.GetTypeUrl(), protocolFetch); err != nil {
+		return nil, err
+	}
+	caller, ok := peer.FromContext(ctx)
+	if !ok {
+		s.metrics.refusals[refusedPeer].Inc()
+		return nil, status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
+	}
+	release, err := s.admit(caller.UID, 1)
+	if err != nil {
+		return nil, err
+	}
+	defer s.running.Done()
+	defer release()
+	ctx, cancel := context.WithTimeout(ctx, fetchWithin)
+	defer cancel()
+	watch, err := s.subscribe(ctx, caller)
+	if err != nil {
+		return nil, err
+	}
+	defer watch.Close()
+
+	session := newSession(false, s.names)
+	session.request(&request{names: r.GetResourceNames()})
+	for {
+		now, snapshot := time.Now(), watch.Snapshot()
+		due := session.next(now, func(sub *subscription) resolution {
+			r, _ := s.resolve(snapshot, sub, now)
+			return r
+		})
+		if due != nil {
+			if err := caller.Alive(); err != nil {
+				return nil, status.Error(codes.Unavailable, "the process has ended")
+			}
+			s.metrics.responses[protocolFetch].Inc()
+			return due.world(), nil
+		}
+		select {
+		case <-watch.Changed():
+		case <-watch.Done():
+			return nil, status.Error(codes.Unavailable, "the agent cannot serve this process at the moment")
+		case <-s.closing:
+			return nil, status.Error(codes.Unavailable, "the agent is stopping")
+		case <-ctx.Done():
+			return nil, status.Error(codes.Unavailable, "none of the secrets is there yet")
+		}
+	}
+}
+
+// logInterval bounds how often what a process can cause is logged as a warning.
+// Each case is counted; a process could cause one as often as it connects.
+const logInterval = time.Second
+
+// maxProblem bounds how much of a proxy's error text is logged.
+const maxProblem = 512
+
+// loud says whether it is time for another warning.
+func (s *Server) loud() bool {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Sub(s.logged) < logInterval {
+		return false
+	}
+	s.logged = now
+	return true
+}
+
+// logRejection logs that a proxy has refused a response.
+func (s *Server) logRejection(pid int, problem string) {
+	if len(problem) > maxProblem {
+		problem = problem[:maxProblem]
+	}
+	if s.loud() {
+		s.log.Warn("proxy refused a secret and keeps the one before", "pid", pid, "err", problem)
+		return
+	}
+	s.log.Debug("proxy refused a secret and keeps the one before", "pid", pid, "err", problem)
+}
+
+// logHeld logs that a proxy has been waiting for long.
+func (s *Server) logHeld(pid, names int) {
+	if s.loud() {
+		s.log.Warn("proxy waits for secrets and will have them as soon as they exist", "pid", pid, "names", names)
+		return
+	}
+	s.log.Debug("proxy waits for secrets and will have them as soon as they exist", "pid", pid, "names", names)
+}
+
+// withhold counts and logs that a secret is not good enough to be sent.
+func (s *Server) withhold(e *withheldError) {
+	s.metrics.withheld[e.reason].Inc()
+	if s.loud() {
+		s.log.Warn("secret is not good enough to be sent", "reason", string(e.reason), "err", e)
+		return
+	}
+	s.log.Debug("secret is not good enough to be sent", "reason", string(e.reason), "err", e)
+}
+
+// countRejecting reports the condition when the first stream begins to refuse and
+// when the last one has ceased to.
+func (s *Server) countRejecting(rejecting bool) {
+	s.mu.Lock()
+	if rejecting {
+		s.rejected++
+	} else {
+		s.rejected--
+	}
+	n := s.rejected
+	s.mu.Unlock()
+	switch {
+	case rejecting && n == 1:
+		s.report(conditionRejected, "a proxy has refused a secret and keeps the one before; see the log for its reason")
+	case !rejecting && n == 0:
+		s.report(conditionRejected, "")
+	}
+}
