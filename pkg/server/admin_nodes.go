@@ -1,0 +1,432 @@
+package server
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
+
+	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/server/registry"
+)
+
+type nodeInspected = nodev1.Inspected
+
+// Limits of join tokens.
+const (
+	methodJoinToken = "join_token"
+	defaultTokenTTL = time.Hour
+	maxTokenTTL     = 30 * 24 * time.Hour
+	maxTokens       = 10_000
+	maxLabels       = 64
+	maxLabelBytes   = 256
+	tokenIDLen      = 8 // characters of the SHA-256
+	maxReasonBytes  = 512
+	maxRotateWithin = 24 * time.Hour
+)
+
+// CreateToken implements adminv1.AdminServiceServer.
+func (a *adminService) CreateToken(ctx context.Context, req *adminv1.CreateTokenRequest) (*adminv1.CreateTokenResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := a.s
+	if _, used := s.verifiers[methodJoinToken]; !used || s.cfg.NewToken == nil {
+		return nil, fail(kindConflict, "this CA does not use the attestation method join_token: add it to its configuration", nil)
+	}
+	ttl := defaultTokenTTL
+	if req.GetTtl() != nil {
+		ttl = req.GetTtl().AsDuration()
+	}
+	if ttl <= 0 || ttl > maxTokenTTL {
+		return nil, fail(kindInvalid, fmt.Sprintf("the token's ttl is %s: write more than 0 and at most %s", ttl, maxTokenTTL), nil)
+	}
+	if err := checkLabels(req.GetLabels()); err != nil {
+		return nil, err
+	}
+	name := req.GetNodeName()
+	if name == "" {
+		name = newRequestID()
+	}
+	id, err := identity.NodeID(s.cfg.TrustDomain, methodJoinToken, name)
+	if err != nil {
+		return nil, fail(kindInvalid, "the node's name must be a legal part of a SPIFFE ID: "+truncate(err.Error()), err)
+	}
+	now := time.Now()
+	open, err := s.cfg.Store.Tokens(ctx, now)
+	if err != nil {
+		return nil, fail(kindUnavailable, "the store cannot be read now", err)
+	}
+	if len(open) >= maxTokens {
+		return nil, fail(kindConflict, fmt.Sprintf("there are %d unused tokens: delete some", len(open)), nil)
+	}
+	secret, sum, err := s.cfg.NewToken()
+	if err != nil {
+		return nil, fail(kindInternal, "internal error", err)
+	}
+	t := &registry.Token{
+		SHA256: sum, NodeName: name, CreatedBy: c.actor, Labels: req.GetLabels(), CreatedAt: now, ExpiresAt: now.Add(ttl),
+	}
+	r := s.newRecord(c, ledgerv1.Event_EVENT_TOKEN_CREATED)
+	r.Node, r.TokenSha256 = &ledgerv1.NodeRef{Id: id.String()}, sum[:]
+	if err := s.cfg.Store.CreateToken(ctx, t, func() error { return s.append(ctx, r) }); err != nil {
+		s.log.ErrorContext(ctx, "join token cannot be made", "actor", c.actor, "request_id", c.requestID, "err", err)
+		return nil, fail(kindUnavailable, "no token was made: the store or the ledger cannot write now", err)
+	}
+	s.log.InfoContext(ctx, "join token made", "actor", c.actor, "node_id", id.String(), "request_id", c.requestID)
+	return &adminv1.CreateTokenResponse{Token: secret, NodeId: id.String(), ExpiresAt: timestamppb.New(t.ExpiresAt)}, nil
+}
+
+func checkLabels(labels map[string]string) error {
+	if len(labels) > maxLabels {
+		return fail(kindInvalid, fmt.Sprintf("%d labels, at most %d are allowed", len(labels), maxLabels), nil)
+	}
+	for k, v := range labels {
+		if k == "" || len(k) > maxLabelBytes || len(v) > maxLabelBytes {
+			return fail(kindInvalid, fmt.Sprintf("a label's name and value have 1 to %d bytes", maxLabelBytes), nil)
+		}
+	}
+	return nil
+}
+
+// append makes one record durable.
+func (s *Server) append(ctx context.Context, r *ledgerv1.Record) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ledgerTimeout)
+	defer cancel()
+	_, err := s.cfg.Ledger.Append(ctx, ledger.NewDraft(r, nil))
+	return err
+}
+
+// tokenID is how operators name a token.
+func tokenID(sum [32]byte) string { return hex.EncodeToString(sum[:])[:tokenIDLen] }
+
+func (s *Server) tokenNodeID(t *registry.Token) string {
+	id, err := identity.NodeID(s.cfg.TrustDomain, methodJoinToken, t.NodeName)
+	if err != nil {
+		return ""
+	}
+	return id.String()
+}
+
+// ListTokens implements adminv1.AdminServiceServer.
+func (a *adminService) ListTokens(ctx context.Context, _ *adminv1.ListTokensRequest) (*adminv1.ListTokensResponse, error) {
+	tokens, err := a.s.cfg.Store.Tokens(ctx, time.Now())
+	if err != nil {
+		return nil, fail(kindUnavailable, "the store cannot be read now", err)
+	}
+	resp := new(adminv1.ListTokensResponse)
+	for _, t := range tokens {
+		resp.Tokens = append(resp.Tokens, &adminv1.ListTokensResponse_Token{
+			Id: tokenID(t.SHA256), NodeId: a.s.tokenNodeID(t), ExpiresAt: timestamppb.New(t.ExpiresAt),
+			CreatedBy: t.CreatedBy, Labels: t.Labels,
+		})
+	}
+	return resp, nil
+}
+
+// DeleteToken implements adminv1.AdminServiceServer.
+func (a *adminService) DeleteToken(ctx context.Context, req *adminv1.DeleteTokenRequest) (*adminv1.DeleteTokenResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := a.s
+	tokens, err := s.cfg.Store.Tokens(ctx, time.Now())
+	if err != nil {
+		return nil, fail(kindUnavailable, "the store cannot be read now", err)
+	}
+	var found []*registry.Token
+	for _, t := range tokens {
+		if tokenID(t.SHA256) == req.GetId() {
+			found = append(found, t)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return nil, fail(kindNotFound, fmt.Sprintf("there is no unused token %q", truncate(req.GetId())), nil)
+	case 1:
+	default:
+		return nil, fail(kindConflict, fmt.Sprintf("%d tokens are named %q", len(found), req.GetId()), nil)
+	}
+	r := s.newRecord(c, ledgerv1.Event_EVENT_TOKEN_DELETED)
+	r.Node, r.TokenSha256 = &ledgerv1.NodeRef{Id: s.tokenNodeID(found[0])}, found[0].SHA256[:]
+	if err := s.cfg.Store.DeleteToken(ctx, found[0].SHA256, func() error { return s.append(ctx, r) }); err != nil {
+		return nil, fail(kindUnavailable, "the token was not deleted: it was used just now, or the store or the ledger cannot write", err)
+	}
+	return &adminv1.DeleteTokenResponse{}, nil
+}
+
+// ListNodes implements adminv1.AdminServiceServer.
+func (a *adminService) ListNodes(context.Context, *adminv1.ListNodesRequest) (*adminv1.ListNodesResponse, error) {
+	resp := new(adminv1.ListNodesResponse)
+	for _, n := range a.s.registry.Nodes() {
+		node := &adminv1.Node{
+			Id: n.ID, Attributes: n.Attributes, State: string(n.State), StateReason: n.StateReason,
+			AttestedAt: timestamppb.New(n.AttestedAt), SvidNotAfter: timestamppb.New(n.NotAfter), SvidSerial: n.Serial,
+			AgentVersion: n.AgentVersion, Address: n.Address,
+		}
+		if session, ok := a.s.hub.get(n.ID); ok {
+			force := session.inForce()
+			node.Connected = true
+			node.Revision, node.BundleSequence = force.revision, force.bundleSequence
+			node.Streams, node.StreamsAcknowledged = force.streams, force.acknowledged
+			if hello, ok := session.opened(); ok && hello.GetAgentVersion() != "" {
+				node.AgentVersion = hello.GetAgentVersion()
+			}
+		}
+		resp.Nodes = append(resp.Nodes, node)
+	}
+	return resp, nil
+}
+
+// EvictNode implements adminv1.AdminServiceServer.
+func (a *adminService) EvictNode(ctx context.Context, req *adminv1.EvictNodeRequest) (*adminv1.EvictNodeResponse, error) {
+	if err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Evicted); err != nil {
+		return nil, err
+	}
+	return &adminv1.EvictNodeResponse{}, nil
+}
+
+// BanNode implements adminv1.AdminServiceServer.
+func (a *adminService) BanNode(ctx context.Context, req *adminv1.BanNodeRequest) (*adminv1.BanNodeResponse, error) {
+	if err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Banned); err != nil {
+		return nil, err
+	}
+	return &adminv1.BanNodeResponse{}, nil
+}
+
+// withdraw takes a node's rights: in force in memory first, so that nothing is
+// issued from then on whatever the disk does; then stored and recorded; then the
+// agent is told and its connections are closed. If the disk fails, the caller is
+// told that it is in force until the CA restarts.
+func (s *Server) withdraw(ctx context.Context, id, reason string, state registry.State) error {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return err
+	}
+	if len(reason) > maxReasonBytes {
+		return fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
+	}
+	event, action := ledgerv1.Event_EVENT_EVICT, "evict"
+	if state == registry.Banned {
+		event, action = ledgerv1.Event_EVENT_BAN, "ban"
+	}
+	unlock := s.lockNode(id)
+	node, ok := s.registry.Node(id)
+	if !ok {
+		unlock()
+		return fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(id)), nil)
+	}
+	if node.State == registry.Banned && state == registry.Evicted {
+		unlock()
+		return fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
+	}
+	next := *node
+	next.State, next.StateReason = state, reason
+	next.Previous, next.PreviousUntil = nil, time.Time{}
+	s.registry.PutNode(&next)
+	stored := s.storeNode(ctx, &next)
+	r := s.newRecord(c, event)
+	r.Node, r.Detail = nodeRef(&next, next.Address), reason
+	recorded := s.append(ctx, r)
+	unlock()
+
+	s.setClone(id, false)
+	s.metrics.evictions.WithLabelValues(action).Inc()
+	if session, ok := s.hub.get(id); ok {
+		session.evict(&nodev1.Evicted{Banned: state == registry.Banned, Reason: reason})
+		session.waitLeft(context.WithoutCancel(ctx), evictionGrace)
+		session.end(fail(kindUnauthenticated, "the node was evicted: attest again", nil))
+		// The stream's end is on its way through gRPC's own queue; closing the
+		// connection at once could overtake it.
+		pause(ctx, flushGrace)
+	}
+	s.conns.closeAll(id)
+	s.log.InfoContext(ctx, "node withdrawn", "node_id", id, "action", action, "actor", c.actor, "request_id", c.requestID)
+	if err := errors.Join(stored, recorded); err != nil {
+		s.log.ErrorContext(ctx, "withdrawal of node is not written", "node_id", id, "err", err)
+		return fail(kindUnavailable, "it is in force, but could not be written and will be forgotten when the CA restarts: "+
+			"look at the disk, then do it again", err)
+	}
+	return nil
+}
+
+// pause waits for d, or until ctx ends.
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+func (s *Server) storeNode(ctx context.Context, n *registry.Node) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+	defer cancel()
+	return s.cfg.Store.PutNode(ctx, n)
+}
+
+// UnbanNode implements adminv1.AdminServiceServer. The node is then one that has
+// to attest again.
+func (a *adminService) UnbanNode(ctx context.Context, req *adminv1.UnbanNodeRequest) (*adminv1.UnbanNodeResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s := a.s
+	defer s.lockNode(req.GetId())()
+	node, ok := s.registry.Node(req.GetId())
+	if !ok {
+		return nil, fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(req.GetId())), nil)
+	}
+	if node.State != registry.Banned {
+		return nil, fail(kindConflict, "the node is not banned", nil)
+	}
+	// The other way round than a ban: first the record, last the effect.
+	r := s.newRecord(c, ledgerv1.Event_EVENT_UNBAN)
+	r.Node = nodeRef(node, node.Address)
+	if err := s.append(ctx, r); err != nil {
+		return nil, fail(kindUnavailable, "the ban stays: the ledger cannot write now", err)
+	}
+	next := *node
+	next.State, next.StateReason = registry.Evicted, "ban lifted"
+	if err := s.putNode(ctx, &next); err != nil {
+		return nil, err
+	}
+	s.metrics.evictions.WithLabelValues("unban").Inc()
+	s.log.InfoContext(ctx, "ban of node lifted", "node_id", node.ID, "actor", c.actor, "request_id", c.requestID)
+	return &adminv1.UnbanNodeResponse{}, nil
+}
+
+// GetBundle implements adminv1.AdminServiceServer.
+func (a *adminService) GetBundle(context.Context, *adminv1.GetBundleRequest) (*adminv1.GetBundleResponse, error) {
+	b := a.s.bundle()
+	return &adminv1.GetBundleResponse{TrustDomain: b.GetTrustDomain(), Sequence: b.GetSequence(), Roots: b.GetRoots()}, nil
+}
+
+// ListAuthorities implements adminv1.AdminServiceServer.
+func (a *adminService) ListAuthorities(context.Context, *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error) {
+	resp := new(adminv1.ListAuthoritiesResponse)
+	for _, authority := range a.s.cfg.CA.Authorities() {
+		resp.Authorities = append(resp.Authorities, authorityProto(authority))
+	}
+	return resp, nil
+}
+
+func authorityProto(a ca.Authority) *adminv1.Authority {
+	return &adminv1.Authority{
+		Id: a.ID, Role: a.Role, State: a.State, Certificate: a.Certificate.Raw,
+		NotBefore: timestamppb.New(a.Certificate.NotBefore), NotAfter: timestamppb.New(a.Certificate.NotAfter),
+	}
+}
+
+// RotateIntermediate implements adminv1.AdminServiceServer.
+func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.RotateIntermediateRequest) (*adminv1.RotateIntermediateResponse, error) {
+	within, err := rotateWithin(req.GetWithin())
+	if err != nil {
+		return nil, err
+	}
+	s := a.s
+	old := ""
+	for _, authority := range s.cfg.CA.Authorities() {
+		if authority.Role == ca.RoleIntermediate && authority.State == ca.StateActive {
+			old = authority.ID
+		}
+	}
+	fresh, err := s.cfg.CA.RotateIntermediate(ctx)
+	if err != nil {
+		s.log.ErrorContext(ctx, "intermediate cannot be replaced", "err", err)
+		return nil, fail(kindUnavailable, "the intermediate was not replaced: the CA's log says why", err)
+	}
+	for _, session := range s.hub.all() {
+		session.order(&nodev1.Rotate{Authority: old, Within: within})
+	}
+	return &adminv1.RotateIntermediateResponse{Authority: authorityProto(fresh)}, nil
+}
+
+// RenewSVIDs implements adminv1.AdminServiceServer.
+func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRequest) (*adminv1.RenewSVIDsResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	within, err := rotateWithin(req.GetWithin())
+	if err != nil {
+		return nil, err
+	}
+	resp := new(adminv1.RenewSVIDsResponse)
+	for _, session := range a.s.hub.all() {
+		session.order(&nodev1.Rotate{Within: within})
+		resp.Nodes++
+	}
+	a.s.log.InfoContext(ctx, "renewal of all svids ordered", "actor", c.actor, "nodes", resp.GetNodes(), "request_id", c.requestID)
+	return resp, nil
+}
+
+// rotateWithin checks over which time renewals are to be spread.
+func rotateWithin(d *durationpb.Duration) (*durationpb.Duration, error) {
+	if within := d.AsDuration(); within < 0 || within > maxRotateWithin {
+		return nil, fail(kindInvalid, fmt.Sprintf("within is %s: write 0 to %s", within, maxRotateWithin), nil)
+	}
+	return d, nil
+}
+
+// GetStatus implements adminv1.AdminServiceServer.
+func (a *adminService) GetStatus(context.Context, *adminv1.GetStatusRequest) (*adminv1.GetStatusResponse, error) {
+	s := a.s
+	entries := s.registry.Entries()
+	_, sequence := s.cfg.CA.Bundle()
+	resp := &adminv1.GetStatusResponse{
+		TrustDomain: s.cfg.TrustDomain.Name(), Version: s.cfg.Version, Instance: s.cfg.Instance,
+		StartedAt: timestamppb.New(s.started), Revision: entries.Revision, BundleSequence: sequence,
+		Entries:        clamp(entries.Set.Len() + len(entries.Broken)),
+		Nodes:          clamp(s.registry.CountNodes()),
+		NodesConnected: clamp(s.hub.count()),
+		Records:        s.cfg.Ledger.Size(), Issued: s.issued.Load(), Refused: s.refused.Load(),
+		OutageBudget: durationpb.New(s.outageBudget(entries)),
+	}
+	for _, condition := range s.cfg.Health.Conditions() {
+		resp.Conditions = append(resp.Conditions, &adminv1.Condition{
+			Name: condition.Name, Severity: severityText(condition.Severity), Message: condition.Message,
+			Since: timestamppb.New(condition.Since),
+		})
+	}
+	return resp, nil
+}
+
+func severityText(s health.Severity) string { return s.String() }
+
+func clamp(n int) uint32 { return uint32(min(max(n, 0), 1<<31)) } //nolint:gosec // it was just bounded
+
+// outageBudget is how long all workloads keep valid X.509-SVIDs if the CA
+// stopped now: renewed at half of their life, the shortest-lived have half of it
+// left at worst.
+func (s *Server) outageBudget(entries *registry.Entries) time.Duration {
+	shortest := time.Duration(0)
+	for e := range entries.Set.All() {
+		ttl := e.TTL()
+		if ttl == 0 {
+			ttl = s.cfg.DefaultTTL
+		}
+		if shortest == 0 || ttl < shortest {
+			shortest = ttl
+		}
+	}
+	if shortest == 0 {
+		shortest = s.cfg.DefaultTTL
+	}
+	return shortest / 2
+}

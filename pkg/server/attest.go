@@ -1,0 +1,375 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
+
+	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/server/registry"
+)
+
+// Limits of an attestation. Whoever attests is unknown until the end of it.
+const (
+	attestTimeout     = 10 * time.Second
+	maxAttestRounds   = 8
+	maxEvidenceBytes  = 64 << 10
+	maxVersionBytes   = 64
+	maxNodeAttributes = 16 << 10
+)
+
+// Attest implements nodev1.NodeServiceServer.
+func (n *nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse]) error {
+	c, err := callerOf(stream.Context())
+	if err != nil {
+		return err
+	}
+	release, ok := n.s.attests.take(host(c.address))
+	if !ok {
+		n.s.metrics.attestations.WithLabelValues(n.s.methodLabel(""), "overload").Inc()
+		return fail(kindOverload, "too many attestations at the same time: try again", nil)
+	}
+	defer release()
+	ctx, cancel := context.WithTimeout(stream.Context(), attestTimeout)
+	defer cancel()
+	a := &attestation{s: n.s, c: c, stream: stream}
+	identity, err := a.run(ctx)
+	n.s.metrics.attestations.WithLabelValues(n.s.methodLabel(a.method), outcomeOf(err)).Inc()
+	if err != nil {
+		return err
+	}
+	return stream.Send(&nodev1.AttestResponse{Step: &nodev1.AttestResponse_Identity{Identity: identity}})
+}
+
+// methodLabel keeps the metric's label a closed set.
+func (s *Server) methodLabel(method string) string {
+	if _, known := s.verifiers[method]; known {
+		return method
+	}
+	return "unknown"
+}
+
+func outcomeOf(err error) string {
+	var f *failure
+	switch {
+	case err == nil:
+		return "success"
+	case errors.As(err, &f) && (f.kind == kindDenied || f.kind == kindInvalid):
+		return "refused"
+	default:
+		return "error"
+	}
+}
+
+// attestation is one attempt of an unknown caller.
+type attestation struct {
+	s      *Server
+	c      *caller
+	stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse]
+	method string
+	rounds int
+}
+
+func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
+	first, err := a.receive(ctx)
+	if err != nil {
+		return nil, err
+	}
+	start := first.GetStart()
+	if start == nil {
+		return nil, fail(kindInvalid, "the first message must be start", nil)
+	}
+	a.method = start.GetMethod()
+	verifier, ok := a.s.verifiers[a.method]
+	if !ok {
+		return nil, a.refused(ctx, nil, reasonMethod, kindInvalid, "this CA does not use the attestation method",
+			fmt.Errorf("method %q", truncate(a.method)))
+	}
+	if len(start.GetEvidence()) > maxEvidenceBytes || len(start.GetAgentVersion()) > maxVersionBytes {
+		return nil, a.refused(ctx, nil, reasonLimit, kindInvalid, "the evidence or the agent's version is too long", nil)
+	}
+	// The proof of possession is cheap, and what follows is bound to the key.
+	key, err := ca.ParseCSR(start.GetCsr())
+	if err != nil {
+		return nil, a.refused(ctx, nil, reasonCSR, kindInvalid, truncate(err.Error()), err)
+	}
+	binding := key.Hash()
+	node, err := verifier.Verify(ctx, attest.Claim{Evidence: start.GetEvidence(), Binding: binding[:]}, a.challenge)
+	switch {
+	case errors.Is(err, attest.ErrRefused):
+		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied,
+			"attestation refused: the CA's ledger says why", err)
+	case err != nil && ctx.Err() != nil:
+		return nil, fail(kindUnavailable, "the attestation took too long", err)
+	case err != nil:
+		return nil, fail(kindUnavailable, "the attestation cannot be verified now: try again", err)
+	}
+	if node.GetMethod() != a.method || proto.Size(node) > maxNodeAttributes {
+		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why",
+			fmt.Errorf("verifier established a node of method %q with %d bytes of attributes", node.GetMethod(), proto.Size(node)))
+	}
+	return a.admit(ctx, node, key, start.GetAgentVersion())
+}
+
+// receive returns the agent's next message. Recv itself knows no deadline: it
+// ends when the handler has returned.
+func (a *attestation) receive(ctx context.Context) (*nodev1.AttestRequest, error) {
+	type received struct {
+		msg *nodev1.AttestRequest
+		err error
+	}
+	ch := make(chan received, 1)
+	if !a.s.tasks.start(func() {
+		msg, err := a.stream.Recv()
+		ch <- received{msg, err}
+	}) {
+		return nil, fail(kindUnavailable, "the CA is shutting down", nil)
+	}
+	select {
+	case r := <-ch:
+		return r.msg, r.err
+	case <-ctx.Done():
+		return nil, fail(kindUnavailable, "the attestation took too long", ctx.Err())
+	}
+}
+
+// challenge is what a verifier asks with.
+func (a *attestation) challenge(ctx context.Context, challenge []byte) ([]byte, error) {
+	if a.rounds++; a.rounds > maxAttestRounds {
+		return nil, fmt.Errorf("more than %d challenges: %w", maxAttestRounds, attest.ErrRefused)
+	}
+	err := a.stream.Send(&nodev1.AttestResponse{Step: &nodev1.AttestResponse_Challenge{Challenge: challenge}})
+	if err != nil {
+		return nil, fmt.Errorf("send challenge: %w", err)
+	}
+	msg, err := a.receive(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("receive response: %w", err)
+	}
+	step, ok := msg.GetStep().(*nodev1.AttestRequest_Response)
+	if !ok || len(step.Response) > maxEvidenceBytes {
+		return nil, fmt.Errorf("the answer to a challenge must be a response of at most %d bytes: %w", maxEvidenceBytes, attest.ErrRefused)
+	}
+	return step.Response, nil
+}
+
+// newRecord returns a record of this CA about a call.
+func (s *Server) newRecord(c *caller, event ledgerv1.Event) *ledgerv1.Record {
+	now := time.Now()
+	return &ledgerv1.Record{
+		Version:     1,
+		Time:        timestamppb.New(now),
+		Event:       event,
+		Outcome:     ledgerv1.Outcome_OUTCOME_SUCCESS,
+		TrustDomain: s.cfg.TrustDomain.Name(),
+		Actor:       c.actor,
+		CaInstance:  s.cfg.Instance,
+		RequestId:   c.requestID,
+		Took:        durationpb.New(now.Sub(c.began)),
+	}
+}
+
+// refused records that an attestation was refused. ref is nil while the node is
+// not known; it is then counted for the address that it came from.
+func (a *attestation) refused(ctx context.Context, ref *ledgerv1.NodeRef, reason string, k kind, text string, cause error) error {
+	r := a.s.newRecord(a.c, ledgerv1.Event_EVENT_ATTEST)
+	r.Outcome, r.Reason, r.Detail = ledgerv1.Outcome_OUTCOME_REFUSED, reason, text
+	if cause != nil {
+		r.Detail = truncate(cause.Error())
+	}
+	source, foreign := host(a.c.address), true
+	if ref != nil {
+		source, foreign = ref.GetId(), false
+	} else {
+		ref = &ledgerv1.NodeRef{Address: a.c.address, Attributes: &attributesv1.Node{Method: a.s.methodLabel(a.method)}}
+	}
+	r.Node = ref
+	a.s.metrics.refused.WithLabelValues(reason).Inc()
+	a.s.refuse(ctx, source, foreign, r)
+	return fail(k, text, cause)
+}
+
+// admit gives a node that was attested its X.509-SVID. Whatever the node had
+// before is worth nothing from then on.
+func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, key *ca.PublicKey, version string) (*nodev1.AgentIdentity, error) {
+	s := a.s
+	id, err := identity.NodeID(s.cfg.TrustDomain, attributes.GetMethod(), attributes.GetId())
+	if err != nil {
+		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why", err)
+	}
+	defer s.lockNode(id.String())()
+	before, known := s.registry.Node(id.String())
+	ref := &ledgerv1.NodeRef{Id: id.String(), Address: a.c.address, AgentVersion: version, Attributes: attributes}
+	if known && before.State == registry.Banned {
+		return nil, a.refused(ctx, ref, reasonBanned, kindDenied, "the node is banned", nil)
+	}
+	r := s.newRecord(a.c, ledgerv1.Event_EVENT_ATTEST)
+	r.Node = ref
+	signed, durable, err := s.signAgent(ctx, id.String(), key, r)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	node := &registry.Node{
+		ID: id.String(), Attributes: attributes, State: registry.Active, AttestedAt: now,
+		Serial: signed.Serial, NotAfter: signed.NotAfter,
+		AgentVersion: version, Address: a.c.address, LastSeen: now,
+	}
+	if err := s.putNode(ctx, node); err != nil {
+		return nil, err
+	}
+	// A stream of the node that was there before ends; it would go on with
+	// attributes that may no longer be true.
+	s.hub.end(node.ID, fail(kindUnauthenticated, "the node has attested again", nil))
+	s.setClone(node.ID, false)
+	s.log.InfoContext(ctx, "node attested", "node_id", node.ID, "method", a.method, "request_id", a.c.requestID)
+	return s.agentIdentity(durable, signed.RenewAt), nil
+}
+
+// signAgent signs an agent's X.509-SVID and makes its record durable.
+func (s *Server) signAgent(ctx context.Context, id string, key *ca.PublicKey, r *ledgerv1.Record) (*ca.Signed, *ledger.Durable, error) {
+	parsed, err := identity.ParseID(id)
+	if err != nil {
+		return nil, nil, fail(kindInternal, "internal error", err)
+	}
+	signed, err := s.cfg.CA.Sign(time.Now(), &ca.Request{ID: parsed, Key: key, TTL: s.cfg.AgentTTL, Record: r})
+	if err != nil {
+		if _, label, message, _ := refusalOf(err); label == reasonCSR {
+			return nil, nil, fail(kindInvalid, message, err)
+		}
+		s.log.ErrorContext(ctx, "agent's certificate cannot be signed", "node_id", id, "err", err)
+		return nil, nil, fail(kindUnavailable, "the CA cannot sign now: try again", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
+	defer cancel()
+	durable, err := s.cfg.Ledger.Append(ctx, signed.Draft)
+	if err != nil {
+		s.log.ErrorContext(ctx, "agent's certificate cannot be recorded", "node_id", id, "err", err)
+		return nil, nil, fail(kindUnavailable, "the CA cannot record now: try again", err)
+	}
+	return signed, durable[0], nil
+}
+
+// putNode stores a node and puts it into force. The node's lock is held.
+func (s *Server) putNode(ctx context.Context, n *registry.Node) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+	defer cancel()
+	if err := s.cfg.Store.PutNode(ctx, n); err != nil {
+		s.log.ErrorContext(ctx, "node cannot be stored", "node_id", n.ID, "err", err)
+		return fail(kindUnavailable, "the CA cannot store now: try again", err)
+	}
+	s.registry.PutNode(n)
+	return nil
+}
+
+// agentIdentity is the answer to Attest and Renew. Like issuedSVID it needs
+// proof that the record is on the disk.
+func (s *Server) agentIdentity(d *ledger.Durable, renewAt time.Time) *nodev1.AgentIdentity {
+	return &nodev1.AgentIdentity{Chain: d.Chain(), Bundle: s.bundle(), RenewAt: timestamppb.New(renewAt)}
+}
+
+// bundle returns the trust bundle of the moment.
+func (s *Server) bundle() *nodev1.Bundle {
+	roots, sequence := s.cfg.CA.Bundle()
+	b := &nodev1.Bundle{TrustDomain: s.cfg.TrustDomain.Name(), Sequence: sequence, Roots: make([][]byte, len(roots))}
+	for i, root := range roots {
+		b.Roots[i] = root.Raw
+	}
+	return b
+}
+
+// Renew implements nodev1.NodeServiceServer. The X.509-SVID that is replaced
+// must be the newest, and be the one that the connection was made with: whoever
+// comes with an older one has a copy of the agent's key, or is the original that
+// a copy has overtaken. An answer that was lost is no such case: as long as the
+// newest has never been used, the one before is as good.
+func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nodev1.RenewResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if c.node == nil {
+		return nil, fail(kindDenied, "permission denied", errors.New("caller is not a node"))
+	}
+	s := n.s
+	if string(req.GetPreviousSerial()) != string(c.serial) {
+		return nil, fail(kindInvalid, "previous_serial must be that of the X.509-SVID which the connection was made with", nil)
+	}
+	key, err := ca.ParseCSR(req.GetCsr())
+	if err != nil {
+		return nil, fail(kindInvalid, truncate(err.Error()), err)
+	}
+	defer s.lockNode(c.node.ID)()
+	node, ok := s.registry.Node(c.node.ID)
+	if !ok || node.State != registry.Active {
+		return nil, fail(kindUnauthenticated, "the node was evicted: attest again", nil)
+	}
+	newest := string(c.serial) == string(node.Serial)
+	lostAnswer := !node.Confirmed && string(c.serial) == string(node.Previous)
+	if !newest && !lostAnswer {
+		s.noteClone(ctx, c, node, c.serial)
+		return nil, fail(kindUnauthenticated, "the node has a newer X.509-SVID: attest again", nil)
+	}
+	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
+	r.Node, r.PreviousSerial = nodeRef(node, c.address), c.serial
+	signed, durable, err := s.signAgent(ctx, node.ID, key, r)
+	if err != nil {
+		return nil, err
+	}
+	next := *node
+	next.Serial, next.NotAfter, next.Confirmed = signed.Serial, signed.NotAfter, false
+	next.Previous, next.PreviousUntil = c.serial, c.notAfter
+	next.Address, next.LastSeen = c.address, c.began
+	if err := s.putNode(ctx, &next); err != nil {
+		return nil, err
+	}
+	s.metrics.renewals.Inc()
+	return &nodev1.RenewResponse{Identity: s.agentIdentity(durable, signed.RenewAt)}, nil
+}
+
+// noteClone records that an agent came with an X.509-SVID that it had replaced.
+func (s *Server) noteClone(ctx context.Context, c *caller, n *registry.Node, serial []byte) {
+	s.metrics.clones.Inc()
+	s.metrics.refused.WithLabelValues(reasonClone).Inc()
+	s.setClone(n.ID, true)
+	s.log.WarnContext(ctx, "agent may have been cloned", "node_id", n.ID, "address", c.address,
+		"serial", fmt.Sprintf("%x", serial), "request_id", c.requestID)
+	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
+	r.Outcome, r.Reason = ledgerv1.Outcome_OUTCOME_REFUSED, reasonClone
+	r.Detail = "the X.509-SVID presented has been replaced by a newer one"
+	r.Node, r.PreviousSerial = nodeRef(n, c.address), serial
+	s.refuse(ctx, n.ID, false, r)
+}
+
+// setClone keeps the condition about agents that may have been cloned: it holds
+// until each of them was evicted or banned, or has attested again.
+func (s *Server) setClone(id string, suspect bool) {
+	s.cloneMu.Lock()
+	defer s.cloneMu.Unlock()
+	if suspect {
+		s.clones[id] = true
+	} else {
+		delete(s.clones, id)
+	}
+	if len(s.clones) == 0 {
+		s.cfg.Health.Clear(conditionClone)
+		return
+	}
+	s.cfg.Health.Set(conditionClone, health.Warning, fmt.Sprintf(
+		"%d agents presented an X.509-SVID that they had replaced: a key may have been copied; "+
+			"look for %q in the ledger, then evict or ban the node", len(s.clones), reasonClone))
+}

@@ -1,0 +1,398 @@
+package server
+
+// The path of an X.509-SVID through the CA, each step one function, in this
+// order. The agent's half comes before; docs/issuance.md has all of it.
+//
+//  1. Issue        the node is that of the connection; what it may use is bounded
+//  2. decide       for each item, on all cores: entry → rules → names → key → signature
+//  3. record       one append to the ledger for the whole batch, refusals included
+//  4. issuedSVID   only what the ledger gave back can be answered
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
+
+	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/server/registry"
+)
+
+// Limits of a batch and of an item.
+const (
+	maxItems          = 512
+	maxNameBytes      = 128
+	maxInstanceBytes  = 512
+	maxAttributeBytes = 32 << 10
+	maxSerialBytes    = 20 // RFC 5280 §4.1.2.2
+	maxDetailBytes    = 1024
+)
+
+// Reasons of refusals in the ledger and in the metric: a closed set.
+const (
+	reasonLimit        = "limit"
+	reasonEntryUnknown = "entry_unknown"
+	reasonNodeRule     = "node_rule_not_matched"
+	reasonRule         = "rule_not_matched"
+	reasonTemplate     = "template"
+	reasonCSR          = "csr"
+	reasonUnavailable  = "unavailable"
+	reasonAttestation  = "attestation"
+	reasonMethod       = "unknown_method"
+	reasonBanned       = "banned"
+	reasonClone        = "cloned_agent"
+)
+
+// refusalReasons are all of them.
+var refusalReasons = []string{
+	reasonLimit, reasonEntryUnknown, reasonNodeRule, reasonRule, reasonTemplate, reasonCSR,
+	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone,
+}
+
+// Issue implements nodev1.NodeServiceServer.
+func (n *nodeService) Issue(ctx context.Context, req *nodev1.IssueRequest) (*nodev1.IssueResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if c.node == nil {
+		return nil, fail(kindDenied, "permission denied", errors.New("caller is not a node"))
+	}
+	return n.s.issue(ctx, c, req.GetItems())
+}
+
+func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem) (*nodev1.IssueResponse, error) {
+	if len(items) > maxItems {
+		return nil, fail(kindInvalid, fmt.Sprintf("%d items, at most %d are allowed", len(items), maxItems), nil)
+	}
+	defer func() { s.metrics.issueDuration.Observe(time.Since(c.began).Seconds()) }()
+	s.metrics.batchSize.Observe(float64(len(items)))
+
+	decisions := make([]decision, len(items))
+	use := s.useOf(c.node.ID)
+	defer use.inFlight.Add(-1)
+	admitted, retryAfter := 0, retryOverload
+	if int(use.inFlight.Add(1)) <= s.cfg.Limits.IssueRequests {
+		admitted, retryAfter = use.issues.take(c.began, len(items))
+	}
+	// What is over the limit is not recorded: nothing was decided about it.
+	for i := admitted; i < len(items); i++ {
+		decisions[i].refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonLimit, "too many requests of this node", retryAfter)
+	}
+
+	batch := &batch{s: s, c: c, entries: s.registry.Entries(), node: nodeRef(c.node, c.address)}
+	if err := s.eachOnAllCores(ctx, admitted, func(i int) { batch.decide(&decisions[i], items[i]) }); err != nil {
+		return nil, err
+	}
+	return s.record(ctx, c, decisions)
+}
+
+// eachOnAllCores calls fn for 0 to n-1. All batches together use as many cores
+// as there are, taking turns item by item.
+func (s *Server) eachOnAllCores(ctx context.Context, n int, fn func(i int)) error {
+	var next atomic.Int64
+	work := func() {
+		for ctx.Err() == nil {
+			i := int(next.Add(1) - 1)
+			if i >= n {
+				return
+			}
+			select {
+			case s.workers <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+			fn(i)
+			<-s.workers
+		}
+	}
+	var wg sync.WaitGroup
+	for range min(n, cap(s.workers)) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	return ctx.Err()
+}
+
+// batch is what the items of one request share.
+type batch struct {
+	s       *Server
+	c       *caller
+	entries *registry.Entries
+	node    *ledgerv1.NodeRef
+}
+
+// decision is what became of one item: signed, or refused.
+type decision struct {
+	signed  *ca.Signed
+	refusal *nodev1.Refusal
+	reason  string           // of the refusal, for the metric
+	record  *ledgerv1.Record // of the refusal; nil if it is not recorded
+	kind    ledgerv1.Kind
+}
+
+func (d *decision) refuse(reason nodev1.Reason, label, message string, retryAfter time.Duration) {
+	d.refusal, d.reason = &nodev1.Refusal{Reason: reason, Message: message}, label
+	if retryAfter > 0 {
+		d.refusal.RetryAfter = durationpb.New(retryAfter)
+	}
+}
+
+// decide works on one item. The certificate is a function of the entry and of
+// the attested attributes: of the CSR only the public key and the proof that the
+// agent holds the private one are taken.
+func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
+	defer func() {
+		if p := recover(); p != nil {
+			b.s.metrics.panics.Inc()
+			b.s.log.Error("deciding on an item panicked", "request_id", b.c.requestID, "node_id", b.c.node.ID,
+				"err", fmt.Sprint(p), "stack", string(debug.Stack()))
+			*d = decision{}
+			d.refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "internal error", retryNoSigning)
+		}
+	}()
+	r := &ledgerv1.Record{
+		Version:     1,
+		Time:        timestamppb.New(b.c.began),
+		Event:       ledgerv1.Event_EVENT_ISSUE,
+		TrustDomain: b.s.cfg.TrustDomain.Name(),
+		VerifiedBy:  "agent",
+		Node:        b.node,
+		CaInstance:  b.s.cfg.Instance,
+		RequestId:   b.c.requestID,
+	}
+	refused := func(reason nodev1.Reason, label, message, detail string, retryAfter time.Duration) {
+		d.refuse(reason, label, message, retryAfter)
+		r.Outcome, r.Reason, r.Detail = ledgerv1.Outcome_OUTCOME_REFUSED, label, truncate(detail)
+		r.Took = durationpb.New(time.Since(b.c.began))
+		d.record = r
+	}
+
+	if problem := checkItem(item); problem != "" {
+		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, problem, problem, 0)
+		return
+	}
+	r.Kind = kindOf(item.GetKind())
+	d.kind = r.GetKind()
+	r.Instance, r.Workload, r.PreviousSerial = item.GetInstance(), item.GetWorkload(), item.GetPreviousSerial()
+
+	// The entry must be there, and be one of this node's. Which of the two is
+	// wrong is the ledger's business: the node has no right to know.
+	entry, ok := b.entries.Set.Get(item.GetEntry())
+	if !ok {
+		r.Entry = &ledgerv1.EntryRef{Name: item.GetEntry()}
+		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonEntryUnknown, "no such entry for this node", "", 0)
+		return
+	}
+	digest := entry.Digest()
+	r.Entry = &ledgerv1.EntryRef{Name: entry.Name(), Revision: entry.Revision(), Digest: digest[:]}
+	facts := identity.NewFacts(b.c.node.Attributes, item.GetWorkload())
+	if !entry.MatchNode(facts) {
+		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, "no such entry for this node", nearestMiss(entry, facts), 0)
+		return
+	}
+	if !entry.MatchWorkload(facts) {
+		miss := nearestMiss(entry, facts)
+		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, miss, miss, 0)
+		return
+	}
+	id, err := entry.Render(facts)
+	if err != nil {
+		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
+		return
+	}
+	key, err := ca.ParseCSR(item.GetCsr())
+	if err != nil {
+		r.SpiffeId = id.ID.String()
+		refused(nodev1.Reason_REASON_CSR, reasonCSR, truncate(err.Error()), err.Error(), 0)
+		return
+	}
+	r.Outcome = ledgerv1.Outcome_OUTCOME_SUCCESS
+	r.Took = durationpb.New(time.Since(b.c.began))
+	signed, err := b.s.cfg.CA.Sign(time.Now(), &ca.Request{
+		ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: id.TTL, Record: r,
+	})
+	if err != nil {
+		reason, label, message, retryAfter := refusalOf(err)
+		if label == reasonUnavailable {
+			b.s.log.Error("signing is not possible", "request_id", b.c.requestID, "entry", entry.Name(), "err", err)
+		}
+		refused(reason, label, message, err.Error(), retryAfter)
+		return
+	}
+	d.signed = signed
+}
+
+// checkItem checks sizes, before anything is made of them.
+func checkItem(item *nodev1.IssueItem) string {
+	switch {
+	case item == nil:
+		return "the item is empty"
+	case len(item.GetEntry()) > maxNameBytes:
+		return fmt.Sprintf("the entry's name has %d bytes, at most %d are allowed", len(item.GetEntry()), maxNameBytes)
+	case item.GetInstance() == "":
+		return "the instance is missing"
+	case len(item.GetInstance()) > maxInstanceBytes:
+		return fmt.Sprintf("the instance has %d bytes, at most %d are allowed", len(item.GetInstance()), maxInstanceBytes)
+	case len(item.GetPreviousSerial()) > maxSerialBytes:
+		return fmt.Sprintf("the previous serial has %d bytes, at most %d are allowed", len(item.GetPreviousSerial()), maxSerialBytes)
+	case item.GetWorkload() == nil:
+		return "the workload's attributes are missing"
+	}
+	if n := proto.Size(item.GetWorkload()); n > maxAttributeBytes {
+		return fmt.Sprintf("the workload's attributes have %d bytes, at most %d are allowed", n, maxAttributeBytes)
+	}
+	return ""
+}
+
+func kindOf(k nodev1.IssueKind) ledgerv1.Kind {
+	switch k {
+	case nodev1.IssueKind_ISSUE_KIND_FIRST:
+		return ledgerv1.Kind_KIND_FIRST
+	case nodev1.IssueKind_ISSUE_KIND_RENEWAL:
+		return ledgerv1.Kind_KIND_RENEWAL
+	case nodev1.IssueKind_ISSUE_KIND_ROTATION:
+		return ledgerv1.Kind_KIND_ROTATION
+	case nodev1.IssueKind_ISSUE_KIND_UNSPECIFIED:
+		return ledgerv1.Kind_KIND_UNSPECIFIED
+	default:
+		return ledgerv1.Kind_KIND_UNSPECIFIED
+	}
+}
+
+// refusalOf says what an agent is told of an error of Sign: what is wrong with
+// its request, or that it may try again.
+func refusalOf(err error) (reason nodev1.Reason, label, message string, retryAfter time.Duration) {
+	var req *ca.RequestError
+	if errors.As(err, &req) {
+		switch req.Reason {
+		case "csr":
+			return nodev1.Reason_REASON_CSR, reasonCSR, truncate(req.Error()), 0
+		case "id", "dns", "ttl":
+			return nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(req.Error()), 0
+		default:
+		}
+	}
+	return nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the CA cannot sign now", retryNoSigning
+}
+
+// nearestMiss says for a person why an entry does not match.
+func nearestMiss(entry *identity.Entry, facts *identity.Facts) string {
+	m := entry.Explain(facts)
+	switch {
+	case m.Field == "":
+		return ""
+	case m.Term == "":
+		return truncate(m.Field + ": " + m.Why)
+	default:
+		return truncate(m.Field + ": " + m.Term + ": " + m.Why)
+	}
+}
+
+// truncate bounds a text for the ledger and for agents, and makes it valid UTF-8:
+// a record that is not cannot be encoded, and would fail its whole batch.
+func truncate(s string) string {
+	s = strings.ToValidUTF8(s, "\uFFFD")
+	if len(s) <= maxDetailBytes {
+		return s
+	}
+	cut := maxDetailBytes
+	for cut > 0 && s[cut]&0xC0 == 0x80 { // not inside of a rune
+		cut--
+	}
+	return s[:cut] + "…"
+}
+
+// record makes the batch durable and builds the answer from what is. If the
+// ledger cannot, every item that was signed is refused: the certificates are
+// thrown away with the drafts.
+func (s *Server) record(ctx context.Context, c *caller, decisions []decision) (*nodev1.IssueResponse, error) {
+	drafts := make([]*ledger.Draft, 0, len(decisions))
+	place := make([]int, len(decisions)) // of a signed item's draft
+	for i := range decisions {
+		d := &decisions[i]
+		switch {
+		case d.signed != nil:
+			place[i] = len(drafts)
+			drafts = append(drafts, d.signed.Draft)
+		case d.record != nil && s.refusals.admit(c.began, c.node.ID, false, d.record):
+			drafts = append(drafts, ledger.NewDraft(d.record, nil))
+		case d.record != nil:
+			s.metrics.suppressed.Inc()
+		default:
+		}
+	}
+	var durable []*ledger.Durable
+	if len(drafts) > 0 {
+		appendCtx, cancel := context.WithTimeout(ctx, ledgerTimeout)
+		defer cancel()
+		var err error
+		if durable, err = s.cfg.Ledger.Append(appendCtx, drafts...); err != nil {
+			s.log.ErrorContext(ctx, "issuance cannot be recorded", "request_id", c.requestID, "node_id", c.node.ID, "err", err)
+			durable = nil
+		}
+	}
+	results := make([]*nodev1.IssueResult, len(decisions))
+	for i := range decisions {
+		d := &decisions[i]
+		if d.signed != nil && durable == nil {
+			d.signed = nil
+			d.refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the CA cannot record now", retryNoSigning)
+		}
+		if d.signed == nil {
+			s.refused.Add(1)
+			s.metrics.refused.WithLabelValues(d.reason).Inc()
+			results[i] = &nodev1.IssueResult{Result: &nodev1.IssueResult_Refusal{Refusal: d.refusal}}
+			continue
+		}
+		s.issued.Add(1)
+		s.metrics.issued.WithLabelValues(kindLabel(d.kind)).Inc()
+		results[i] = &nodev1.IssueResult{Result: &nodev1.IssueResult_Svid{
+			Svid: issuedSVID(durable[place[i]], d.signed.RenewAt),
+		}}
+	}
+	return &nodev1.IssueResponse{Results: results}, nil
+}
+
+// issuedSVID is the only way from a certificate to an answer, and it needs proof
+// that the certificate's record is on the disk.
+func issuedSVID(d *ledger.Durable, renewAt time.Time) *nodev1.IssuedSVID {
+	return &nodev1.IssuedSVID{
+		SpiffeId: d.Record().GetSpiffeId(),
+		Chain:    d.Chain(),
+		RenewAt:  timestamppb.New(renewAt),
+	}
+}
+
+func nodeRef(n *registry.Node, address string) *ledgerv1.NodeRef {
+	return &ledgerv1.NodeRef{
+		Id: n.ID, Address: address, AgentVersion: n.AgentVersion, Attributes: n.Attributes,
+	}
+}
+
+func kindLabel(k ledgerv1.Kind) string {
+	switch k {
+	case ledgerv1.Kind_KIND_FIRST:
+		return "first"
+	case ledgerv1.Kind_KIND_RENEWAL:
+		return "renewal"
+	case ledgerv1.Kind_KIND_ROTATION:
+		return "rotation"
+	default:
+		return "unspecified"
+	}
+}

@@ -1,0 +1,111 @@
+package server
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+type metrics struct {
+	issued        *prometheus.CounterVec
+	refused       *prometheus.CounterVec
+	suppressed    prometheus.Counter
+	attestations  *prometheus.CounterVec
+	renewals      prometheus.Counter
+	clones        prometheus.Counter
+	evictions     *prometheus.CounterVec
+	entryChanges  *prometheus.CounterVec
+	syncMessages  *prometheus.CounterVec
+	handshakes    *prometheus.CounterVec
+	rpcFailures   *prometheus.CounterVec
+	panics        prometheus.Counter
+	batchSize     prometheus.Histogram
+	issueDuration prometheus.Histogram
+}
+
+// newMetrics registers the server's metrics. Every series exists from the start.
+func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metrics, error) {
+	counters := func(name, help, label string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, []string{label})
+	}
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+	}
+	gauge := func(name, help string, value func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+	}
+	m := &metrics{
+		issued: counters("meshid_ca_svids_issued_total",
+			"X.509-SVIDs issued to workloads, by why they were asked for.", "kind"),
+		refused: counters("meshid_ca_refusals_total",
+			"Requests for an X.509-SVID, of workloads and agents, that were refused.", "reason"),
+		suppressed: counter("meshid_ca_records_aggregated_total",
+			"Refusals and ends of instances that were counted instead of recorded one by one."),
+		attestations: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "meshid_ca_attestations_total", Help: "Attestations of nodes.",
+		}, []string{"method", "outcome"}),
+		renewals: counter("meshid_ca_agent_renewals_total", "X.509-SVIDs of agents that were renewed."),
+		clones: counter("meshid_ca_agent_clones_total",
+			"Times that an agent presented an X.509-SVID that it had replaced."),
+		evictions: counters("meshid_ca_node_changes_total", "Changes of nodes by operators.", "action"),
+		entryChanges: counters("meshid_ca_entry_changes_total",
+			"Registration entries that were created, changed or deleted.", "action"),
+		syncMessages: counters("meshid_ca_sync_messages_total",
+			"Snapshots and deltas of entries sent to agents.", "type"),
+		handshakes: counters("meshid_ca_tls_handshakes_total", "TLS handshakes on the agents' listener.", "outcome"),
+		rpcFailures: counters("meshid_ca_rpc_failures_total",
+			"Calls that were answered with an error.", "kind"),
+		panics: counter("meshid_ca_panics_total", "Panics in handlers, each answered as an internal error."),
+		batchSize: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "meshid_ca_issue_batch_items", Help: "Items in one request for X.509-SVIDs.",
+			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512},
+		}),
+		issueDuration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "meshid_ca_issue_duration_seconds", Help: "Time from a request for X.509-SVIDs to its answer.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+		}),
+	}
+	for _, kind := range []string{"first", "renewal", "rotation", "unspecified"} {
+		m.issued.WithLabelValues(kind)
+	}
+	for _, reason := range refusalReasons {
+		m.refused.WithLabelValues(reason)
+	}
+	for _, method := range append([]string{"unknown"}, methods...) {
+		for _, outcome := range []string{"success", "refused", "error", "overload"} {
+			m.attestations.WithLabelValues(method, outcome)
+		}
+	}
+	for _, action := range []string{"evict", "ban", "unban"} {
+		m.evictions.WithLabelValues(action)
+	}
+	for _, action := range []string{actionCreated, actionChanged, actionDeleted} {
+		m.entryChanges.WithLabelValues(action)
+	}
+	for _, typ := range []string{"snapshot", "delta"} {
+		m.syncMessages.WithLabelValues(typ)
+	}
+	for _, outcome := range []string{"ok", "failed", "overload"} {
+		m.handshakes.WithLabelValues(outcome)
+	}
+	for _, kind := range []string{
+		"invalid", "not_found", "conflict", "denied", "unauthenticated", "overload", "unavailable", "canceled", "internal",
+	} {
+		m.rpcFailures.WithLabelValues(kind)
+	}
+	for _, c := range []prometheus.Collector{
+		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.entryChanges,
+		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
+		gauge("meshid_ca_revision", "Revision of the last change of entries or trust bundle.",
+			func() float64 { return float64(s.registry.Entries().Revision) }),
+		gauge("meshid_ca_entries", "Registration entries in force.",
+			func() float64 { return float64(s.registry.Entries().Set.Len()) }),
+		gauge("meshid_ca_nodes", "Nodes that have attested and are not forgotten yet.",
+			func() float64 { return float64(s.registry.CountNodes()) }),
+		gauge("meshid_ca_nodes_connected", "Nodes with an open Sync stream.",
+			func() float64 { return float64(s.hub.count()) }),
+	} {
+		if err := reg.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,309 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
+
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+// Limits of a connection.
+const (
+	handshakeTimeout = 5 * time.Second
+	maxStreams       = 100      // at the same time, a connection
+	maxHeaderBytes   = 64 << 10 // of a request
+	// maxMessage bounds a request: 512 items, each with a CSR and attributes of
+	// usual size.
+	maxMessage = 4 << 20
+	// maxAdminMessage bounds a request on the operators' socket: all entries.
+	maxAdminMessage = 64 << 20
+	// A peer that has vanished is noticed after these two together: at most 20 s.
+	keepaliveTime    = 15 * time.Second
+	keepaliveTimeout = 5 * time.Second
+	// keepaliveMin is how often a client may ping.
+	keepaliveMin = 5 * time.Second
+	// maxClientChain is leaf and intermediates.
+	maxClientChain = 5
+)
+
+// GRPC returns a server for the agents' listener, with both services: TLS 1.3
+// only, client certificates verified against the bundle of the moment, and every
+// call through the authorization table. The caller serves and stops it.
+func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
+	g := s.newGRPC(&tlsCredentials{s: s, base: s.tlsConfig()}, opts)
+	nodev1.RegisterNodeServiceServer(g, s.NodeService())
+	adminv1.RegisterAdminServiceServer(g, s.AdminService())
+	return g
+}
+
+// AdminGRPC returns a server for the operators' Unix socket, which must come
+// from peer.Listen: root and the CA's own user may use it. The caller serves and
+// stops it.
+func (s *Server) AdminGRPC(opts ...grpc.ServerOption) *grpc.Server {
+	g := s.newGRPC(peer.Credentials(), append([]grpc.ServerOption{grpc.MaxRecvMsgSize(maxAdminMessage)}, opts...))
+	adminv1.RegisterAdminServiceServer(g, s.AdminService())
+	return g
+}
+
+func (s *Server) newGRPC(creds credentials.TransportCredentials, opts []grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append([]grpc.ServerOption{
+		grpc.Creds(creds),
+		grpc.UnaryInterceptor(s.interceptUnary),
+		grpc.StreamInterceptor(s.interceptStream),
+		grpc.UnknownServiceHandler(refuseUnknown),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.SharedWriteBuffer(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMin, PermitWithoutStream: true}),
+		grpc.WaitForHandlers(true),
+	}, opts...)...)
+}
+
+// tlsConfig returns the configuration of the agents' listener.
+func (s *Server) tlsConfig() *tls.Config {
+	base := &tls.Config{
+		MinVersion:       tls.VersionTLS13,
+		MaxVersion:       tls.VersionTLS13,
+		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256},
+		NextProtos:       []string{"h2"},
+		// A resumed session would skip the verification of the client, and
+		// outlive its certificate, its node and the root.
+		SessionTicketsDisabled: true,
+		// Attest comes without a certificate; all else is refused without.
+		ClientAuth: tls.VerifyClientCertIfGiven,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return s.cfg.CA.ServerCertificate()
+		},
+		VerifyConnection: func(state tls.ConnectionState) error {
+			_, err := s.clientIdentity(&state)
+			return err
+		},
+	}
+	// For each connection the roots are those of now.
+	base.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		return s.bundles.config(s, base), nil
+	}
+	return base
+}
+
+// bundleCache holds the TLS configuration for the current bundle.
+type bundleCache struct {
+	mu       sync.Mutex // guards what follows
+	sequence uint64
+	current  *tls.Config
+}
+
+func (b *bundleCache) config(s *Server, base *tls.Config) *tls.Config {
+	roots, sequence := s.cfg.CA.Bundle()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.current != nil && b.sequence == sequence {
+		return b.current
+	}
+	// An empty pool verifies nobody; nil would mean the system's roots.
+	pool := x509.NewCertPool()
+	for _, root := range roots {
+		pool.AddCert(root)
+	}
+	c := base.Clone()
+	c.GetConfigForClient = nil
+	c.ClientCAs = pool
+	b.current, b.sequence = c, sequence
+	return c
+}
+
+// clientIdentity returns the SPIFFE ID of the client's X.509-SVID, or the zero
+// ID if it came without one. It looks at nothing but the leaf of the chain that
+// was verified: other certificates in the handshake mean nothing.
+//
+// X509-SVID §5.2: no CA, no signing key usages, exactly one URI SAN with a
+// path. The ID is compared as it is in the certificate, byte for byte.
+func (s *Server) clientIdentity(state *tls.ConnectionState) (spiffeid.ID, error) {
+	if len(state.PeerCertificates) == 0 {
+		return spiffeid.ID{}, nil
+	}
+	if len(state.PeerCertificates) > maxClientChain {
+		return spiffeid.ID{}, fmt.Errorf("client sent %d certificates, at most %d are taken", len(state.PeerCertificates), maxClientChain)
+	}
+	if len(state.VerifiedChains) == 0 || len(state.VerifiedChains[0]) < 2 {
+		return spiffeid.ID{}, errors.New("client certificate was not verified")
+	}
+	leaf := state.VerifiedChains[0][0]
+	switch {
+	case leaf.IsCA || !leaf.BasicConstraintsValid:
+		return spiffeid.ID{}, errors.New("client certificate is not a leaf")
+	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
+		return spiffeid.ID{}, errors.New("client certificate may sign certificates")
+	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
+		return spiffeid.ID{}, errors.New("client certificate may not sign")
+	}
+	raw, err := soleURI(leaf)
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	id, err := identity.ParseID(raw)
+	if err != nil {
+		return spiffeid.ID{}, fmt.Errorf("client certificate: %w", err)
+	}
+	if id.TrustDomain() != s.cfg.TrustDomain || id.Path() == "" {
+		return spiffeid.ID{}, fmt.Errorf("client certificate is for %s", id)
+	}
+	return id, nil
+}
+
+// tlsInfo is what a TLS connection proved.
+type tlsInfo struct {
+	credentials.CommonAuthInfo
+	id       spiffeid.ID // zero without a client certificate
+	serial   []byte
+	notAfter time.Time
+}
+
+// AuthType implements credentials.AuthInfo.
+func (*tlsInfo) AuthType() string { return "tls" }
+
+// tlsCredentials makes the TLS handshakes of the agents' listener, bounded in
+// time and number.
+type tlsCredentials struct {
+	s    *Server
+	base *tls.Config
+}
+
+func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	release, ok := t.s.conns.handshakes.take(host(raw.RemoteAddr().String()))
+	if !ok {
+		t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+		return nil, nil, errors.Join(errors.New("too many handshakes at the same time"), raw.Close())
+	}
+	defer release()
+	conn := tls.Server(raw, t.base)
+	// gRPC gives no context; it has set a deadline for the handshake (ConnectionTimeout).
+	if err := conn.Handshake(); err != nil { //nolint:noctx // see above
+		t.s.metrics.handshakes.WithLabelValues("failed").Inc()
+		return nil, nil, errors.Join(err, raw.Close())
+	}
+	state := conn.ConnectionState()
+	id, err := t.s.clientIdentity(&state)
+	if err == nil && state.NegotiatedProtocol != "h2" {
+		err = errors.New("client did not negotiate HTTP/2")
+	}
+	if err != nil {
+		t.s.metrics.handshakes.WithLabelValues("failed").Inc()
+		return nil, nil, errors.Join(err, conn.Close())
+	}
+	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
+	info := &tlsInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, id: id}
+	if id.IsZero() {
+		return conn, info, nil
+	}
+	leaf := state.VerifiedChains[0][0]
+	info.serial, info.notAfter = leaf.SerialNumber.Bytes(), leaf.NotAfter
+	return t.s.conns.track(id.String(), conn), info, nil
+}
+
+func (*tlsCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("these credentials are for a server")
+}
+
+func (*tlsCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
+}
+
+func (t *tlsCredentials) Clone() credentials.TransportCredentials {
+	return &tlsCredentials{s: t.s, base: t.base}
+}
+
+func (*tlsCredentials) OverrideServerName(string) error { return nil }
+
+// connections knows the unfinished handshakes, which it bounds, and the
+// authenticated connections by SPIFFE ID, so that those of an evicted node can be
+// closed.
+type connections struct {
+	handshakes *places
+
+	mu   sync.Mutex // guards what follows
+	byID map[string]map[*trackedConn]struct{}
+}
+
+func newConnections(maxHandshakes int) *connections {
+	return &connections{
+		handshakes: newPlaces(maxHandshakes),
+		byID:       make(map[string]map[*trackedConn]struct{}),
+	}
+}
+
+// track notes an authenticated connection until it is closed.
+func (c *connections) track(id string, conn net.Conn) net.Conn {
+	t := &trackedConn{Conn: conn, id: id, all: c}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.byID[id] == nil {
+		c.byID[id] = make(map[*trackedConn]struct{})
+	}
+	c.byID[id][t] = struct{}{}
+	return t
+}
+
+// closeAll closes the connections that were authenticated with this SPIFFE ID.
+func (c *connections) closeAll(id string) {
+	c.mu.Lock()
+	conns := make([]*trackedConn, 0, len(c.byID[id]))
+	for t := range c.byID[id] {
+		conns = append(conns, t)
+	}
+	c.mu.Unlock()
+	for _, t := range conns {
+		t.abort()
+	}
+}
+
+// trackedConn is a connection that connections knows.
+type trackedConn struct {
+	net.Conn
+	id  string
+	all *connections
+}
+
+func (t *trackedConn) forget() {
+	t.all.mu.Lock()
+	defer t.all.mu.Unlock()
+	delete(t.all.byID[t.id], t)
+	if len(t.all.byID[t.id]) == 0 {
+		delete(t.all.byID, t.id)
+	}
+}
+
+// Close closes the connection.
+func (t *trackedConn) Close() error {
+	t.forget()
+	return t.Conn.Close()
+}
+
+// abort closes the connection without waiting for what is still to be written:
+// a peer that does not read could hold tls.Conn's Close for seconds.
+func (t *trackedConn) abort() {
+	t.forget()
+	if c, ok := t.Conn.(*tls.Conn); ok {
+		_ = c.NetConn().Close() // it is being thrown away
+		return
+	}
+	_ = t.Conn.Close()
+}

@@ -1,0 +1,199 @@
+// Package store keeps what the CA must not forget: registration entries, nodes,
+// join tokens and roots, in SQL. It answers "what was decided" after a restart
+// and orders all changes by one revision. It does not judge what it keeps, and
+// nothing on the issuing path asks it.
+package store
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// ErrNotFound is wrapped when what was to be changed does not exist.
+var ErrNotFound = errors.New("not found")
+
+// DB is the store. All methods may be called concurrently: changes are made one
+// after the other and are on disk when the method returns. A method that fails
+// has changed nothing. Nothing is retried here.
+type DB struct {
+	dialect dialect
+	writer  *sql.DB // one connection
+	reader  *sql.DB
+	epoch   string
+}
+
+// Open opens the SQLite database at path, creating it with mode 0600 or
+// bringing its schema up to date as needed. It refuses a database whose schema
+// is newer than this program.
+func Open(ctx context.Context, path string) (*DB, error) {
+	writer, reader, err := openSQLite(path)
+	if err != nil {
+		return nil, err
+	}
+	d := &DB{dialect: sqlite, writer: writer, reader: reader}
+	if err := d.prepare(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open database %s: %w", path, err), d.Close())
+	}
+	return d, nil
+}
+
+// Close closes the database; calls in flight finish first.
+func (d *DB) Close() error {
+	return errors.Join(d.writer.Close(), d.reader.Close())
+}
+
+// Epoch names this history of revisions. It was chosen at random when the
+// database was created: revisions of two epochs cannot be compared.
+func (d *DB) Epoch() string { return d.epoch }
+
+// Revision returns the revision of the last change of entries or roots.
+func (d *DB) Revision(ctx context.Context) (uint64, error) {
+	var revision int64
+	row := d.reader.QueryRowContext(ctx, d.dialect.rebind(`SELECT revision FROM state WHERE id = 1`))
+	if err := row.Scan(&revision); err != nil {
+		return 0, fmt.Errorf("read revision: %w", err)
+	}
+	return uint64(revision), nil //nolint:gosec // the table holds the CHECK that it is not negative
+}
+
+// update runs fn in a transaction that writes.
+func (d *DB) update(ctx context.Context, fn func(tx *sql.Tx) error) error {
+	tx, err := d.writer.BeginTx(ctx, nil)
+	if err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	if err := fn(tx); err != nil {
+		if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, sql.ErrTxDone) {
+			return errors.Join(err, fmt.Errorf("roll back: %w", rerr))
+		}
+		return err
+	}
+	if err := tx.Commit(); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	return nil
+}
+
+// exec runs one statement that writes.
+func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int64, error) {
+	res, err := tx.ExecContext(ctx, d.dialect.rebind(query), args...)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// nextRevision is the one place where the revision grows: whatever changes
+// entries or roots calls it in its own transaction. Since there is one writer,
+// revisions are committed in their order and without gaps.
+func (d *DB) nextRevision(ctx context.Context, tx *sql.Tx) (uint64, error) {
+	var revision int64
+	row := tx.QueryRowContext(ctx, d.dialect.rebind(
+		`UPDATE state SET revision = revision + 1 WHERE id = 1 RETURNING revision`))
+	if err := row.Scan(&revision); err != nil {
+		return 0, fmt.Errorf("advance revision: %w", err)
+	}
+	return uint64(revision), nil //nolint:gosec // the table holds the CHECK that it is not negative
+}
+
+// migration is one embedded file: its number and what it does.
+type migration struct {
+	version int64
+	name    string
+	sql     string
+}
+
+// prepare brings the schema up to date and reads the epoch.
+func (d *DB) prepare(ctx context.Context) error {
+	all, err := d.readMigrations()
+	if err != nil {
+		return err
+	}
+	if err := d.migrate(ctx, all); err != nil {
+		return err
+	}
+	return d.update(ctx, func(tx *sql.Tx) error {
+		// Only the first start finds no row.
+		if _, err := d.exec(ctx, tx,
+			`INSERT INTO state (id, epoch, revision, bundle_sequence) VALUES (1, ?1, 0, 0) ON CONFLICT (id) DO NOTHING`,
+			rand.Text()); err != nil {
+			return fmt.Errorf("write epoch: %w", err)
+		}
+		if err := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT epoch FROM state WHERE id = 1`)).Scan(&d.epoch); err != nil {
+			return fmt.Errorf("read epoch: %w", err)
+		}
+		return nil
+	})
+}
+
+// migrate applies what is missing, each migration in a transaction of its own
+// together with the note that it was applied: a start that is killed goes on
+// where it was.
+func (d *DB) migrate(ctx context.Context, all []migration) error {
+	var applied int64
+	err := d.update(ctx, func(tx *sql.Tx) error {
+		if _, err := d.exec(ctx, tx, d.dialect.versionTable); err != nil {
+			return fmt.Errorf("create table of migrations: %w", err)
+		}
+		row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT COALESCE(MAX(version), 0) FROM schema_migrations`))
+		return row.Scan(&applied)
+	})
+	if err != nil {
+		return fmt.Errorf("read schema version: %w", err)
+	}
+	if newest := all[len(all)-1].version; applied > newest {
+		return fmt.Errorf("the database has schema version %d and this program knows versions up to %d: "+
+			"it was used by a newer release, run that one", applied, newest)
+	}
+	for _, m := range all {
+		if m.version <= applied {
+			continue
+		}
+		err := d.update(ctx, func(tx *sql.Tx) error {
+			if _, err := d.exec(ctx, tx, m.sql); err != nil {
+				return err
+			}
+			_, err := d.exec(ctx, tx,
+				`INSERT INTO schema_migrations (version, applied_at) VALUES (?1, ?2)`, m.version, time.Now().Unix())
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("migrate schema with %s: %w", m.name, err)
+		}
+	}
+	return nil
+}
+
+// readMigrations returns the embedded migrations in their order.
+func (d *DB) readMigrations() ([]migration, error) {
+	names, err := fs.Glob(d.dialect.migrations, "migrations/*.sql")
+	if err != nil {
+		return nil, fmt.Errorf("list migrations: %w", err)
+	}
+	all := make([]migration, 0, len(names))
+	for _, name := range names {
+		raw, err := fs.ReadFile(d.dialect.migrations, name)
+		if err != nil {
+			return nil, fmt.Errorf("read migration: %w", err)
+		}
+		digits, _, _ := strings.Cut(strings.TrimPrefix(name, "migrations/"), "_")
+		version, err := strconv.ParseInt(digits, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("name of migration %s: %w", name, err)
+		}
+		all = append(all, migration{version, name, string(raw)})
+	}
+	slices.SortFunc(all, func(a, b migration) int { return int(a.version - b.version) })
+	if len(all) == 0 {
+		return nil, errors.New("no migrations are embedded")
+	}
+	return all, nil
+}
