@@ -105,8 +105,7 @@ func (d *drained) accept() (c *net.UnixConn, since time.Duration, err error) {
 	}
 	if err != nil {
 		// As net does it, so that a server can tell what is worth another try.
-		var op *net.OpError
-		if !errors.As(err, &op) {
+		if _, ok := errors.AsType[*net.OpError](err); !ok {
 			err = &net.OpError{Op: "accept", Net: "unix", Addr: d.socket.Addr(), Err: err}
 		}
 		return nil, 0, err
@@ -141,7 +140,7 @@ func openProven(cred *unix.Ucred, since time.Duration) (pidfd int, err error) {
 		return -1, err
 	}
 	defer proc.Close() //nolint:errcheck // nothing was written
-	start, err := proc.StartTime()
+	stat, err := proc.Stat()
 	if err != nil {
 		return -1, err
 	}
@@ -149,7 +148,7 @@ func openProven(cred *unix.Ucred, since time.Duration) (pidfd int, err error) {
 	if err := alive(fd, pid); err != nil {
 		return -1, err
 	}
-	if err := checkStart(start, since); err != nil {
+	if err := checkStart(stat.StartTime, since); err != nil {
 		return -1, fmt.Errorf("process %d: %w", pid, err)
 	}
 	return fd, nil

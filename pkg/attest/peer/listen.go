@@ -112,7 +112,7 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 		if l.drained, err = watchDrained(socket); err != nil {
 			return nil, errors.Join(fmt.Errorf("listen on %s: %w", path, err), l.Close())
 		}
-		o.Logger.Warn("kernel does not tell the pidfd of a peer, processes younger than their connection are refused once",
+		o.Logger.WarnContext(ctx, "kernel does not tell the pidfd of a peer, processes younger than their connection are refused once",
 			"since", "linux 6.5")
 	}
 	return l, nil

@@ -151,7 +151,7 @@ func (p *Peer) readIDs() error {
 	if err != nil {
 		return err
 	}
-	defer proc.Close()
+	defer proc.Close() //nolint:errcheck // nothing was written
 	s, err := proc.Status()
 	if err != nil {
 		return err

@@ -140,18 +140,26 @@ func (p *Process) exeError(what string, err error) error {
 	return fmt.Errorf("%s /proc/%d/exe: %w", what, p.pid, gone(err))
 }
 
-// StartTime returns when the process was started, in clock ticks since the
-// machine's start. With the id, it names the process.
-func (p *Process) StartTime() (uint64, error) {
+// Stat is what is used of /proc/<pid>/stat.
+type Stat struct {
+	// Parent is the id of the parent process.
+	Parent int
+	// StartTime is when the process was started, in clock ticks (10 ms) since
+	// the machine's start. With the id, it names the process.
+	StartTime uint64
+}
+
+// Stat reads the process's parent and start time.
+func (p *Process) Stat() (Stat, error) {
 	b, err := p.ReadFile("stat")
 	if err != nil {
-		return 0, err
+		return Stat{}, err
 	}
-	t, err := parseStartTime(b)
+	s, err := parseStat(b)
 	if err != nil {
-		return 0, fmt.Errorf("read /proc/%d/stat: %w", p.pid, err)
+		return Stat{}, fmt.Errorf("read /proc/%d/stat: %w", p.pid, err)
 	}
-	return t, nil
+	return s, nil
 }
 
 // Status is what is used of /proc/<pid>/status. Ids are as seen from this
@@ -228,18 +236,26 @@ func parseID(b []byte) (uint32, error) {
 	return uint32(n), err
 }
 
-// parseStartTime takes field 22 of /proc/<pid>/stat. Field 2 is the name in
-// parentheses and may hold anything, parentheses and line feeds too.
-func parseStartTime(b []byte) (uint64, error) {
+// parseStat takes fields 4 and 22. Field 2 is the name in parentheses and may
+// hold anything, parentheses and line feeds too.
+func parseStat(b []byte) (Stat, error) {
 	i := bytes.LastIndexByte(b, ')')
 	if i < 0 {
-		return 0, errors.New("no name in parentheses")
+		return Stat{}, errors.New("no name in parentheses")
 	}
 	f := strings.Fields(string(b[i+1:])) // begins with field 3
 	if len(f) < 20 {
-		return 0, io.ErrUnexpectedEOF
+		return Stat{}, io.ErrUnexpectedEOF
 	}
-	return strconv.ParseUint(f[19], 10, 64)
+	parent, err := strconv.Atoi(f[1])
+	if err != nil {
+		return Stat{}, fmt.Errorf("parent: %w", err)
+	}
+	start, err := strconv.ParseUint(f[19], 10, 64)
+	if err != nil {
+		return Stat{}, fmt.Errorf("start time: %w", err)
+	}
+	return Stat{Parent: parent, StartTime: start}, nil
 }
 
 // root is procfs, opened once and kept.
