@@ -111,10 +111,10 @@ func withMesh(ctx context.Context, config mesh.Config, out io.Writer, play func(
 // unlessStopped takes an error that only says that the user pressed Ctrl-C for
 // what it is.
 func unlessStopped(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return err
 	}
-	return err
+	return nil
 }
 
 const engineDir = "docker"

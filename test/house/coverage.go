@@ -89,8 +89,7 @@ func split(name string) []string {
 	runes := []rune(name)
 	start := 0
 	for i := 1; i <= len(runes); i++ {
-		end := i == len(runes)
-		if !end && !(unicode.IsUpper(runes[i]) && (!unicode.IsUpper(runes[i-1]) || i+1 < len(runes) && unicode.IsLower(runes[i+1]))) {
+		if i < len(runes) && !begins(runes, i) {
 			continue
 		}
 		word := string(runes[start:i])
@@ -101,6 +100,14 @@ func split(name string) []string {
 		start = i
 	}
 	return words
+}
+
+// begins says whether a word begins at runes[i].
+func begins(runes []rune, i int) bool {
+	if !unicode.IsUpper(runes[i]) {
+		return false
+	}
+	return !unicode.IsUpper(runes[i-1]) || i+1 < len(runes) && unicode.IsLower(runes[i+1])
 }
 
 // WriteCoverage writes which rows are shown by which tests, as Markdown.

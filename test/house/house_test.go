@@ -113,8 +113,12 @@ func TestMatches(t *testing.T) {
 		pattern, pkg string
 		want         bool
 	}{
-		{"pkg/ca", "pkg/ca", true}, {"pkg/ca", "pkg/ca/keys", false}, {"internal/*", "internal/durable", true},
-		{"proto/**", "proto/node/v1", true}, {"proto/**", "protos", false}, {"pkg/*", "pkg/attest/node", false},
+		{"pkg/ca", "pkg/ca", true},
+		{"pkg/ca", "pkg/ca/keys", false},
+		{"internal/*", "internal/durable", true},
+		{"proto/**", "proto/node/v1", true},
+		{"proto/**", "protos", false},
+		{"pkg/*", "pkg/attest/node", false},
 	} {
 		if got := matches(c.pattern, c.pkg); got != c.want {
 			t.Errorf("matches(%q, %q) = %v", c.pattern, c.pkg, got)

@@ -46,7 +46,7 @@ func Envoy(t testing.TB) string {
 	if path == "" {
 		path = filepath.Join(Repository(), ".cache", "envoy", "envoy")
 	}
-	if _, err := os.Stat(path); err != nil {
+	if _, err := os.Stat(path); err != nil { //nolint:gosec // whoever runs the tests says where Envoy is
 		Missing(t, "no Envoy (run scripts/install-envoy): %v", err)
 	}
 	return path

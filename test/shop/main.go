@@ -36,7 +36,7 @@ func run(ctx context.Context, args []string, logger *slog.Logger) error {
 	service := os.Getenv("SHOP_SERVICE")
 	switch args[0] {
 	case "serve":
-		return serve(ctx, service, os.Getenv("SHOP_INSTANCE"), os.Getenv("SHOP_UPSTREAM"))
+		return serve(ctx, service, os.Getenv("SHOP_INSTANCE"), os.Getenv("SHOP_UPSTREAM"), os.Getenv("SHOP_STATS"))
 	case "buy":
 		c := newCustomer(os.Getenv("SHOP_UPSTREAM"), os.Getenv("SHOP_EXPECT"))
 		return c.run(ctx, os.Getenv("SHOP_RATE"), os.Getenv("SHOP_STATS"), logger)

@@ -26,7 +26,8 @@ const (
 	maxAnswer     = 64 << 10
 )
 
-func serve(ctx context.Context, service, instance, upstream string) error {
+// serve answers until ctx ends. Once it does, there is a socket at ready.
+func serve(ctx context.Context, service, instance, upstream, ready string) error {
 	client := newClient()
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		a := &answer{Service: service, Instance: instance, Caller: caller(r.Header.Get("X-Forwarded-Client-Cert"))}
@@ -45,7 +46,11 @@ func serve(ctx context.Context, service, instance, upstream string) error {
 	if err != nil {
 		return err
 	}
-	return serveUntil(ctx, listener, handler)
+	sign, err := listenUnix(ctx, ready)
+	if err != nil {
+		return err
+	}
+	return errors.Join(serveUntil(ctx, listener, handler), sign.Close())
 }
 
 // serveUntil serves until ctx ends, and then finishes the open requests.

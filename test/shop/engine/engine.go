@@ -223,13 +223,13 @@ func (e *Engine) List(ctx context.Context, label string) ([]string, error) {
 	return ids, nil
 }
 
-// Stop asks a container's process to end and kills it after grace.
-func (e *Engine) Stop(ctx context.Context, container string, grace time.Duration) error {
+// StopContainer asks a container's process to end and kills it after grace.
+func (e *Engine) StopContainer(ctx context.Context, container string, grace time.Duration) error {
 	return e.call(ctx, http.MethodPost, "/containers/"+container+"/stop?t="+strconv.Itoa(int(grace.Seconds())), nil, nil)
 }
 
-// Start starts a stopped container again.
-func (e *Engine) Start(ctx context.Context, container string) error {
+// StartContainer starts a stopped container again.
+func (e *Engine) StartContainer(ctx context.Context, container string) error {
 	return e.call(ctx, http.MethodPost, "/containers/"+container+"/start", nil, nil)
 }
 

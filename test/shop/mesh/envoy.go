@@ -3,6 +3,7 @@ package mesh
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -51,12 +52,17 @@ func get(ctx context.Context, client *http.Client, path string, out any) error {
 // Envoy is the admin interface of one sidecar.
 type Envoy struct{ client *http.Client }
 
+// Get asks the admin interface for a path and decodes its JSON.
+func (e Envoy) Get(ctx context.Context, path string, out any) error {
+	return get(ctx, e.client, path, out)
+}
+
 // Stats returns the counters and gauges whose names match a regular expression.
 func (e Envoy) Stats(ctx context.Context, filter string) (map[string]uint64, error) {
 	var answer struct {
 		Stats []struct {
-			Name  string      `json:"name"`
-			Value json.Number `json:"value"`
+			Name  string `json:"name"`
+			Value any    `json:"value"` // a number, or a text
 		} `json:"stats"`
 	}
 	if err := get(ctx, e.client, "/stats?format=json&filter="+url.QueryEscape(filter), &answer); err != nil {
@@ -64,11 +70,27 @@ func (e Envoy) Stats(ctx context.Context, filter string) (map[string]uint64, err
 	}
 	stats := make(map[string]uint64, len(answer.Stats))
 	for _, s := range answer.Stats {
-		if n, err := s.Value.Int64(); err == nil && n >= 0 {
+		if n, ok := s.Value.(float64); ok && n >= 0 {
 			stats[s.Name] = uint64(n)
 		}
 	}
 	return stats, nil
+}
+
+// Ready returns nil once the sidecar has its certificate and listens.
+func (e Envoy) Ready(ctx context.Context) error {
+	c, err := e.Certificate(ctx)
+	if err != nil {
+		return err
+	}
+	if c == nil {
+		return errors.New("no certificate yet")
+	}
+	stats, err := e.Stats(ctx, `^listener_manager\.workers_started$`)
+	if err == nil && stats["listener_manager.workers_started"] != 1 {
+		err = errors.New("it does not listen yet")
+	}
+	return err
 }
 
 // Certificate is a certificate that a sidecar serves.

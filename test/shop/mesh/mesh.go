@@ -290,7 +290,7 @@ func (m *Mesh) applyEntries(ctx context.Context) error {
 	}
 	text = bytes.ReplaceAll(text, []byte("SIDECAR_IMAGE_DIGEST"), []byte(strings.TrimPrefix(m.sidecarDigest, "sha256:")))
 	text = bytes.ReplaceAll(text, []byte("spiffe://shop.example/"), []byte("spiffe://"+m.TrustDomain+"/"))
-	if err := os.WriteFile(m.path("entries.yaml"), text, 0o600); err != nil {
+	if err := os.WriteFile(m.path("entries.yaml"), text, 0o600); err != nil { //nolint:gosec // our own folder
 		return err
 	}
 	m.Progress("applying the registration entries of %s", m.Entries)

@@ -140,18 +140,21 @@ func Await(ctx context.Context, what string, timeout time.Duration, done func(co
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
+	var reason error
 	for {
 		err := done(ctx)
 		if err == nil {
 			return nil
 		}
-		var final *finalError
-		if errors.As(err, &final) {
+		if ctx.Err() == nil || reason == nil { // else it may only say that the time is over
+			reason = err
+		}
+		if final, ok := errors.AsType[*finalError](err); ok {
 			return fmt.Errorf("wait for %s: %w", what, final.err)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s: not within %v: %w", what, timeout, err)
+			return fmt.Errorf("wait for %s: not within %v: %w", what, timeout, reason)
 		case <-tick.C:
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -60,7 +61,17 @@ type Instance struct {
 	App, Sidecar string
 	Envoy        Envoy
 
-	stats *http.Client
+	statsSocket string
+	stats       *http.Client
+}
+
+func (i *Instance) dial(ctx context.Context) error {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", i.statsSocket)
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // shop is the state of the services.
@@ -87,6 +98,12 @@ func (m *Mesh) Open(ctx context.Context) error {
 	if err := m.Engine.CreateNetwork(ctx, m.Run, map[string]string{Label: m.Run}); err != nil {
 		return err
 	}
+	return m.Reopen(ctx)
+}
+
+// Reopen starts one instance of each service and a customer in the network that
+// Open has made.
+func (m *Mesh) Reopen(ctx context.Context) error {
 	var expect []string
 	for i, s := range chain[1:] {
 		expect = append(expect, s.Name+" "+m.ID(chain[i].Name))
@@ -118,17 +135,25 @@ func (m *Mesh) Add(ctx context.Context, s Service) (*Instance, error) {
 	if len(s.Clients) == 0 {
 		return i, nil
 	}
-	err = Await(ctx, "the certificate of "+i.Name, openTimeout, func(ctx context.Context) error {
-		c, err := i.Envoy.Certificate(ctx)
-		if err == nil && c == nil {
-			err = errors.New("it has none")
-		}
-		return err
-	})
-	if err != nil {
-		return i, errors.Join(err, m.describe(ctx, i))
+	if err := m.AwaitReady(ctx, i); err != nil {
+		return i, err
 	}
 	return i, m.publish(ctx, s.Name)
+}
+
+// AwaitReady waits until an instance's program answers, and its sidecar has its
+// certificate and listens.
+func (m *Mesh) AwaitReady(ctx context.Context, i *Instance) error {
+	err := Await(ctx, i.Name+" to be ready", openTimeout, func(ctx context.Context) error {
+		if err := i.dial(ctx); err != nil {
+			return err
+		}
+		return i.Envoy.Ready(ctx)
+	})
+	if err != nil {
+		return errors.Join(err, m.describe(ctx, i))
+	}
+	return nil
 }
 
 // Launch starts an instance and waits for nothing: it is for those that shall
@@ -143,7 +168,7 @@ func (m *Mesh) Launch(ctx context.Context, s Service) (*Instance, error) {
 	m.shop.instances[s.Name] = append(m.shop.instances[s.Name], i)
 	m.shop.mu.Unlock()
 
-	if s.Upstream != "" && len(m.Instances(s.Upstream)) == 0 {
+	if s.Upstream != "" {
 		if err := m.writeEndpoints(s.Upstream); err != nil { // Envoy wants the file to be there
 			return i, err
 		}
@@ -189,7 +214,8 @@ func (m *Mesh) Launch(ctx context.Context, s Service) (*Instance, error) {
 // prepare writes what an instance's containers find in their mounts.
 func (m *Mesh) prepare(dir string, i *Instance) error {
 	i.Envoy = Envoy{client: unixClient(filepath.Join(dir, "sidecar", "admin.sock"))}
-	i.stats = unixClient(filepath.Join(dir, "app", "stats.sock"))
+	i.statsSocket = filepath.Join(dir, "app", "stats.sock")
+	i.stats = unixClient(i.statsSocket)
 	if err := os.MkdirAll(filepath.Join(dir, "etc", "endpoints"), 0o755); err != nil { //nolint:gosec // read by another user
 		return err
 	}
