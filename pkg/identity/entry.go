@@ -87,9 +87,6 @@ type Entry struct {
 	staticID spiffeid.ID // zero if the template has expressions
 	dns      []*template
 
-	// For the index of a Set.
-	nodeOptions, workloadOptions [][]guard
-
 	// terms are the rules in pieces, for Explain only.
 	terms func() [2]*term
 }
@@ -166,6 +163,7 @@ func (c *entryCompiler) name() {
 		c.fail("name", fmt.Sprintf("it has %d bytes", len(name)), legal)
 	case !isLower(name[0]) && !isDigit(name[0]):
 		c.fail("name", "it begins with "+quoteByte(name, 0), legal)
+		return
 	}
 	for i := range len(name) {
 		if b := name[i]; !isLower(b) && !isDigit(b) && !strings.ContainsRune("-./_", rune(b)) {
@@ -244,9 +242,7 @@ func (c *entryCompiler) staticID(text, example string) {
 func (c *entryCompiler) rules() {
 	e := c.entry
 	if source := e.proto.GetNodes(); strings.TrimSpace(source) != "" {
-		if e.nodes = c.rule("nodes", scopeNode, source); e.nodes != nil {
-			e.nodeOptions = guards(e.nodes.ast.Expr())
-		}
+		e.nodes = c.rule("nodes", scopeNode, source)
 	}
 	source := e.proto.GetWorkloads()
 	if strings.TrimSpace(source) == "" {
@@ -256,15 +252,14 @@ func (c *entryCompiler) rules() {
 	if e.workloads = c.rule("workloads", scopeWorkload, source); e.workloads == nil {
 		return
 	}
-	e.workloadOptions = guards(e.workloads.ast.Expr())
 	if e.proto.GetAcceptWeak() {
 		if e.proto.GetAdmin() {
 			c.fail("accept_weak", "an entry with admin: true cannot accept a weak rule", "pin the workload down")
 		}
 		return
 	}
-	if why := weakness(e.workloads.ast); why != "" {
-		c.fail("workloads", why, weakHint)
+	if e.workloads.weak != "" {
+		c.fail("workloads", e.workloads.weak, weakHint)
 	}
 }
 

@@ -173,7 +173,7 @@ func (t *term) why(f *Facts) string {
 		return "it is not true"
 	}
 	var said []string
-	for _, r := range factsIn(t.expr.ast.Expr()) {
+	for _, r := range t.expr.facts() {
 		if s := r.say(f); !slices.Contains(said, s) {
 			said = append(said, s)
 		}

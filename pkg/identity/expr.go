@@ -2,10 +2,12 @@ package identity
 
 import (
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"unicode/utf8"
+	"weak"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/ast"
@@ -108,16 +110,31 @@ func positionOf(text string, offset int) position {
 	return position{line: strings.Count(before, "\n") + 1, column: utf8.RuneCountInString(before[start:]) + 1}
 }
 
-// expr is a compiled expression. It is immutable and may be evaluated
-// concurrently.
+// expr is a compiled expression. It is immutable, may be evaluated concurrently,
+// and is shared by all entries that have the same text. The syntax tree is not
+// kept: it is larger than all the rest.
 type expr struct {
-	source  string
-	ast     *ast.AST
+	exprKey
 	program cel.Program
 	// counted is the same program with its cost counted and limited as it
 	// runs, for facts larger than the cost was estimated for.
 	counted func() (cel.Program, error)
+	// Of a condition: where it can be looked up, and why it is too weak for a
+	// workload rule, or "".
+	options [][]guard
+	weak    string
 }
+
+// exprKey is what an expression's meaning depends on.
+type exprKey struct {
+	scope  scope
+	kind   types.Kind // of its value: bool or string
+	source string
+}
+
+// compiled has the expressions in use: weak.Pointer[expr] by exprKey. Fleets
+// have many entries with few different templates and node rules.
+var compiled sync.Map
 
 // eval returns the expression's value, or an error: then something is not known.
 func (x *expr) eval(f *Facts) (ref.Val, error) {
@@ -138,21 +155,41 @@ func (x *expr) holds(f *Facts) bool {
 	return err == nil && v == types.True
 }
 
-// compileExpr compiles an expression whose value has type want. at is the place
-// of source in its field. The errors have no Field set.
+// compileExpr returns the compiled expression, whose value has type want. at is
+// the place of source in its field. The errors have no Field set.
 func compileExpr(sc scope, source string, want *types.Type, at position) (*expr, []FieldError) {
-	e, err := envs[sc]()
+	key := exprKey{scope: sc, kind: want.Kind(), source: source}
+	if p, ok := compiled.Load(key); ok {
+		if shared, ok := p.(weak.Pointer[expr]); ok {
+			if x := shared.Value(); x != nil {
+				return x, nil
+			}
+		}
+	}
+	x, bad := newExpr(key, want, at)
+	if bad != nil {
+		return nil, bad
+	}
+	p := weak.Make(x)
+	compiled.Store(key, p)
+	runtime.AddCleanup(x, func(key exprKey) { compiled.CompareAndDelete(key, p) }, key)
+	return x, nil
+}
+
+// newExpr compiles an expression.
+func newExpr(key exprKey, want *types.Type, at position) (*expr, []FieldError) {
+	e, err := envs[key.scope]()
 	if err != nil {
 		return nil, []FieldError{{Message: err.Error()}}
 	}
-	c := &compilation{scope: sc, at: at}
-	parsed, issues := e.Parse(source)
+	c := &compilation{scope: key.scope, at: at}
+	parsed, issues := e.Parse(key.source)
 	if issues.Err() != nil {
-		return nil, c.translate(source, issues.Errors(), nil)
+		return nil, c.translate(key.source, issues.Errors(), nil)
 	}
 	checked, issues := e.Check(parsed)
 	if issues.Err() != nil {
-		return nil, c.translate(source, issues.Errors(), parsed.NativeRep())
+		return nil, c.translate(key.source, issues.Errors(), parsed.NativeRep())
 	}
 	tree := checked.NativeRep()
 	if got := checked.OutputType(); !got.IsExactType(want) {
@@ -180,12 +217,34 @@ func compileExpr(sc scope, source string, want *types.Type, at position) (*expr,
 	if err != nil {
 		return nil, []FieldError{{Line: at.line, Column: at.column, Message: err.Error()}}
 	}
-	return &expr{
-		source: source, ast: tree, program: program,
+	x := &expr{
+		exprKey: key, program: program,
 		counted: sync.OnceValues(func() (cel.Program, error) {
-			return e.Program(checked, cel.EvalOptions(cel.OptOptimize, cel.OptTrackCost), cel.CostLimit(maxCost))
+			again, issues := e.Compile(key.source)
+			if issues.Err() != nil {
+				return nil, issues.Err()
+			}
+			return e.Program(again, cel.EvalOptions(cel.OptOptimize, cel.OptTrackCost), cel.CostLimit(maxCost))
 		}),
-	}, nil
+	}
+	if key.kind == types.BoolKind {
+		x.options = guards(tree.Expr())
+		x.weak = weakness(tree)
+	}
+	return x, nil
+}
+
+// facts lists the facts that the expression names, for an explanation.
+func (x *expr) facts() []*factRef {
+	e, err := envs[x.scope]()
+	if err != nil {
+		return nil
+	}
+	checked, issues := e.Compile(x.source)
+	if issues.Err() != nil {
+		return nil
+	}
+	return factsIn(checked.NativeRep().Expr())
 }
 
 // sizes are what the cost of an expression is estimated with; see
@@ -293,6 +352,9 @@ func (c *compilation) translate(source string, errs []*cel.Error, tree *ast.AST)
 			c.undeclared(&f, e, tree)
 		case strings.HasPrefix(e.Message, "found no matching overload for "):
 			overload(&f)
+		case e.Message == "invalid matches argument":
+			f.Message = "the pattern is not a valid regular expression"
+			f.Hint = "the syntax is RE2's"
 		case strings.Contains(e.Message, "Syntax error"):
 			f.Message = lowerFirst(e.Message)
 			f.Hint = syntaxHint(source, e.Location)
@@ -357,16 +419,16 @@ func (c *compilation) undeclared(f *FieldError, e *cel.Error, tree *ast.AST) {
 			return
 		}
 	}
-	if best := nearest(name, inScope); best != "" {
-		f.Hint = fmt.Sprintf("did you mean %s?", best)
-		return
-	}
 	for i := range s.vars { // a field without its message
 		v := &s.vars[i]
 		if v.message != nil && slices.Contains(inScope, v.name) && v.message.fields[name] != nil {
 			f.Hint = fmt.Sprintf("did you mean %s.%s?", v.name, name)
 			return
 		}
+	}
+	if best := nearest(name, inScope); best != "" {
+		f.Hint = fmt.Sprintf("did you mean %s?", best)
+		return
 	}
 	f.Hint = "one can name " + strings.Join(inScope, ", ") + "; a text stands in quotes"
 }

@@ -36,16 +36,16 @@ func NewSet(entries ...*Entry) *Set {
 func build(sorted []*Entry) *Set {
 	return &Set{
 		sorted:    sorted,
-		nodes:     newIndex(sorted, (*Entry).indexNodes),
-		workloads: newIndex(sorted, (*Entry).indexWorkloads),
+		nodes:     newIndex(sorted, (*Entry).nodesRule),
+		workloads: newIndex(sorted, (*Entry).workloadsRule),
 		admins:    adminIDs(sorted),
 	}
 }
 
 func byName(a, b *Entry) int { return strings.Compare(a.Name(), b.Name()) }
 
-func (e *Entry) indexNodes() [][]guard     { return e.nodeOptions }
-func (e *Entry) indexWorkloads() [][]guard { return e.workloadOptions }
+func (e *Entry) nodesRule() *expr     { return e.nodes }
+func (e *Entry) workloadsRule() *expr { return e.workloads }
 
 // With returns the set with entries added or replaced, and others removed. The
 // receiver stays as it was. A name that is in both is added. A small change of a
@@ -87,8 +87,8 @@ func (s *Set) With(upserts []*Entry, removed []string) *Set {
 	}
 	return &Set{
 		sorted:    sorted,
-		nodes:     s.nodes.with(added, gone, (*Entry).indexNodes),
-		workloads: s.workloads.with(added, gone, (*Entry).indexWorkloads),
+		nodes:     s.nodes.with(added, gone, (*Entry).nodesRule),
+		workloads: s.workloads.with(added, gone, (*Entry).workloadsRule),
 		admins:    adminIDs(sorted),
 	}
 }
@@ -121,7 +121,7 @@ func (s *Set) MatchNode(f *Facts) []*Entry {
 	if f == nil || f.node == nil {
 		return nil
 	}
-	return s.nodes.match(f, (*Entry).MatchNode)
+	return s.nodes.match(f, (*Entry).nodesRule)
 }
 
 // MatchWorkload returns the entries whose workload rule is true, sorted by name,
@@ -130,7 +130,7 @@ func (s *Set) MatchWorkload(f *Facts) []*Entry {
 	if f == nil || f.workload == nil {
 		return nil
 	}
-	return s.workloads.match(f, (*Entry).MatchWorkload)
+	return s.workloads.match(f, (*Entry).workloadsRule)
 }
 
 func adminIDs(entries []*Entry) map[spiffeid.ID]struct{} {
@@ -165,57 +165,95 @@ type bucketID struct {
 
 // newIndex puts each entry under the option that it shares with the fewest
 // others.
-func newIndex(entries []*Entry, options func(*Entry) [][]guard) *index {
+func newIndex(entries []*Entry, rule func(*Entry) *expr) *index {
 	counts := map[bucketID]int{}
 	for _, e := range entries {
-		for _, option := range options(e) {
+		for _, option := range rule(e).lookups() {
 			for i := range option {
 				counts[bucketID{option[i].key(), option[i].value}]++
 			}
 		}
 	}
-	ix := &index{keys: map[string]*keyIndex{}}
+	ed := &indexEdit{index: &index{keys: map[string]*keyIndex{}}}
 	for _, e := range entries {
-		ix.add(e, options(e), func(id bucketID) int { return counts[id] }, func(k *keyIndex) *keyIndex { return k })
+		ed.add(e, rule(e).lookups(), func(id bucketID) int { return counts[id] })
 	}
-	return ix
+	return ed.index
 }
 
 // with returns a changed copy. What was not changed is shared.
-func (ix *index) with(added, gone []*Entry, options func(*Entry) [][]guard) *index {
-	n := &index{keys: maps.Clone(ix.keys), rest: ix.rest}
-	own := map[*keyIndex]bool{}
-	mine := func(k *keyIndex) *keyIndex {
-		if own[k] {
-			return k
-		}
-		c := &keyIndex{fact: k.fact, prefix: k.prefix, buckets: maps.Clone(k.buckets)}
-		own[c] = true
-		return c
+func (ix *index) with(added, gone []*Entry, rule func(*Entry) *expr) *index {
+	ed := &indexEdit{
+		index:   &index{keys: maps.Clone(ix.keys), rest: slices.Clip(ix.rest)},
+		shared:  true,
+		keys:    map[*keyIndex]bool{},
+		buckets: map[bucketID]bool{},
 	}
-	if slices.ContainsFunc(gone, func(e *Entry) bool { return len(options(e)) == 0 }) {
-		n.rest = slices.DeleteFunc(slices.Clone(n.rest), func(e *Entry) bool { return slices.Contains(gone, e) })
-	} else {
-		n.rest = slices.Clip(n.rest)
-	}
+	fromRest := map[*Entry]bool{}
 	for _, e := range gone {
-		n.remove(e, options(e), mine)
-	}
-	size := func(id bucketID) int {
-		if k := n.keys[id.key]; k != nil {
-			return len(k.buckets[id.value])
+		if options := rule(e).lookups(); len(options) > 0 {
+			ed.remove(e, options)
+		} else {
+			fromRest[e] = true
 		}
-		return 0
+	}
+	if len(fromRest) > 0 {
+		ed.index.rest = slices.DeleteFunc(slices.Clone(ix.rest), func(e *Entry) bool { return fromRest[e] })
 	}
 	for _, e := range added {
-		n.add(e, options(e), size, mine)
+		ed.add(e, rule(e).lookups(), ed.size)
 	}
-	return n
+	return ed.index
 }
 
-// add adds an entry. size estimates how full a bucket is or will be; mine makes
-// a keyIndex writable.
-func (ix *index) add(e *Entry, options [][]guard, size func(bucketID) int, mine func(*keyIndex) *keyIndex) {
+// indexEdit changes an index before it is put into a Set.
+type indexEdit struct {
+	index *index
+	// shared says that the index began as the copy of another one; keys and
+	// buckets are then what has been copied and may be changed.
+	shared  bool
+	keys    map[*keyIndex]bool
+	buckets map[bucketID]bool
+}
+
+// writable returns the key's index, with room for changes.
+func (ed *indexEdit) writable(g *guard, key string) *keyIndex {
+	k := ed.index.keys[key]
+	switch {
+	case k == nil:
+		k = &keyIndex{fact: g.fact, prefix: g.prefix, buckets: map[guardValue][]*Entry{}}
+	case !ed.shared || ed.keys[k]:
+		return k
+	default:
+		k = &keyIndex{fact: k.fact, prefix: k.prefix, buckets: maps.Clone(k.buckets)}
+	}
+	if ed.shared {
+		ed.keys[k] = true
+	}
+	ed.index.keys[key] = k
+	return k
+}
+
+// bucket returns a bucket that may be appended to or changed.
+func (ed *indexEdit) bucket(k *keyIndex, id bucketID) []*Entry {
+	b := k.buckets[id.value]
+	if ed.shared && !ed.buckets[id] {
+		ed.buckets[id] = true
+		b = slices.Clone(b)
+	}
+	return b
+}
+
+// size returns how full a bucket is.
+func (ed *indexEdit) size(id bucketID) int {
+	if k := ed.index.keys[id.key]; k != nil {
+		return len(k.buckets[id.value])
+	}
+	return 0
+}
+
+// add adds an entry; size says how full a bucket is or will be.
+func (ed *indexEdit) add(e *Entry, options [][]guard, size func(bucketID) int) {
 	var best []guard
 	bestSize := 0
 	for _, option := range options {
@@ -228,54 +266,63 @@ func (ix *index) add(e *Entry, options [][]guard, size func(bucketID) int, mine 
 		}
 	}
 	if best == nil {
-		ix.rest = append(ix.rest, e)
+		ed.index.rest = append(ed.index.rest, e)
 		return
 	}
 	for i := range best {
-		g := &best[i]
-		key := g.key()
-		k := ix.keys[key]
-		if k == nil {
-			k = &keyIndex{fact: g.fact, prefix: g.prefix, buckets: map[guardValue][]*Entry{}}
+		id := bucketID{best[i].key(), best[i].value}
+		k := ed.writable(&best[i], id.key)
+		b := ed.bucket(k, id)
+		if len(b) == 0 || b[len(b)-1] != e { // an option may name a value twice
+			b = append(b, e)
 		}
-		k = mine(k)
-		ix.keys[key] = k
-		if bucket := k.buckets[g.value]; !slices.Contains(bucket, e) {
-			// Clipped, so that a bucket shared with another set is copied.
-			k.buckets[g.value] = append(slices.Clip(bucket), e)
-		}
+		k.buckets[id.value] = b
 	}
 }
 
 // remove takes an entry out of every bucket that it may be in.
-func (ix *index) remove(e *Entry, options [][]guard, mine func(*keyIndex) *keyIndex) {
+func (ed *indexEdit) remove(e *Entry, options [][]guard) {
 	for _, option := range options {
 		for i := range option {
-			g := &option[i]
-			k := ix.keys[g.key()]
-			if k == nil || !slices.Contains(k.buckets[g.value], e) {
+			id := bucketID{option[i].key(), option[i].value}
+			if k := ed.index.keys[id.key]; k == nil || !slices.Contains(k.buckets[id.value], e) {
 				continue
 			}
-			k = mine(k)
-			ix.keys[g.key()] = k
-			left := slices.DeleteFunc(slices.Clone(k.buckets[g.value]), func(o *Entry) bool { return o == e })
+			k := ed.writable(&option[i], id.key)
+			left := slices.DeleteFunc(ed.bucket(k, id), func(o *Entry) bool { return o == e })
 			if len(left) > 0 {
-				k.buckets[g.value] = left
+				k.buckets[id.value] = left
 				continue
 			}
-			if delete(k.buckets, g.value); len(k.buckets) == 0 {
-				delete(ix.keys, g.key())
+			if delete(k.buckets, id.value); len(k.buckets) == 0 {
+				delete(ed.index.keys, id.key)
 			}
 		}
 	}
 }
 
-// match returns the entries that hold, sorted by name.
-func (ix *index) match(f *Facts, holds func(*Entry, *Facts) bool) []*Entry {
+// lookups returns the options of a rule; none if there is no rule.
+func (x *expr) lookups() [][]guard {
+	if x == nil {
+		return nil
+	}
+	return x.options
+}
+
+// match returns the entries whose rule is true, sorted by name. No rule is true.
+// A rule that many entries have is evaluated once.
+func (ix *index) match(f *Facts, rule func(*Entry) *expr) []*Entry {
 	var found []*Entry
+	known := map[*expr]bool{nil: true}
 	try := func(entries []*Entry) {
 		for _, e := range entries {
-			if holds(e, f) {
+			x := rule(e)
+			holds, ok := known[x]
+			if !ok {
+				holds = x.holds(f)
+				known[x] = holds
+			}
+			if holds {
 				found = append(found, e)
 			}
 		}
@@ -288,6 +335,7 @@ func (ix *index) match(f *Facts, holds func(*Entry, *Facts) bool) []*Entry {
 	return slices.Compact(found) // an entry may have been found by two facts
 }
 
+// candidates returns the entries that the fact's value leads to.
 func (k *keyIndex) candidates(f *Facts) []*Entry {
 	v, err := k.fact.get(f)
 	if err != nil {
