@@ -18,6 +18,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 
+	"github.com/meshid/meshid/internal/diff"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server/registry"
@@ -459,7 +460,7 @@ func (a *adminService) EntryStatus(context.Context, *adminv1.EntryStatusRequest)
 	return resp, nil
 }
 
-// entryDiff returns the change of an entry as a unified diff of its YAML.
+// entryDiff returns the change of an entry as a diff of its YAML.
 func entryDiff(before, after *entryv1.Entry) string {
 	text := func(e *entryv1.Entry) string {
 		if e == nil {
@@ -467,5 +468,5 @@ func entryDiff(before, after *entryv1.Entry) string {
 		}
 		return identity.FormatYAML(e)
 	}
-	return unifiedDiff(text(before), text(after))
+	return diff.Lines(text(before), text(after))
 }
