@@ -26,7 +26,12 @@ type Attester struct {
 }
 
 // NewAttester returns the agent's half. It reads nothing yet; Check does.
-func NewAttester(c AgentConfig) *Attester { return &Attester{config: c} }
+func NewAttester(c AgentConfig) (*Attester, error) {
+	if c.Certificate == "" || c.Key == "" {
+		return nil, errors.New("x509pop: set certificate and key to the paths of the machine's certificate and private key")
+	}
+	return &Attester{config: c}, nil
+}
 
 // Method returns "x509pop".
 func (*Attester) Method() string { return Method }
@@ -76,9 +81,6 @@ func (a *Attester) Respond(_ context.Context, binding, challenge []byte) ([]byte
 // load reads the files and makes the checks that the CA will make, so that a
 // mistake is named where it can be mended.
 func (a *Attester) load() (*tls.Certificate, []byte, error) {
-	if a.config.Certificate == "" || a.config.Key == "" {
-		return nil, nil, errors.New("x509pop: set certificate and key to the paths of the machine's certificate and private key")
-	}
 	st, err := os.Stat(a.config.Key)
 	if err != nil {
 		return nil, nil, fmt.Errorf("x509pop: %w", err)

@@ -42,11 +42,9 @@ type Verifier struct {
 
 // stamp tells one version of a file from another.
 type stamp struct {
-	mtime   time.Time
-	size    int64
-	dev     uint64
-	ino     uint64
-	ctimeNs int64
+	mtime, ctime int64 // nanoseconds
+	size         int64
+	dev, ino     uint64
 }
 
 // NewVerifier reads the bundle and returns the CA's half.
@@ -180,15 +178,15 @@ func (v *Verifier) trusted() (*x509.CertPool, error) {
 }
 
 func stampOf(st os.FileInfo) stamp {
-	s := stamp{mtime: st.ModTime(), size: st.Size()}
+	s := stamp{mtime: st.ModTime().UnixNano(), size: st.Size()}
 	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
-		s.dev, s.ino, s.ctimeNs = sys.Dev, sys.Ino, sys.Ctim.Nano()
+		s.dev, s.ino, s.ctime = sys.Dev, sys.Ino, sys.Ctim.Nano()
 	}
 	return s
 }
 
-// readBundle takes certificates and nothing else: a key in the file, or text
-// that is not PEM, is a mistake that must not pass.
+// readBundle takes certificates and nothing else: a key in the file is a mistake
+// that must not pass.
 func readBundle(r io.Reader) (*x509.CertPool, error) {
 	data, err := io.ReadAll(io.LimitReader(r, maxBundle+1))
 	if err != nil {

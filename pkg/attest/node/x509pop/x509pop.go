@@ -63,7 +63,7 @@ func encodeChain(chain [][]byte) ([]byte, error) {
 		if len(der) > 0xffff {
 			return nil, fmt.Errorf("certificate has %d bytes, at most %d fit", len(der), 0xffff)
 		}
-		out = binary.BigEndian.AppendUint16(out, uint16(len(der)))
+		out = binary.BigEndian.AppendUint16(out, uint16(len(der))) //nolint:gosec // checked above
 		out = append(out, der...)
 	}
 	if len(out) > MaxEvidence {

@@ -83,17 +83,17 @@ func (e *engine) close() { e.client.CloseIdleConnections() }
 // environment variables.
 type inspected struct {
 	ID     string `json:"Id"`
-	Name   string
-	Image  string // the image's id
+	Name   string `json:"Name"`
+	Image  string `json:"Image"` // the image's id
 	Config struct {
-		Image  string // the reference that the container was created from
-		Labels map[string]string
-	}
+		Image  string            `json:"Image"` // the reference that the container was created from
+		Labels map[string]string `json:"Labels"`
+	} `json:"Config"`
 	State struct {
-		Running   bool
-		Pid       int
-		StartedAt time.Time
-	}
+		Running   bool      `json:"Running"`
+		Pid       int       `json:"Pid"`
+		StartedAt time.Time `json:"StartedAt"`
+	} `json:"State"`
 }
 
 // inspectContainer returns a container that runs, or errNoContainer.
@@ -142,8 +142,8 @@ func (e *engine) inspectImage(ctx context.Context, id string) (map[string]string
 	}
 	var i struct {
 		Config struct {
-			Labels map[string]string
-		}
+			Labels map[string]string `json:"Labels"`
+		} `json:"Config"`
 	}
 	err := e.call(ctx, callInspectImage, "/images/"+url.PathEscape(id)+"/json", nil, &i)
 	if errors.Is(err, errNoContainer) {
@@ -288,11 +288,11 @@ func (s *events) close() { _ = s.body.Close() }
 // parseEvent reads one event; it is not ok if it does not concern the index.
 func parseEvent(line []byte) (c change, ok bool, err error) {
 	var e struct {
-		Type   string
-		Action string
+		Type   string `json:"Type"`
+		Action string `json:"Action"`
 		Actor  struct {
-			ID string
-		}
+			ID string `json:"ID"`
+		} `json:"Actor"`
 	}
 	if err := json.Unmarshal(line, &e); err != nil {
 		return change{}, false, fmt.Errorf("read events: %w", err)

@@ -43,7 +43,7 @@ func identify(st *unix.Statx_t) fileID {
 	return fileID{
 		dev:   uint64(st.Dev_major)<<32 | uint64(st.Dev_minor),
 		ino:   st.Ino,
-		size:  int64(min(st.Size, 1<<62)), //nolint:gosec // bounded
+		size:  int64(min(st.Size, 1<<62)),
 		mtime: nanoseconds(st.Mtime),
 		ctime: nanoseconds(st.Ctime),
 		btime: nanoseconds(st.Btime),

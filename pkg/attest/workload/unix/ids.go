@@ -63,7 +63,7 @@ func overflowOf(mapFile, overflowFile string) (int64, error) {
 	if err != nil {
 		return noID, fmt.Errorf("read %s: %w", overflowFile, err)
 	}
-	return int64(id), nil //nolint:gosec // has 32 bits
+	return int64(id), nil
 }
 
 // mapsAll recognizes the map of the host's user namespace: one line, all ids to
