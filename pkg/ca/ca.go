@@ -1,0 +1,377 @@
+// Package ca issues X.509-SVIDs and keeps the life cycle of the authorities
+// that sign them: one self-signed root for each trust domain, whose key is used
+// a few times a day, and an intermediate of this process, whose key is only in
+// memory, which signs all leaves and replaces itself.
+//
+// It decides what a certificate looks like, never who may have it: it does not
+// know registration entries, attestation, agents, gRPC or SQL.
+package ca
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ledger"
+)
+
+// ErrNoAuthority is wrapped by the errors of Sign and ServerCertificate when
+// there is no authority that could sign now: the intermediate has expired and
+// its renewal has not succeeded yet, or the root is at its end. A retry may help.
+var ErrNoAuthority = errors.New("no authority can sign now")
+
+// States of a root or an intermediate, as in the ledger.
+const (
+	// StatePrepared: its root is in the bundle, it signs nothing yet.
+	StatePrepared = "prepared"
+	// StateActive: it signs.
+	StateActive = "active"
+	// StateRetiring: it signs no more, but certificates that it signed live.
+	StateRetiring = "retiring"
+	// StateTainted: as retiring, and what it signed is to be replaced soon.
+	StateTainted = "tainted"
+	// StateGone: nothing that lives depends on it.
+	StateGone = "gone"
+)
+
+// Roles of an Authority.
+const (
+	RoleRoot         = "root"
+	RoleIntermediate = "intermediate"
+)
+
+// Root is a root as the store keeps it.
+type Root struct {
+	// Certificate is DER.
+	Certificate []byte
+	// Key is the reference of its private key in the key store.
+	Key string
+	// State is one of the State constants.
+	State     string
+	CreatedAt time.Time
+}
+
+// Store keeps the roots of the trust domain. It is shared by all CAs of the
+// trust domain, and durable: what AddRoot was given is seen by every Roots after
+// it. Both may be called concurrently.
+type Store interface {
+	// Roots returns all roots, and the sequence of the trust bundle that they
+	// make up: it grows with each change and is never 0 once there is a root.
+	Roots(ctx context.Context) (roots []Root, sequence uint64, err error)
+	// AddRoot adds a root and returns the bundle's new sequence.
+	AddRoot(ctx context.Context, r Root) (sequence uint64, err error)
+}
+
+// Defaults and bounds of Config.
+const (
+	DefaultRootLife         = 10 * 365 * 24 * time.Hour
+	DefaultIntermediateLife = 7 * 24 * time.Hour
+	DefaultTTL              = time.Hour
+	DefaultMaxTTL           = 24 * time.Hour
+	// DefaultBackdate lets a verifier whose clock is 4 minutes behind accept a
+	// new X.509-SVID. It is bounded by a quarter of the TTL, since clients that
+	// renew at the middle between NotBefore and NotAfter would loop if
+	// backdating made up much of a certificate's life.
+	DefaultBackdate = 5 * time.Minute
+	// MinTTL is the shortest life that Sign accepts.
+	MinTTL = 10 * time.Second
+
+	maxBackdate = 30 * time.Minute
+	// rootBackdate leaves room below which the backdated intermediates and
+	// leaves of the first minutes stay.
+	rootBackdate = 2 * time.Hour
+)
+
+// Config is what Open needs. TrustDomain, Keys, Store and Ledger are required.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	// Instance names this CA process in the ledger.
+	Instance string
+	Keys     keys.Store
+	Store    Store
+	Ledger   *ledger.Journal
+
+	// Lives. Zero means the default; MaxTTL's is a third of the intermediate's
+	// life where that is less than DefaultMaxTTL.
+	RootLife, IntermediateLife, DefaultTTL, MaxTTL time.Duration
+	// Backdate is how far NotBefore lies before the moment of signing; zero
+	// means DefaultBackdate. An X.509-SVID is never backdated by more than a
+	// quarter of its life.
+	Backdate time.Duration
+	// NameConstraints has intermediates permit URIs of the trust domain only
+	// (X509-SVID §4.2). Off by default: verifiers that do not implement URI
+	// constraints, rustls among them, must refuse the whole chain.
+	NameConstraints bool
+
+	// Logger may be nil.
+	Logger *slog.Logger
+	// Registerer may be nil.
+	Registerer prometheus.Registerer
+	// OnChange, if set, is called after the bundle or an intermediate has
+	// changed, without locks held. It must not block.
+	OnChange func()
+}
+
+func (cfg Config) withDefaults() Config {
+	set := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	set(&cfg.RootLife, DefaultRootLife)
+	set(&cfg.IntermediateLife, DefaultIntermediateLife)
+	set(&cfg.MaxTTL, min(DefaultMaxTTL, cfg.IntermediateLife/3))
+	set(&cfg.DefaultTTL, min(DefaultTTL, cfg.MaxTTL))
+	set(&cfg.Backdate, DefaultBackdate)
+	if cfg.Instance == "" {
+		cfg.Instance = "ca"
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Registerer == nil {
+		cfg.Registerer = prometheus.NewRegistry()
+	}
+	if cfg.OnChange == nil {
+		cfg.OnChange = func() {}
+	}
+	return cfg
+}
+
+// check is called after withDefaults. Its errors say what to write instead.
+func (cfg Config) check() error {
+	if err := checkTrustDomain(cfg.TrustDomain.Name()); err != nil {
+		return err
+	}
+	if cfg.Keys == nil || cfg.Store == nil || cfg.Ledger == nil {
+		return errors.New("a key store, a store and a ledger are required")
+	}
+	switch {
+	case cfg.DefaultTTL < MinTTL:
+		return fmt.Errorf("default ttl %s: write %s or more", cfg.DefaultTTL, MinTTL)
+	case cfg.MaxTTL < cfg.DefaultTTL:
+		return fmt.Errorf("maximal ttl %s is less than the default ttl %s: raise it or lower the default", cfg.MaxTTL, cfg.DefaultTTL)
+	case cfg.MaxTTL > cfg.IntermediateLife/2:
+		return fmt.Errorf("maximal ttl %s: the intermediate's life of %s must be at least twice as long, since it is replaced at half of it", cfg.MaxTTL, cfg.IntermediateLife)
+	case cfg.IntermediateLife > cfg.RootLife/2:
+		return fmt.Errorf("intermediate's life %s: the root's life of %s must be at least twice as long", cfg.IntermediateLife, cfg.RootLife)
+	case cfg.Backdate < 0 || cfg.Backdate > maxBackdate:
+		return fmt.Errorf("backdate %s: write 0s (the default) to %s", cfg.Backdate, maxBackdate)
+	}
+	return nil
+}
+
+// CA signs. All methods may be called concurrently.
+type CA struct {
+	cfg     Config
+	log     *slog.Logger
+	metrics *metrics
+	live    *liveKeys
+
+	// state is what Sign reads: one load, no lock.
+	state atomic.Pointer[state]
+	// own is this CA's own X.509-SVID.
+	own atomic.Pointer[ownSVID]
+	// kick wakes Run; the state is looked at afterwards.
+	kick chan struct{}
+
+	// failed is the error of the last renewal, nil after one that succeeded.
+	failed atomic.Pointer[error]
+
+	mu sync.Mutex // held while state or own is being replaced; guards what follows
+	// retryAt and failures pace the renewals after a failed one.
+	retryAt  time.Time
+	failures int
+}
+
+// state is immutable.
+type state struct {
+	// signer is the root that signs intermediates.
+	signer *root
+	// active is nil only before the first intermediate is made.
+	active *authority
+	// retiring are those that were active before, the newest first.
+	retiring []retiring
+	// roots and bundle are parallel: what the store has, without those gone.
+	roots    []*root
+	bundle   []*x509.Certificate
+	sequence uint64
+	// keys are the SubjectPublicKeyInfo hashes of all of the above: nobody may
+	// have a certificate for one of them.
+	keys map[[32]byte]struct{}
+}
+
+type retiring struct {
+	*authority
+	since time.Time
+}
+
+func (s *state) withKeys() *state {
+	s.keys = make(map[[32]byte]struct{}, len(s.roots)+1+len(s.retiring))
+	for _, r := range s.roots {
+		s.keys[r.spkiHash] = struct{}{}
+	}
+	if s.active != nil {
+		s.keys[s.active.spkiHash] = struct{}{}
+	}
+	for _, r := range s.retiring {
+		s.keys[r.spkiHash] = struct{}{}
+	}
+	return s
+}
+
+// Open loads the root of the trust domain, or makes one if the store has none;
+// then it makes an intermediate and the CA's own X.509-SVID. All of it is
+// recorded in the ledger before it is used. The root's key and certificate are
+// checked against each other and against the configuration first: a pair that
+// does not fit is refused with an error that says what to do.
+//
+// The caller keeps what it put in cfg open until the CA is no longer used.
+func Open(ctx context.Context, cfg Config) (*CA, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("configure the authority: %w", err)
+	}
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, fmt.Errorf("register the authority's metrics: %w", err)
+	}
+	c := &CA{
+		cfg: cfg, log: cfg.Logger, metrics: m,
+		live: newLiveKeys(cfg.MaxTTL, maxLiveKeys),
+		kick: make(chan struct{}, 1),
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	s, err := c.loadRoots(ctx, now)
+	if err != nil {
+		return nil, fmt.Errorf("open the root of %s: %w", cfg.TrustDomain.Name(), err)
+	}
+	c.setState(s)
+	if err := c.replaceIntermediate(ctx, now); err != nil {
+		return nil, fmt.Errorf("make the first intermediate of %s: %w", cfg.TrustDomain.Name(), err)
+	}
+	if err := c.replaceOwn(ctx, now); err != nil {
+		return nil, fmt.Errorf("issue the authority's own x.509-svid: %w", err)
+	}
+	return c, nil
+}
+
+// TrustDomain returns the trust domain that this CA signs for.
+func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.cfg.TrustDomain }
+
+// Bundle returns the roots of the trust domain and the sequence of this bundle.
+// The caller must not modify the slice or what it points to.
+func (c *CA) Bundle() (roots []*x509.Certificate, sequence uint64) {
+	s := c.state.Load()
+	return s.bundle, s.sequence
+}
+
+// Authority is a signing certificate and what it is used for now.
+type Authority struct {
+	// ID is the subject key identifier in lower-case hexadecimal.
+	ID string
+	// Role is one of the Role constants, State one of the State constants.
+	Role, State string
+	// Certificate must not be modified.
+	Certificate *x509.Certificate
+}
+
+// Authorities returns the roots, the active intermediate and the retiring ones
+// that this process has made, in this order.
+func (c *CA) Authorities() []Authority {
+	s := c.state.Load()
+	all := make([]Authority, 0, len(s.roots)+1+len(s.retiring))
+	for _, r := range s.roots {
+		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.state, Certificate: r.cert})
+	}
+	if s.active != nil {
+		all = append(all, s.active.describe(StateActive))
+	}
+	for _, r := range s.retiring {
+		all = append(all, r.describe(StateRetiring))
+	}
+	return all
+}
+
+// RotateIntermediate replaces the intermediate now. The new one signs from then
+// on: its root is in every bundle already. The old one is kept as retiring until
+// the last certificate that it signed has expired.
+func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
+	c.mu.Lock()
+	now := time.Now()
+	err := c.replaceIntermediate(ctx, now)
+	if err == nil {
+		c.failures, c.retryAt = 0, time.Time{}
+		c.failed.Store(nil)
+		// The CA shows itself with the new chain too. If it cannot, the old one
+		// is as good as before, and Run tries again.
+		if own := c.replaceOwn(ctx, now); own != nil {
+			c.log.WarnContext(ctx, "own x.509-svid not renewed, will retry", "err", own)
+		}
+	}
+	active := c.state.Load().active
+	c.mu.Unlock()
+	if err != nil {
+		return Authority{}, fmt.Errorf("rotate the intermediate: %w", err)
+	}
+	c.cfg.OnChange()
+	c.wake()
+	return active.describe(StateActive), nil
+}
+
+// Health says how this CA is at now. Both are nil if all is well: failure says
+// why it cannot sign, warning what will keep it from signing full lives soon or
+// what failed last and is being tried again.
+func (c *CA) Health(now time.Time) (warning, failure error) {
+	s := c.state.Load()
+	if s.active == nil || !s.active.usable(now) {
+		failure = c.noAuthority(s, now)
+	}
+	failed := c.failed.Load()
+	switch end := s.signer.cert.NotAfter; {
+	case failed != nil:
+		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
+	case end.Sub(now) < max(2*c.cfg.IntermediateLife, c.cfg.RootLife/20):
+		warning = fmt.Errorf("the root expires at %s: prepare its successor", end.UTC().Format(time.RFC3339))
+	}
+	return warning, failure
+}
+
+// ServerCertificate returns the CA's own X.509-SVID, spiffe://<trust domain>/meshid/ca,
+// for tls.Config.GetCertificate: leaf, intermediate, and the root as the last
+// one, so that a peer that has only the root's hash can check it. It renews
+// itself while Run runs. The caller must not modify it.
+func (c *CA) ServerCertificate() (*tls.Certificate, error) {
+	own := c.own.Load()
+	now := time.Now()
+	if !own.usable(now) {
+		c.wake()
+		return nil, fmt.Errorf("own x.509-svid, valid until %s, is being renewed: %w", own.notAfter.Format(time.RFC3339), ErrNoAuthority)
+	}
+	return own.certificate, nil
+}
+
+func (c *CA) setState(s *state) {
+	c.state.Store(s.withKeys())
+	c.metrics.observe(s)
+}
+
+// wake has Run look at the state now.
+func (c *CA) wake() {
+	select {
+	case c.kick <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,150 @@
+package ca
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// Row B13: hostile bytes give an error, never a panic. Row B2: whatever is in a
+// request that is granted, the certificate is that of a bare request.
+func FuzzParseCSR(f *testing.F) {
+	for _, key := range allowedKeys(f) {
+		f.Add(csr(f, key))
+		f.Add(csrOf(f, key, &x509.CertificateRequest{DNSNames: []string{"a.b"}}))
+	}
+	f.Add([]byte{})
+	f.Add([]byte{0x30, 0x80})
+	f.Add(bytes.Repeat([]byte{0x30, 0x82, 0x10, 0x00}, 1000))
+	now := time.Now()
+	a := testAuthority(f, now)
+	f.Fuzz(func(t *testing.T, der []byte) {
+		key, err := ParseCSR(der)
+		if err != nil {
+			wantReason(t, err, ReasonCSR)
+			return
+		}
+		// Strict is stricter than crypto/x509.
+		request, err := x509.ParseCertificateRequest(der)
+		if err != nil {
+			// Attributes and names are skipped here and parsed there: what it
+			// cannot read does not matter, as long as the key is the same.
+			if !bytes.Contains(der, key.SPKI()) {
+				t.Fatal("a key that is not in the request")
+			}
+		} else {
+			if err := request.CheckSignature(); err != nil {
+				t.Fatalf("crypto/x509 says: %v", err)
+			}
+			if !bytes.Equal(request.RawSubjectPublicKeyInfo, key.SPKI()) {
+				t.Fatal("another key")
+			}
+		}
+		bare, err := publicKeyOf(key.SPKI(), key.Algorithm())
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := leaf{notBefore: floor(now), notAfter: floor(now.Add(time.Hour)), id: "spiffe://example.org/a", key: key}
+		one, err := a.template.appendTBS(&l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.key = bare
+		two, err := a.template.appendTBS(&l)
+		if err != nil || !bytes.Equal(one, two) {
+			t.Fatal("the request reached the certificate")
+		}
+	})
+}
+
+func TestV_B13_MalformedRequests(t *testing.T) {
+	good := csr(t, newKey(t))
+	if _, err := ParseCSR(good); err != nil {
+		t.Fatal(err)
+	}
+	for n := range good {
+		if _, err := ParseCSR(good[:n]); err == nil {
+			t.Fatalf("cut to %d bytes and accepted", n)
+		}
+	}
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: good})
+	for name, bad := range map[string][]byte{
+		"pem":       text,
+		"trailing":  append(bytes.Clone(good), 0),
+		"too large": make([]byte, maxCSR+1),
+		"nothing":   nil,
+	} {
+		_, err := ParseCSR(bad)
+		if err == nil {
+			t.Errorf("%s accepted", name)
+			continue
+		}
+		wantReason(t, err, ReasonCSR)
+	}
+	for i := range len(good) * 8 {
+		flipped := bytes.Clone(good)
+		flipped[i/8] ^= 1 << (i % 8)
+		if _, err := ParseCSR(flipped); err == nil {
+			t.Errorf("bit %d flipped and accepted", i)
+		}
+	}
+}
+
+// The key outlives the buffer that the request came in.
+func TestPublicKeyDoesNotReferToTheRequest(t *testing.T) {
+	for name, key := range allowedKeys(t) {
+		der := csr(t, key)
+		pub, err := ParseCSR(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(der)
+		if !bytes.Equal(pub.SPKI(), want) {
+			t.Errorf("%s: changed with the request", name)
+		}
+	}
+}
+
+// Row K4: what the authority is given holds no private key, and its own is
+// nowhere outside of the key store.
+func TestV_K4_NoPrivateKeyLeaves(t *testing.T) {
+	key := newKey(t)
+	secret, err := key.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := open(t, Config{})
+	leaf, intermediate, _ := f.issue(t, time.Now(), &Request{Key: parseKey(t, key)})
+	own, err := f.state.Load().active.key.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := [][]byte{csr(t, key), leaf.Raw, intermediate.Raw}
+	segments, err := filepath.Glob(filepath.Join(f.dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range segments {
+		if info, err := os.Stat(name); err != nil || !info.Mode().IsRegular() {
+			continue
+		}
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen = append(seen, content)
+	}
+	for _, content := range seen {
+		if bytes.Contains(content, secret) || bytes.Contains(content, own) {
+			t.Fatal("a private key")
+		}
+	}
+}

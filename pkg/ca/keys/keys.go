@@ -1,0 +1,55 @@
+// Package keys answers where the private keys of authorities live, and hands
+// them out as signers. It does not know what is signed with them, nor which
+// certificate belongs to which key.
+package keys
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Store keeps private keys under references. A key, once created, is never
+// changed or overwritten. All methods may be called concurrently.
+type Store interface {
+	// Create makes a new P-256 key and keeps it durably before it returns. The
+	// reference finds it again after a restart. The name is a hint for people,
+	// of lower-case letters, digits and hyphens; a name that is taken gives
+	// ErrExists.
+	Create(ctx context.Context, name string) (signer crypto.Signer, ref string, err error)
+	// Open returns the key that ref names. An unknown one gives ErrNotFound.
+	Open(ctx context.Context, ref string) (crypto.Signer, error)
+}
+
+var (
+	// ErrExists is returned by Create when the name is taken.
+	ErrExists = errors.New("a key of this name exists")
+	// ErrNotFound is returned by Open when there is no such key.
+	ErrNotFound = errors.New("there is no such key")
+)
+
+const maxNameLength = 64
+
+// checkName holds names to what is a safe file name everywhere.
+func checkName(name string) error {
+	if name == "" || len(name) > maxNameLength {
+		return fmt.Errorf("key name %q: write 1 to %d characters", name, maxNameLength)
+	}
+	for _, c := range []byte(name) {
+		if (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return fmt.Errorf("key name %q: only lower-case letters, digits and hyphens are allowed", name)
+		}
+	}
+	return nil
+}
+
+// cutReference splits "scheme:rest" and requires the scheme.
+func cutReference(scheme, ref string) (string, error) {
+	rest, ok := strings.CutPrefix(ref, scheme+":")
+	if !ok {
+		return "", fmt.Errorf("key reference %q: this store only has keys of the form %s:…", ref, scheme)
+	}
+	return rest, nil
+}

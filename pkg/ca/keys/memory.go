@@ -1,0 +1,66 @@
+package keys
+
+import (
+	"context"
+	"crypto"
+	"fmt"
+	"sync"
+
+	"go.step.sm/crypto/keyutil"
+)
+
+const memoryScheme = "memory"
+
+// Memory returns a Store whose keys end with the process. It suits tests and
+// trials: a root that is kept in it does not survive a restart.
+func Memory() Store { return &memory{keys: make(map[string]crypto.Signer)} }
+
+type memory struct {
+	mu   sync.Mutex // guards keys
+	keys map[string]crypto.Signer
+}
+
+func (m *memory) Create(ctx context.Context, name string) (crypto.Signer, string, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, "", err
+	}
+	if err := checkName(name); err != nil {
+		return nil, "", err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, taken := m.keys[name]; taken {
+		return nil, "", fmt.Errorf("create key %q in memory: %w", name, ErrExists)
+	}
+	signer, err := generate()
+	if err != nil {
+		return nil, "", err
+	}
+	m.keys[name] = signer
+	return signer, memoryScheme + ":" + name, nil
+}
+
+func (m *memory) Open(ctx context.Context, ref string) (crypto.Signer, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	name, err := cutReference(memoryScheme, ref)
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	signer, ok := m.keys[name]
+	if !ok {
+		return nil, fmt.Errorf("open key %q in memory: %w", name, ErrNotFound)
+	}
+	return signer, nil
+}
+
+func generate() (crypto.Signer, error) {
+	signer, err := keyutil.GenerateSigner("EC", "P-256", 0)
+	if err != nil {
+		return nil, fmt.Errorf("generate a P-256 key: %w", err)
+	}
+	return signer, nil
+}

@@ -1,0 +1,454 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ledger"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+)
+
+// The life of an authority. A root, once:
+//
+//  1. key made in the key store
+//  2. certificate self-signed, checked, recorded as prepared
+//  3. added to the store: it is in the bundle
+//  4. recorded as active, with the bundle
+//
+// An intermediate, every half of its life:
+//
+//  1. key made in memory
+//  2. certificate signed by the root, checked; its key proves itself
+//  3. recorded as active, its predecessor as retiring
+//  4. put in place: the next leaf is signed by it. No bundle changes, since its
+//     root is in all of them
+//  5. gone, and recorded as that, when the last leaf that it signed has expired
+
+const (
+	// longestNap bounds how long a deadline can be overslept: timers stand
+	// still while the machine sleeps, so the wall clock is looked at again.
+	longestNap = 30 * time.Second
+	// A renewal that failed is tried again after 1 s, doubling up to this.
+	longestRetry = time.Minute
+	// maxRetiring bounds what an operator who rotates in a loop can pile up.
+	maxRetiring = 32
+	// maxKeyNames is how many taken names Open tries to get around.
+	maxKeyNames = 100
+)
+
+// Run renews the intermediate at half of its life, and the CA's own X.509-SVID,
+// until ctx ends; it returns nil then. What fails is tried again, sooner first,
+// while the old one goes on signing.
+func (c *CA) Run(ctx context.Context) error {
+	for {
+		timer := time.NewTimer(c.maintain(ctx, time.Now()))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		case <-c.kick:
+			timer.Stop()
+		}
+	}
+}
+
+// maintain does what is due at now and returns how long there is nothing to do.
+func (c *CA) maintain(ctx context.Context, now time.Time) (nap time.Duration) {
+	now = now.Round(0) // wall time: the monotonic clock stops in sleep
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// More than the longest retry can only mean that the clock went back.
+	if wait := c.retryAt.Sub(now); wait > 0 && wait <= longestRetry {
+		return wait
+	}
+	changed, err := c.renew(ctx, now)
+	if err == nil {
+		c.failures, c.retryAt = 0, time.Time{}
+		c.failed.Store(nil)
+	} else {
+		c.failures++
+		c.retryAt = now.Add(min(time.Second<<min(c.failures-1, 10), longestRetry))
+		c.failed.Store(&err)
+		if ctx.Err() == nil {
+			c.log.WarnContext(ctx, "renewal not done, will retry", "err", err)
+		}
+	}
+	if changed {
+		// OnChange is called without the lock, whatever else comes.
+		c.mu.Unlock()
+		c.cfg.OnChange()
+		c.mu.Lock()
+	}
+	return min(max(c.nextDue(now).Sub(now), 10*time.Millisecond), longestNap)
+}
+
+// renew reports whether the intermediate was replaced. The caller holds mu.
+func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error) {
+	if c.intermediateDue(now) {
+		if err := c.replaceIntermediate(ctx, now); err != nil {
+			c.metrics.rotationFailed.Inc()
+			return false, fmt.Errorf("renew the intermediate: %w", err)
+		}
+		changed = true
+	}
+	if c.ownDue(now) {
+		if err := c.replaceOwn(ctx, now); err != nil {
+			return changed, fmt.Errorf("renew the authority's own x.509-svid: %w", err)
+		}
+	}
+	if err := c.dropGone(ctx, now); err != nil {
+		return changed, fmt.Errorf("record the end of an intermediate: %w", err)
+	}
+	return changed, nil
+}
+
+// intermediateDue is a pure function of the state and now.
+func (c *CA) intermediateDue(now time.Time) bool {
+	s := c.state.Load()
+	switch a := s.active; {
+	case a == nil || !a.usable(now):
+		return true
+	case now.Before(a.renewAt):
+		return false
+	default:
+		// At the end of the root a new one would not live longer.
+		return c.intermediateEnd(s.signer, now).After(a.notAfter)
+	}
+}
+
+func (c *CA) ownDue(now time.Time) bool {
+	own := c.own.Load()
+	return own == nil || !own.usable(now) || !now.Before(own.renewAt) || own.authority != c.state.Load().active.id
+}
+
+// nextDue is when maintain has something to do; what is due already and was not
+// done waits for retryAt, or cannot be done.
+func (c *CA) nextDue(now time.Time) time.Time {
+	if c.failures > 0 {
+		return c.retryAt
+	}
+	s := c.state.Load()
+	due := now.Add(longestNap)
+	for _, t := range []time.Time{s.active.renewAt, c.own.Load().renewAt} {
+		if t.After(now) && t.Before(due) {
+			due = t
+		}
+	}
+	return due
+}
+
+// replaceIntermediate puts a new intermediate in place. The caller holds mu.
+func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
+	s := c.state.Load()
+	a, err := c.makeIntermediate(s.signer, s.sequence, now)
+	if err != nil {
+		return err
+	}
+	drafts := []*ledger.Draft{c.authorityDraft(now, a.cert, RoleIntermediate, StateActive, s.sequence)}
+	if s.active != nil {
+		drafts = append(drafts, c.authorityDraft(now, s.active.cert, RoleIntermediate, StateRetiring, s.sequence))
+	}
+	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
+		return fmt.Errorf("record it: %w", err)
+	}
+	next := *s
+	next.active = a
+	if s.active != nil {
+		next.retiring = append([]retiring{{authority: s.active, since: now.Round(0)}}, s.retiring...)
+		c.metrics.rotated.Inc()
+	}
+	if len(next.retiring) > maxRetiring {
+		forgotten := next.retiring[maxRetiring]
+		c.log.WarnContext(ctx, "more retiring intermediates than are kept, forgetting the oldest", "authority", forgotten.id)
+		next.retiring = next.retiring[:maxRetiring]
+	}
+	c.setState(&next)
+	c.log.InfoContext(ctx, "intermediate active", "authority", a.id, "not_after", a.notAfter)
+	return nil
+}
+
+// dropGone ends the retiring of those whose last leaf has expired. A leaf that
+// is being signed with one at this moment is covered by longestNap.
+func (c *CA) dropGone(ctx context.Context, now time.Time) error {
+	s := c.state.Load()
+	gone := func(r retiring) bool {
+		return now.Unix() > r.lastLeaf.Load() && now.Sub(r.since) > longestNap
+	}
+	var drafts []*ledger.Draft
+	for _, r := range s.retiring {
+		if gone(r) {
+			drafts = append(drafts, c.authorityDraft(now, r.cert, RoleIntermediate, StateGone, s.sequence))
+		}
+	}
+	if len(drafts) == 0 {
+		return nil
+	}
+	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
+		return err
+	}
+	next := *s
+	next.retiring = slices.DeleteFunc(slices.Clone(s.retiring), gone)
+	c.setState(&next)
+	return nil
+}
+
+// authorityDraft is the ledger record of one authority's new state.
+func (c *CA) authorityDraft(now time.Time, cert *x509.Certificate, role, state string, sequence uint64) *ledger.Draft {
+	return ledger.NewDraft(c.authorityRecord(now, cert, role, state, sequence), nil)
+}
+
+func (c *CA) authorityRecord(now time.Time, cert *x509.Certificate, role, state string, sequence uint64) *ledgerv1.Record {
+	fingerprint, spki := sha256.Sum256(cert.Raw), sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return &ledgerv1.Record{
+		Version: recordVersion, Time: timestamppb.New(now),
+		Event: ledgerv1.Event_EVENT_AUTHORITY, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
+		TrustDomain: c.cfg.TrustDomain.Name(), SpiffeId: c.cfg.TrustDomain.IDString(),
+		Certificate: &ledgerv1.Certificate{
+			Serial: cert.SerialNumber.Bytes(), Sha256: fingerprint[:], SpkiSha256: spki[:],
+			KeyAlgorithm: algorithmOf(cert.PublicKey),
+			NotBefore:    timestamppb.New(cert.NotBefore), NotAfter: timestamppb.New(cert.NotAfter),
+		},
+		Authority: &ledgerv1.Authority{
+			Id: hex.EncodeToString(cert.SubjectKeyId), Role: role, State: state, Sha256: fingerprint[:],
+			NotAfter: timestamppb.New(cert.NotAfter), BundleSequence: sequence,
+		},
+		CaInstance: c.cfg.Instance,
+	}
+}
+
+// loadRoots returns the state without an intermediate.
+func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
+	stored, sequence, err := c.cfg.Store.Roots(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read the roots: %w", err)
+	}
+	if len(stored) == 0 {
+		return c.createRoot(ctx, now)
+	}
+	s := &state{sequence: sequence}
+	var reference string
+	var created time.Time
+	for _, r := range stored {
+		loaded, err := c.parseRoot(r)
+		if err != nil {
+			return nil, err
+		}
+		if loaded == nil {
+			continue
+		}
+		s.roots = append(s.roots, loaded)
+		s.bundle = append(s.bundle, loaded.cert)
+		if loaded.state == StateActive && (s.signer == nil || r.CreatedAt.After(created)) {
+			s.signer, reference, created = loaded, r.Key, r.CreatedAt
+		}
+	}
+	if s.signer == nil {
+		return nil, errors.New("none of the roots in the store is active: restore the store from a backup")
+	}
+	if err := c.unlock(ctx, s.signer, reference, now); err != nil {
+		return nil, fmt.Errorf("root %s: %w", s.signer.id, err)
+	}
+	return s, nil
+}
+
+// parseRoot returns nil for a root that is gone.
+func (c *CA) parseRoot(r Root) (*root, error) {
+	switch r.State {
+	case StatePrepared, StateActive, StateRetiring, StateTainted:
+	case StateGone:
+		return nil, nil //nolint:nilnil // said in the comment
+	default:
+		return nil, fmt.Errorf("a root of the store is in the unknown state %q: it was written by a newer version", r.State)
+	}
+	cert, err := x509.ParseCertificate(r.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("a root of the store is not a certificate, restore the store from a backup: %w", err)
+	}
+	loaded := newRoot(cert, r.State)
+	if err := checkRoot(cert, c.cfg.TrustDomain); err != nil {
+		return nil, fmt.Errorf("root %s of the store: %w", loaded.id, err)
+	}
+	return loaded, nil
+}
+
+func newRoot(cert *x509.Certificate, state string) *root {
+	return &root{
+		id: hex.EncodeToString(cert.SubjectKeyId), cert: cert, state: state,
+		spkiHash: sha256.Sum256(cert.RawSubjectPublicKeyInfo),
+	}
+}
+
+// unlock gives r its key, after it has proved that the two belong together.
+func (c *CA) unlock(ctx context.Context, r *root, reference string, now time.Time) error {
+	switch {
+	case now.Before(r.cert.NotBefore):
+		return fmt.Errorf("it is valid from %s on, and the clock says %s: correct the clock",
+			r.cert.NotBefore.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	case now.After(r.cert.NotAfter):
+		return fmt.Errorf("it has expired at %s: correct the clock, or begin anew with an empty data directory",
+			r.cert.NotAfter.UTC().Format(time.RFC3339))
+	}
+	key, err := c.cfg.Keys.Open(ctx, reference)
+	if err != nil {
+		return fmt.Errorf("open its key: %w", err)
+	}
+	if pub, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !pub.Equal(r.cert.PublicKey) {
+		return fmt.Errorf("its key %s is another one than its certificate's: restore the key and the store from one backup", reference)
+	}
+	if err := selfCheck(key, r.cert.PublicKey); err != nil {
+		return fmt.Errorf("check its key %s: %w", reference, err)
+	}
+	r.key = key
+	return nil
+}
+
+// createRoot makes the first root of the trust domain.
+func (c *CA) createRoot(ctx context.Context, now time.Time) (*state, error) {
+	key, reference, err := c.createRootKey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := makeRoot(c.cfg.TrustDomain, key, now, c.cfg.RootLife)
+	if err != nil {
+		return nil, fmt.Errorf("sign a root: %w", err)
+	}
+	if err := checkRoot(cert, c.cfg.TrustDomain); err != nil {
+		return nil, fmt.Errorf("check the new root: %w", err)
+	}
+	if err := selfCheck(key, cert.PublicKey); err != nil {
+		return nil, fmt.Errorf("check the new root's key: %w", err)
+	}
+	prepared := c.authorityDraft(now, cert, RoleRoot, StatePrepared, 0)
+	if _, err := c.cfg.Ledger.Append(ctx, prepared); err != nil {
+		return nil, fmt.Errorf("record the new root: %w", err)
+	}
+	sequence, err := c.cfg.Store.AddRoot(ctx, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
+	if err != nil {
+		return nil, fmt.Errorf("store the new root: %w", err)
+	}
+	bundle := c.authorityRecord(now, cert, RoleRoot, StateActive, sequence)
+	bundle.Event = ledgerv1.Event_EVENT_BUNDLE
+	active := c.authorityDraft(now, cert, RoleRoot, StateActive, sequence)
+	if _, err := c.cfg.Ledger.Append(ctx, active, ledger.NewDraft(bundle, nil)); err != nil {
+		return nil, fmt.Errorf("record the new root: %w", err)
+	}
+	r := newRoot(cert, StateActive)
+	r.key = key
+	c.log.InfoContext(ctx, "root created", "authority", r.id, "not_after", cert.NotAfter)
+	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
+}
+
+// createRootKey takes the first free name: a key that an interrupted start has
+// left is not reused, since nobody knows who has seen it.
+func (c *CA) createRootKey(ctx context.Context) (crypto.Signer, string, error) {
+	for i := range maxKeyNames {
+		key, reference, err := c.cfg.Keys.Create(ctx, fmt.Sprintf("root-%d", i+1))
+		if errors.Is(err, keys.ErrExists) {
+			continue
+		}
+		if err != nil {
+			return nil, "", fmt.Errorf("create a root key: %w", err)
+		}
+		return key, reference, nil
+	}
+	return nil, "", fmt.Errorf("create a root key: the names root-1 to root-%d are all taken, remove those that are not used", maxKeyNames)
+}
+
+// algorithmOf names a key as PublicKey.Algorithm does.
+func algorithmOf(pub crypto.PublicKey) string {
+	switch pub := pub.(type) {
+	case *ecdsa.PublicKey:
+		return "EC-" + compact(pub.Params().Name)
+	case *rsa.PublicKey:
+		return "RSA-" + strconv.Itoa(pub.N.BitLen())
+	case ed25519.PublicKey:
+		return "Ed25519"
+	default:
+		return "unknown"
+	}
+}
+
+// compact makes P256 of P-256.
+func compact(curve string) string { return strings.ReplaceAll(curve, "-", "") }
+
+// ownSVID is immutable.
+type ownSVID struct {
+	certificate                  *tls.Certificate
+	authority                    string
+	notBefore, notAfter, renewAt time.Time
+}
+
+func (o *ownSVID) usable(now time.Time) bool {
+	return !now.Before(o.notBefore) && now.Before(o.notAfter)
+}
+
+// replaceOwn issues the CA's own X.509-SVID as it would another's: recorded
+// before it is used. The caller holds mu.
+func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
+	id, err := spiffeid.FromPath(c.cfg.TrustDomain, ownPath)
+	if err != nil {
+		return err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return err
+	}
+	pub, err := publicKeyOf(spki, algorithmOf(key.Public()))
+	if err != nil {
+		return err
+	}
+	kind := ledgerv1.Kind_KIND_RENEWAL
+	if c.own.Load() == nil {
+		kind = ledgerv1.Kind_KIND_FIRST
+	}
+	s := c.state.Load()
+	signed, err := c.sign(now, &Request{ID: id, Key: pub, TTL: c.cfg.MaxTTL, Record: &ledgerv1.Record{
+		Event: ledgerv1.Event_EVENT_ISSUE, Kind: kind, Instance: "ca", VerifiedBy: "ca",
+	}}, true)
+	if err != nil {
+		return err
+	}
+	durable, err := c.cfg.Ledger.Append(ctx, signed.Draft)
+	if err != nil {
+		return fmt.Errorf("record it: %w", err)
+	}
+	if len(durable) != 1 {
+		return fmt.Errorf("record it: the ledger returned %d records for 1", len(durable))
+	}
+	chain := append(slices.Clone(durable[0].Chain()), s.signer.cert.Raw)
+	parsedLeaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return err
+	}
+	c.own.Store(&ownSVID{
+		certificate: &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: parsedLeaf},
+		authority:   s.active.id,
+		notBefore:   signed.NotBefore, notAfter: signed.NotAfter, renewAt: signed.RenewAt,
+	})
+	c.metrics.ownNotAfter.Set(seconds(signed.NotAfter))
+	return nil
+}

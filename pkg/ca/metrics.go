@@ -1,0 +1,141 @@
+package ca
+
+import (
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+)
+
+// Closed label sets, and the indexes of their counters.
+const (
+	kindFirst = iota
+	kindRenewal
+	kindRotation
+	kindAgent
+	kindOther
+)
+
+const (
+	refusedCSR = iota
+	refusedTTL
+	refusedID
+	refusedDNS
+	refusedAuthority
+	refusedSelfCheck
+)
+
+const (
+	shrunkByPolicy = iota
+	shrunkByAuthority
+)
+
+var (
+	kindNames    = []string{kindFirst: "first", kindRenewal: "renewal", kindRotation: "rotation", kindAgent: "agent", kindOther: "other"}
+	refusedNames = []string{
+		refusedCSR: ReasonCSR, refusedTTL: ReasonTTL, refusedID: ReasonID, refusedDNS: ReasonDNS,
+		refusedAuthority: "authority", refusedSelfCheck: "self_check",
+	}
+	shrunkNames = []string{shrunkByPolicy: "max_ttl", shrunkByAuthority: "authority_expiry"}
+)
+
+// metrics has its children resolved: the signing path looks nothing up.
+type metrics struct {
+	signed   []prometheus.Counter // by kind
+	refused  []prometheus.Counter // by reason
+	shrunk   []prometheus.Counter // by reason
+	duration prometheus.Histogram
+
+	rotated, rotationFailed prometheus.Counter
+
+	rootNotAfter, intermediateNotAfter, ownNotAfter prometheus.Gauge
+
+	retiring, sequence prometheus.Gauge
+}
+
+func newMetrics(reg prometheus.Registerer) (*metrics, error) {
+	signed := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_svid_signed_total",
+		Help: "X.509-SVIDs signed, by why: first, renewal or rotation of a workload's, agent (a node agent's), other (the CA's own).",
+	}, []string{"kind"})
+	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_sign_refused_total",
+		Help: "Signatures refused, by reason. self_check: what was signed was not what was meant, nothing was released.",
+	}, []string{"reason"})
+	shrunk := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_svid_ttl_shrunk_total",
+		Help: "X.509-SVIDs signed with a shorter life than asked for: max_ttl (policy) or authority_expiry (the issuer ends earlier).",
+	}, []string{"reason"})
+	rotations := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_intermediate_rotations_total",
+		Help: "Attempts to replace the intermediate, by outcome.",
+	}, []string{"outcome"})
+	notAfter := prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "meshid_ca_authority_not_after_timestamp_seconds",
+		Help: "When what signs now expires, by role: root, intermediate, server (the CA's own X.509-SVID).",
+	}, []string{"role"})
+	m := &metrics{
+		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "meshid_ca_sign_duration_seconds",
+			Help:    "Time to validate, sign and check one X.509-SVID.",
+			Buckets: prometheus.ExponentialBuckets(25e-6, 2, 14),
+		}),
+		retiring: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "meshid_ca_intermediates_retiring",
+			Help: "Intermediates that sign no more while certificates that they signed live.",
+		}),
+		sequence: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "meshid_ca_bundle_sequence",
+			Help: "Sequence of the trust bundle.",
+		}),
+	}
+	var err error
+	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence} {
+		err = errors.Join(err, reg.Register(collector))
+	}
+	resolve := func(vec *prometheus.CounterVec, names []string) (all []prometheus.Counter) {
+		for _, name := range names {
+			all = append(all, vec.WithLabelValues(name))
+		}
+		return all
+	}
+	m.signed, m.refused, m.shrunk = resolve(signed, kindNames), resolve(refused, refusedNames), resolve(shrunk, shrunkNames)
+	m.rotated, m.rotationFailed = rotations.WithLabelValues("success"), rotations.WithLabelValues("failure")
+	m.rootNotAfter, m.intermediateNotAfter = notAfter.WithLabelValues(RoleRoot), notAfter.WithLabelValues(RoleIntermediate)
+	m.ownNotAfter = notAfter.WithLabelValues("server")
+	return m, err
+}
+
+func (m *metrics) observe(s *state) {
+	m.rootNotAfter.Set(seconds(s.signer.cert.NotAfter))
+	if s.active != nil {
+		m.intermediateNotAfter.Set(seconds(s.active.notAfter))
+	}
+	m.retiring.Set(float64(len(s.retiring)))
+	m.sequence.Set(float64(s.sequence))
+}
+
+func seconds(t time.Time) float64 { return float64(t.Unix()) }
+
+// kindOf is total: what it does not know is "other".
+func kindOf(r *ledgerv1.Record) int {
+	switch r.GetEvent() {
+	case ledgerv1.Event_EVENT_ATTEST, ledgerv1.Event_EVENT_RENEW_AGENT:
+		return kindAgent
+	case ledgerv1.Event_EVENT_ISSUE:
+		switch r.GetKind() {
+		case ledgerv1.Kind_KIND_FIRST:
+			return kindFirst
+		case ledgerv1.Kind_KIND_RENEWAL:
+			return kindRenewal
+		case ledgerv1.Kind_KIND_ROTATION:
+			return kindRotation
+		default:
+			return kindOther
+		}
+	default:
+		return kindOther
+	}
+}
