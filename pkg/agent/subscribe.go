@@ -1,0 +1,328 @@
+package agent
+
+// How a process gets its identities:
+//
+//  1. Subscribe makes a watch and returns it at once;
+//  2. admit attests the process, again and again while that fails for now;
+//  3. attest asks all workload attestors at the same time and merges what they
+//     say; the process must still be there afterwards;
+//  4. enroll tells the cache, which publishes what is at hand and has the rest
+//     issued.
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+
+	"github.com/meshid/meshid/internal/backoff"
+	"github.com/meshid/meshid/pkg/agent/cache"
+	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+var (
+	// ErrInstanceEnded ends the watches of a workload instance that has ended.
+	ErrInstanceEnded = errors.New("workload instance has ended")
+	// ErrTooManyStreams refuses a stream above Config.MaxStreams.
+	ErrTooManyStreams = errors.New("too many open streams")
+)
+
+// attestTimeout bounds what one workload attestor may take.
+const attestTimeout = 2 * time.Second
+
+// attestBackoff is between attempts to attest one process.
+var attestBackoff = backoff.Policy{Base: 50 * time.Millisecond, Max: 5 * time.Second}
+
+// stream is one open watch. Agent.mu guards what may change.
+type stream struct {
+	watch  *identity.Watch
+	peer   *peer.Peer
+	opened time.Time
+
+	served bool   // an X.509-SVID has been published to it
+	acked  uint64 // sequence of the bundle it has acknowledged
+	dead   error  // why it is to be ended
+	again  bool   // it is being attested again
+}
+
+// Subscribe returns a watch of what the process p may have. Its snapshot is nil
+// until that is known; a process that has no identity keeps its watch and is
+// told when it gets one. ctx bounds the watch's life; the caller closes the
+// watch. Errors wrap ErrStopped, ErrTooManyStreams or peer.ErrGone.
+func (a *Agent) Subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, error) {
+	if err := p.Alive(); err != nil {
+		return nil, err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case a.ended:
+		return nil, ErrStopped
+	case len(a.streams) >= a.cfg.MaxStreams:
+		return nil, fmt.Errorf("%w: %d", ErrTooManyStreams, len(a.streams))
+	}
+	a.nextStream++
+	id := a.nextStream
+	s := &stream{peer: p, opened: time.Now()}
+	s.watch = identity.NewWatch(
+		func(sequence uint64) { a.acknowledge(id, sequence) },
+		func() { a.unsubscribe(id) },
+	)
+	a.streams[id] = s
+	a.tasks.Go(func() { a.admit(ctx, id, s) })
+	return s.watch, nil
+}
+
+// unsubscribe is called when the consumer closes a watch.
+func (a *Agent) unsubscribe(id cache.WatchID) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if s := a.streams[id]; s != nil {
+		a.forget(id, s)
+		now := time.Now()
+		a.cache.Detach(now, id)
+		a.settle(now)
+	}
+}
+
+// forget removes a stream from the agent's books. a.mu is held.
+func (a *Agent) forget(id cache.WatchID, s *stream) {
+	delete(a.streams, id)
+	if s.acked > 0 {
+		a.report.acks = true
+		signal(a.up)
+	}
+}
+
+// acknowledge notes which bundle the proxy at the end of a stream has put into
+// force.
+func (a *Agent) acknowledge(id cache.WatchID, sequence uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := a.streams[id]
+	if s == nil || sequence <= s.acked || a.bundle == nil || sequence > a.bundle.Sequence {
+		return
+	}
+	s.acked = sequence
+	a.report.acks = true
+	signal(a.up)
+}
+
+// admit attests the process of a stream until that succeeds, or is out of
+// question.
+func (a *Agent) admit(ctx context.Context, id cache.WatchID, s *stream) {
+	select {
+	case <-a.loaded:
+	case <-a.stopped:
+		return
+	case <-ctx.Done():
+		return
+	}
+	tries := backoff.New(attestBackoff)
+	for {
+		found, err := a.attest(ctx, s.peer)
+		if err == nil {
+			err = a.enroll(id, s, found)
+		}
+		switch {
+		case err == nil:
+			return
+		case errors.Is(err, peer.ErrGone), errors.Is(err, errNobodyKnows):
+			a.end(id, s, err)
+			return
+		case ctx.Err() != nil:
+			return
+		}
+		if tries.Failures() == 0 {
+			a.log.WarnContext(ctx, "workload cannot be attested now", "pid", s.peer.PID, "err", err)
+		}
+		timer := time.NewTimer(tries.Next())
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		case <-a.stopped:
+		case <-s.peer.Done():
+		}
+		timer.Stop()
+		if a.gone(ctx, id) {
+			return
+		}
+	}
+}
+
+// gone says whether nobody waits for the stream any more.
+func (a *Agent) gone(ctx context.Context, id cache.WatchID) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return ctx.Err() != nil || a.streams[id] == nil
+}
+
+// end ends a stream with a reason.
+func (a *Agent) end(id cache.WatchID, s *stream, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.streams[id] == s {
+		a.forget(id, s)
+		now := time.Now()
+		a.cache.Detach(now, id)
+		a.settle(now)
+	}
+	s.watch.End(err)
+}
+
+// errNobodyKnows: no attestor has anything to say about the process.
+var errNobodyKnows = errors.New("no workload attestor knows this process")
+
+// workload is what was established about a process.
+type workload struct {
+	subject
+	attributes *attributesv1.Workload
+}
+
+// attest asks all attestors. If one of them cannot answer now the process gets
+// nothing: fewer facts could match a rule that more facts would not.
+func (a *Agent) attest(ctx context.Context, p *peer.Peer) (*workload, error) {
+	attestors := a.cfg.Workloads
+	facts, errs := make([]*attest.Facts, len(attestors)), make([]error, len(attestors))
+	ask := func(n int) {
+		ctx, cancel := context.WithTimeout(ctx, attestTimeout)
+		defer cancel()
+		facts[n], errs[n] = attestors[n].Attest(ctx, p)
+		outcome := string(succeeded)
+		switch {
+		case errors.Is(errs[n], attest.ErrNotMine):
+			outcome = "not_mine"
+		case errs[n] != nil:
+			outcome = string(failed)
+		}
+		a.metrics.attestations.WithLabelValues(attestors[n].Name(), outcome).Inc()
+	}
+	var others sync.WaitGroup
+	for n := range attestors[1:] {
+		others.Go(func() { ask(n + 1) })
+	}
+	ask(0)
+	others.Wait()
+	if err := p.Alive(); err != nil { // what was read may be another process's
+		return nil, err
+	}
+	found, rank := &workload{attributes: &attributesv1.Workload{}}, 0
+	for n, f := range facts {
+		switch err := errs[n]; {
+		case errors.Is(err, attest.ErrNotMine):
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("ask attestor %s: %w", attestors[n].Name(), err)
+		case f == nil || f.Workload == nil:
+			return nil, fmt.Errorf("ask attestor %s: it gave no facts", attestors[n].Name())
+		}
+		proto.Merge(found.attributes, f.Workload)
+		if f.Instance != "" && f.Rank > rank {
+			found.instance, rank = f.Instance, f.Rank
+		}
+	}
+	if found.instance == "" {
+		return nil, errNobodyKnows
+	}
+	var err error
+	if found.digest, err = digest(found.attributes); err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+// digest stands for a set of attributes.
+func digest(w *attributesv1.Workload) (string, error) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(w)
+	if err != nil {
+		return "", fmt.Errorf("encode attributes: %w", err)
+	}
+	sum := sha256.Sum256(b)
+	return string(sum[:]), nil
+}
+
+// enroll tells the cache of an attested process.
+func (a *Agent) enroll(id cache.WatchID, s *stream, w *workload) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.streams[id] != s {
+		return nil // closed meanwhile
+	}
+	now := time.Now()
+	a.attributes[w.subject] = w.attributes
+	err := a.cache.Attach(now, id, cache.Workload{
+		Instance: w.instance, Digest: w.digest, Facts: identity.NewFacts(a.node, w.attributes),
+	})
+	if err != nil {
+		delete(a.attributes, w.subject)
+		a.cfg.Health.Set(condCapacity, health.Error, "more workload instances than the agent holds")
+		return fmt.Errorf("enroll instance %s: %w", w.instance, err)
+	}
+	s.again = false
+	a.settle(now)
+	return nil
+}
+
+// watchInstances follows what a runtime says of its instances.
+func (a *Agent) watchInstances(ctx context.Context, name string, w attest.InstanceWatcher) error {
+	tries := backoff.New(backoff.Policy{Base: time.Second, Max: 30 * time.Second})
+	for {
+		err := w.Watch(ctx, func(e attest.InstanceEvent) { a.instanceEvent(ctx, e) })
+		if ctx.Err() != nil {
+			return nil
+		}
+		a.log.WarnContext(ctx, "instances cannot be followed", "method", name, "err", err)
+		if backoff.Wait(ctx, tries.Next()) != nil {
+			return nil
+		}
+	}
+}
+
+// instanceEvent tells the cache that an instance is there or has ended.
+func (a *Agent) instanceEvent(ctx context.Context, e attest.InstanceEvent) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.ended {
+		return
+	}
+	now := time.Now()
+	if e.Ended {
+		a.cache.End(now, e.Instance)
+		a.settle(now)
+		return
+	}
+	sum, err := digest(e.Workload)
+	if err != nil {
+		a.log.WarnContext(ctx, "announced instance is ignored", "instance", e.Instance, "err", err)
+		return
+	}
+	w := subject{e.Instance, sum}
+	a.attributes[w] = e.Workload
+	stale, err := a.cache.Announce(now, cache.Workload{
+		Instance: e.Instance, Digest: sum, Facts: identity.NewFacts(a.node, e.Workload),
+	})
+	if err != nil {
+		delete(a.attributes, w)
+		a.log.WarnContext(ctx, "announced instance is ignored", "instance", e.Instance, "err", err)
+		a.cfg.Health.Set(condCapacity, health.Error, "more workload instances than the agent holds")
+		return
+	}
+	a.settle(now)
+	for _, id := range stale {
+		// Its attributes have changed: what its processes may have is not known
+		// until they have been attested again.
+		if s := a.streams[id]; s != nil && !s.again {
+			s.again = true
+			a.tasks.Go(func() { a.admit(ctx, id, s) })
+		}
+	}
+}
