@@ -1,0 +1,82 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/meshid/meshid/pkg/identity"
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+)
+
+// callTimeout bounds one call of the admin API.
+const callTimeout = 30 * time.Second
+
+// clientFlags say how to reach a running CA: over its admin socket, or over
+// mTLS with the X.509-SVID of an identity that an entry makes an admin.
+type clientFlags struct {
+	socket  string
+	address string
+	// wait for the CA to come up instead of failing at once.
+	wait bool
+}
+
+func (c *clientFlags) add(cmd *cobra.Command) {
+	socket := os.Getenv("MESHID_ADMIN_SOCKET")
+	if socket == "" {
+		socket = defaultAdminSocket
+	}
+	cmd.PersistentFlags().StringVar(&c.socket, "admin-socket", socket, "admin socket of the CA on this machine (env MESHID_ADMIN_SOCKET)")
+	cmd.PersistentFlags().StringVar(&c.address, "ca", os.Getenv("MESHID_CA"),
+		"host:port of a remote CA; uses the identity from the Workload API at SPIFFE_ENDPOINT_SOCKET (env MESHID_CA)")
+}
+
+// call connects, makes one call with a deadline, and disconnects.
+func call[Q, A any](ctx context.Context, c *clientFlags, method func(adminv1.AdminServiceClient, context.Context, Q, ...grpc.CallOption) (A, error), request Q) (answer A, err error) {
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+	}
+	conn, closeConn, err := c.dial(ctx)
+	if err != nil {
+		return answer, err
+	}
+	defer func() { err = errors.Join(err, closeConn()) }()
+	return method(adminv1.NewAdminServiceClient(conn), ctx, request)
+}
+
+func (c *clientFlags) dial(ctx context.Context) (*grpc.ClientConn, func() error, error) {
+	limit := grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(256<<20), grpc.WaitForReady(c.wait))
+	if c.address == "" {
+		conn, err := grpc.NewClient("unix:"+c.socket, limit, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return nil, nil, fmt.Errorf("reach the CA at %s: %w", c.socket, err)
+		}
+		return conn, conn.Close, nil
+	}
+	source, err := workloadapi.NewX509Source(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("get an identity from the Workload API: %w\n  Set SPIFFE_ENDPOINT_SOCKET to the node agent's socket, such as unix:///run/meshid/agent.sock", err)
+	}
+	svid, err := source.GetX509SVID()
+	if err != nil {
+		return nil, nil, errors.Join(err, source.Close())
+	}
+	authorize := tlsconfig.AuthorizeID(identity.CAID(svid.ID.TrustDomain()))
+	conn, err := grpc.NewClient(c.address, limit,
+		grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(source, source, authorize))))
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("reach the CA at %s: %w", c.address, err), source.Close())
+	}
+	return conn, func() error { return errors.Join(conn.Close(), source.Close()) }, nil
+}

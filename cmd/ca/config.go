@@ -1,0 +1,178 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/meshid/meshid/pkg/config"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+const (
+	defaultConfigPath  = "/etc/meshid/ca.yaml"
+	defaultDataDir     = "/var/lib/meshid/ca"
+	defaultAdminSocket = "/run/meshid/ca-admin.sock"
+	defaultListen      = ":8443"
+	defaultMetrics     = "127.0.0.1:9640"
+)
+
+// settings is ca.yaml. docs/configuration.md is generated from the comments
+// here; every field but trust_domain has a good zero value.
+type settings struct {
+	// The name under which all identities are issued, such as "example.org".
+	// It cannot be changed later.
+	TrustDomain string `yaml:"trust_domain"`
+	// Folder of the database, the root's key and the ledger's journal; created
+	// with mode 0700.
+	DataDir string `yaml:"data_dir" default:"/var/lib/meshid/ca"`
+	// Name of this CA process in records; the host's name by default.
+	Instance string `yaml:"instance" default:"the host name"`
+	// Address for node agents and for admins over mTLS.
+	Listen string `yaml:"listen" default:":8443"`
+	// Unix socket of the admin API, for root and for the user that ca runs as.
+	AdminSocket string `yaml:"admin_socket" default:"/run/meshid/ca-admin.sock"`
+	// Address of /metrics, /livez and /readyz; "off" for none.
+	MetricsListen string `yaml:"metrics_listen" default:"127.0.0.1:9640"`
+	// X.509-SVIDs.
+	SVID struct {
+		// Life of an X.509-SVID whose entry does not say.
+		DefaultTTL config.Duration `yaml:"default_ttl" default:"1h"`
+		// Longest life that an entry may ask for.
+		MaxTTL config.Duration `yaml:"max_ttl" default:"24h"`
+		// Life of a node agent's own X.509-SVID.
+		NodeTTL config.Duration `yaml:"node_ttl" default:"4h"`
+		// How far not_before lies in the past, for clocks that are behind; at
+		// most a quarter of the life.
+		Backdate config.Duration `yaml:"backdate" default:"30s"`
+	} `yaml:"svid"`
+	// Signing certificates.
+	Authority struct {
+		// Life of the self-signed root.
+		RootLife config.Duration `yaml:"root_life" default:"87600h"`
+		// Life of this process's intermediate; it is renewed at half of it.
+		IntermediateLife config.Duration `yaml:"intermediate_life" default:"168h"`
+	} `yaml:"authority"`
+	// How machines may prove who they are. Without this section, join tokens.
+	NodeAttestation nodeAttestation `yaml:"node_attestation"`
+}
+
+// nodeAttestation has one section for each method in plugins.go.
+type nodeAttestation struct {
+	// Single-use tokens made by `ca token create`. No settings.
+	JoinToken config.Section `yaml:"join_token"`
+	// An existing machine certificate. Settings: ca_bundle, the PEM file of
+	// the CAs that issue machine certificates.
+	X509PoP config.Section `yaml:"x509pop"`
+}
+
+// overrides are the flags of `ca run` that stand above the file.
+type overrides struct {
+	trustDomain string
+	dataDir     string
+	listen      string
+	adminSocket string
+	metrics     string
+}
+
+// validated is what `ca run` works with.
+type validated struct {
+	settings
+	trustDomain spiffeid.TrustDomain
+}
+
+// loadSettings reads path, lets the flags stand above it, fills in the
+// defaults, and checks everything that can be checked without starting. A file
+// that does not exist is an error only if it was asked for by name.
+func loadSettings(path string, asked bool, o overrides) (*validated, error) {
+	v := &validated{}
+	file, err := config.Read(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist) && !asked && o.trustDomain != "":
+		if file, err = config.Parse("flags", nil); err != nil {
+			return nil, err
+		}
+	case errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("%w\n  Write one (see docs/configuration.md), or start without: ca run --trust-domain example.org", err)
+	case err != nil:
+		return nil, err
+	}
+	if err := file.Decode(&v.settings); err != nil {
+		return nil, err
+	}
+	override(&v.TrustDomain, o.trustDomain, "")
+	override(&v.DataDir, o.dataDir, defaultDataDir)
+	override(&v.Listen, o.listen, defaultListen)
+	override(&v.AdminSocket, o.adminSocket, defaultAdminSocket)
+	override(&v.MetricsListen, o.metrics, defaultMetrics)
+	return v, v.check(file)
+}
+
+// override sets field to flag if that is given, else to otherwise if it is empty.
+func override(field *string, flag, otherwise string) {
+	if flag != "" {
+		*field = flag
+	} else if *field == "" {
+		*field = otherwise
+	}
+}
+
+func (v *validated) check(file *config.File) error {
+	var problems []error
+	bad := func(path, format string, args ...any) {
+		problems = append(problems, file.Errorf(path, format, args...))
+	}
+	if v.TrustDomain == "" {
+		bad("trust_domain", "missing; write the name under which identities are issued, such as trust_domain: example.org")
+	} else {
+		td, err := identity.ParseTrustDomain(v.TrustDomain)
+		if err != nil {
+			bad("trust_domain", "%v", err)
+		}
+		v.trustDomain = td
+	}
+	if v.Instance == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("find the host's name for `instance`: %w", err)
+		}
+		v.Instance = host
+	}
+	if !filepath.IsAbs(v.DataDir) {
+		abs, err := filepath.Abs(v.DataDir)
+		if err != nil {
+			return err
+		}
+		v.DataDir = abs
+	}
+	if _, _, err := net.SplitHostPort(v.Listen); err != nil {
+		bad("listen", "%q is not an address; write host:port, or :8443 for all interfaces", v.Listen)
+	}
+	if v.MetricsListen != "off" {
+		if _, _, err := net.SplitHostPort(v.MetricsListen); err != nil {
+			bad("metrics_listen", "%q is not an address; write host:port, or off", v.MetricsListen)
+		}
+	}
+	between := func(path string, d *config.Duration, otherwise, least, most time.Duration) time.Duration {
+		got := d.Or(otherwise)
+		if got < least || got > most {
+			bad(path, "%v is out of range; write a duration from %v to %v", got, least, most)
+		}
+		*d = config.Duration(got)
+		return got
+	}
+	maxTTL := between("svid.max_ttl", &v.SVID.MaxTTL, identity.MaxTTL, identity.MinTTL, identity.MaxTTL)
+	between("svid.default_ttl", &v.SVID.DefaultTTL, min(time.Hour, maxTTL), identity.MinTTL, maxTTL)
+	nodeTTL := between("svid.node_ttl", &v.SVID.NodeTTL, 4*time.Hour, identity.MinTTL, identity.MaxTTL)
+	between("svid.backdate", &v.SVID.Backdate, 30*time.Second, time.Second, time.Hour)
+	root := between("authority.root_life", &v.Authority.RootLife, 10*365*24*time.Hour, time.Hour, 30*365*24*time.Hour)
+	// An intermediate is replaced at half of its life, and what it signed then
+	// must still fit into the other half.
+	between("authority.intermediate_life", &v.Authority.IntermediateLife, 7*24*time.Hour, 2*max(maxTTL, nodeTTL), root/2)
+	return errors.Join(problems...)
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/pkg/ledger"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+)
+
+// ledgerFlags say where the journal is.
+type ledgerFlags struct {
+	dir    string
+	config string
+}
+
+func newLedgerCommand() *cobra.Command {
+	f := &ledgerFlags{}
+	cmd := &cobra.Command{
+		Use:   "ledger",
+		Short: "Read and verify the record of every decision",
+		Long: `The ledger holds one record for each decision of the CA: what was issued or
+refused, to whom, where, why and when. These commands read its folder directly:
+the CA need not run, and a copied folder is as good as the original.`,
+	}
+	cmd.PersistentFlags().StringVar(&f.dir, "dir", "", "folder of the journal; by default that of the configuration")
+	cmd.PersistentFlags().StringVar(&f.config, "config", defaultConfigPath, "configuration file that names the data folder")
+	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f))
+	return cmd
+}
+
+// path returns the journal's folder.
+func (f *ledgerFlags) path() (string, error) {
+	if f.dir != "" {
+		return f.dir, nil
+	}
+	v, err := loadSettings(f.config, false, overrides{trustDomain: "unused"})
+	if err != nil {
+		return "", err
+	}
+	return ledgerDir(v.DataDir), nil
+}
+
+func ledgerDir(dataDir string) string { return filepath.Join(dataDir, "ledger") }
+
+func newLedgerTail(f *ledgerFlags) *cobra.Command {
+	var follow bool
+	var lines uint64
+	var out cli.OutputFlag
+	cmd := &cobra.Command{
+		Use:   "tail",
+		Short: "Show the newest records",
+		Example: `  ca ledger tail -n 50
+  ca ledger tail -f -o json | jq 'select(.outcome == "refused")'`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			format, err := out.Format()
+			if err != nil {
+				return err
+			}
+			dir, err := f.path()
+			if err != nil {
+				return err
+			}
+			size, err := ledger.Size(dir)
+			if err != nil {
+				return err
+			}
+			from := size - min(lines, size)
+			show := func(e ledger.Entry) error { return writeRecord(cmd.OutOrStdout(), format, e) }
+			if follow {
+				if err := ledger.Follow(cmd.Context(), dir, from, show); err != nil && !errors.Is(err, cmd.Context().Err()) {
+					return err
+				}
+				return nil
+			}
+			for e, err := range ledger.Scan(dir, from) {
+				if err != nil {
+					return err
+				}
+				if err := show(e); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new records as they are made")
+	cmd.Flags().Uint64VarP(&lines, "lines", "n", 20, "how many records to start with")
+	out.Add(cmd, "text", "json")
+	return cmd
+}
+
+func newLedgerGet(f *ledgerFlags) *cobra.Command {
+	var serial string
+	cmd := &cobra.Command{
+		Use:   "get (INDEX | --serial HEX)",
+		Short: "Show one record whole, as JSON",
+		Example: `  ca ledger get 1042
+  ca ledger get --serial 7f3a12…`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if (len(args) == 1) == (serial != "") {
+				return fmt.Errorf("say which record: either its index or --serial")
+			}
+			dir, err := f.path()
+			if err != nil {
+				return err
+			}
+			var from uint64
+			matches := func(ledger.Entry) bool { return true }
+			if serial != "" {
+				want := strings.TrimLeft(strings.ToLower(strings.ReplaceAll(serial, ":", "")), "0")
+				matches = func(e ledger.Entry) bool {
+					return strings.TrimLeft(hex.EncodeToString(e.Record.GetCertificate().GetSerial()), "0") == want
+				}
+			} else if from, err = strconv.ParseUint(args[0], 10, 64); err != nil {
+				return fmt.Errorf("%q is not an index; write a number from 0 on", args[0])
+			}
+			for e, err := range ledger.Scan(dir, from) {
+				if err != nil {
+					return err
+				}
+				if matches(e) {
+					return writeRecord(cmd.OutOrStdout(), "json", e)
+				}
+			}
+			return fmt.Errorf("no such record in %s", dir)
+		},
+	}
+	cmd.Flags().StringVar(&serial, "serial", "", "serial number of a certificate, in hexadecimal")
+	return cmd
+}
+
+func newLedgerVerify(f *ledgerFlags) *cobra.Command {
+	var known string
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "Check that no record was changed, removed or moved",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			dir, err := f.path()
+			if err != nil {
+				return err
+			}
+			var heads []ledger.Head
+			if known != "" {
+				head, err := ledger.ParseHead(known)
+				if err != nil {
+					return fmt.Errorf("--head: %w", err)
+				}
+				heads = append(heads, head)
+			}
+			report, err := ledger.Verify(cmd.Context(), dir, heads...)
+			if err != nil {
+				return fmt.Errorf("%d records are intact, then: %w", report.Head.Size, err)
+			}
+			w := cmd.OutOrStdout()
+			fmt.Fprintf(w, "%d records in %d segments are intact\nhead %s\n", report.Head.Size, report.Segments, report.Head)
+			if report.TornBytes > 0 {
+				fmt.Fprintf(w, "%d bytes behind them are of a write that is going on or was interrupted\n", report.TornBytes)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&known, "head", "", "a head that an earlier verify printed: proves that nothing before it was changed or cut off since")
+	return cmd
+}
+
+func writeRecord(w io.Writer, format string, e ledger.Entry) error {
+	if format == "json" {
+		line, err := ledger.FormatJSON(e)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(w, "%s\n", line)
+		return err
+	}
+	r := e.Record
+	event := strings.ToLower(strings.TrimPrefix(r.GetEvent().String(), "EVENT_"))
+	outcome := strings.ToLower(strings.TrimPrefix(r.GetOutcome().String(), "OUTCOME_"))
+	switch r.GetOutcome() {
+	case ledgerv1.Outcome_OUTCOME_SUCCESS:
+		outcome = cli.Paint(w, cli.Green, outcome)
+	default:
+		outcome = cli.Paint(w, cli.Red, outcome)
+	}
+	line := []string{strconv.FormatUint(e.Index, 10), r.GetTime().AsTime().Local().Format("2006-01-02T15:04:05.000Z07:00"), event, outcome}
+	for _, f := range []struct{ name, value string }{
+		{"", r.GetSpiffeId()},
+		{"serial", hex.EncodeToString(r.GetCertificate().GetSerial())},
+		{"entry", r.GetEntry().GetName()},
+		{"node", r.GetNode().GetId()},
+		{"instance", r.GetInstance()},
+		{"authority", r.GetAuthority().GetId()},
+		{"actor", r.GetActor()},
+		{"reason", r.GetReason()},
+		{"detail", r.GetDetail()},
+	} {
+		switch {
+		case f.value == "":
+		case f.name == "":
+			line = append(line, f.value)
+		case strings.ContainsAny(f.value, " \t\n\""):
+			line = append(line, f.name+"="+strconv.Quote(f.value))
+		default:
+			line = append(line, f.name+"="+f.value)
+		}
+	}
+	_, err := fmt.Fprintln(w, strings.Join(line, " "))
+	return err
+}

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/durable"
+	"github.com/meshid/meshid/pkg/attest/node/jointoken"
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/server"
+	"github.com/meshid/meshid/pkg/store"
+)
+
+// shutdownTimeout bounds how long open calls may take when the CA stops.
+const shutdownTimeout = 5 * time.Second
+
+func newRunCommand() *cobra.Command {
+	var path string
+	var o overrides
+	var log cli.LogFlags
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the CA",
+		Long: `Run the CA until SIGINT or SIGTERM.
+
+Everything has a default but the trust domain: the first start makes the data
+folder, a root key (mode 0600) and a self-signed root.`,
+		Example: `  ca run --trust-domain example.org --data-dir ./ca --admin-socket ./ca/admin.sock
+  ca run --config /etc/meshid/ca.yaml`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger, err := log.Logger(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			v, err := loadSettings(path, cmd.Flags().Changed("config"), o)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), v, logger)
+		},
+	}
+	configFlags(cmd, &path, &o)
+	log.Add(cmd)
+	return cmd
+}
+
+func configFlags(cmd *cobra.Command, path *string, o *overrides) {
+	cmd.Flags().StringVar(path, "config", defaultConfigPath, "configuration file")
+	cmd.Flags().StringVar(&o.trustDomain, "trust-domain", "", "overrides trust_domain of the file")
+	cmd.Flags().StringVar(&o.dataDir, "data-dir", "", "overrides data_dir")
+	cmd.Flags().StringVar(&o.listen, "listen", "", "overrides listen")
+	cmd.Flags().StringVar(&o.adminSocket, "admin-socket", "", "overrides admin_socket")
+	cmd.Flags().StringVar(&o.metrics, "metrics-listen", "", "overrides metrics_listen")
+}
+
+func newCheckCommand() *cobra.Command {
+	var path string
+	var o overrides
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Check the configuration without starting",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			v, err := loadSettings(path, cmd.Flags().Changed("config"), o)
+			if err != nil {
+				return err
+			}
+			if _, err := nodeVerifiers(v.NodeAttestation, nil); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
+			return nil
+		},
+	}
+	configFlags(cmd, &path, &o)
+	return cmd
+}
+
+// serve puts the parts together and runs them until ctx ends:
+//
+//  1. the store and the ledger's journal are opened, each under a lock
+//  2. the authority is opened: root from its key file, a new intermediate
+//  3. the server takes both, and the listeners are opened
+//  4. everything runs in one group; the first error ends all
+func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
+	logger = logger.With("instance", v.Instance)
+	if err := cli.Harden(); err != nil {
+		logger.Warn("process hardening is incomplete", "err", err)
+	}
+	registry := prometheus.NewRegistry()
+	if err := cli.RegisterProcessMetrics(registry, "meshid_ca"); err != nil {
+		return err
+	}
+	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
+		return fmt.Errorf("data_dir: %w", err)
+	}
+	tracker, err := health.New(registry, "meshid_ca", server.Conditions...)
+	if err != nil {
+		return err
+	}
+
+	db, err := store.Open(ctx, filepath.Join(v.DataDir, "meshid.db"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	journal, err := ledger.Open(ledgerDir(v.DataDir), ledger.Options{Registerer: registry, Logger: logger})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, journal.Close()) }()
+	verifiers, err := nodeVerifiers(v.NodeAttestation, db)
+	if err != nil {
+		return err
+	}
+
+	var srv *server.Server
+	authority, err := ca.Open(ctx, ca.Config{
+		TrustDomain: v.trustDomain, Instance: v.Instance, Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
+		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
+		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
+		Logger: logger, Registerer: registry,
+		OnChange: func() {
+			if srv != nil {
+				srv.BundleChanged()
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	srv, err = server.New(ctx, server.Config{
+		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Verifiers: verifiers,
+		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
+		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0),
+		Logger: logger, Registerer: registry, Health: tracker,
+	})
+	if err != nil {
+		return err
+	}
+
+	admin, err := peer.Listen(ctx, v.AdminSocket, peer.Options{Mode: 0o600, Logger: logger})
+	if err != nil {
+		return fmt.Errorf("admin_socket: %w", err)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", v.Listen)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listen: %w", err), admin.Close())
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return authority.Run(ctx) })
+	group.Go(func() error { return srv.Run(ctx) })
+	group.Go(func() error { return cli.ServeGRPC(ctx, srv.AdminGRPC(), admin, shutdownTimeout) })
+	group.Go(func() error { return cli.ServeGRPC(ctx, srv.GRPC(), listener, shutdownTimeout) })
+	if v.MetricsListen != "off" {
+		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
+	}
+	logger.Info("ca is ready", "trust_domain", v.trustDomain.Name(), "listen", listener.Addr().String(),
+		"admin_socket", v.AdminSocket, "version", cli.Version())
+	err = group.Wait()
+	logger.Info("ca has stopped")
+	return err
+}

@@ -1,0 +1,27 @@
+package main
+
+import (
+	"os"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/meshid/meshid/internal/cli"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"ca": func() { os.Exit(cli.Main(run)) },
+	})
+}
+
+// TestScripts runs testdata/script/*.txtar: what an operator types, and reads.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("MESHID_ADMIN_SOCKET", e.WorkDir+"/admin.sock")
+			return nil
+		},
+	})
+}

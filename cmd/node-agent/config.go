@@ -1,0 +1,193 @@
+package main
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/meshid/meshid/pkg/config"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+const (
+	defaultConfigPath  = "/etc/meshid/agent.yaml"
+	defaultDataDir     = "/var/lib/meshid/agent"
+	defaultSocket      = "/run/meshid/agent.sock"
+	defaultAdminSocket = "/run/meshid/agent-admin.sock"
+	defaultMetrics     = "127.0.0.1:9641"
+)
+
+// settings is agent.yaml. docs/configuration.md is generated from the comments
+// here.
+type settings struct {
+	// The trust domain of the CA, such as "example.org".
+	TrustDomain string `yaml:"trust_domain"`
+	// How to reach the CA, and how to know it before the first contact.
+	CA struct {
+		// host:port of the CA.
+		Address string `yaml:"address"`
+		// PEM file with the trust bundle, from `ca bundle show`.
+		Bundle string `yaml:"bundle"`
+		// Instead of bundle: SHA-256 of the root, from `ca bundle show -o sha256`.
+		RootSHA256 string `yaml:"root_sha256"`
+	} `yaml:"ca"`
+	// Folder of the sealed cache; created with mode 0700.
+	DataDir string `yaml:"data_dir" default:"/var/lib/meshid/agent"`
+	// File with at least 16 secret bytes, such as a systemd credential, that
+	// seals the cache. Without it the key is kept in the kernel's keyring, and
+	// is gone after a reboot.
+	SealingKeyFile string `yaml:"sealing_key_file"`
+	// Unix socket of SDS and of the Workload API, for all processes.
+	Socket string `yaml:"socket" default:"/run/meshid/agent.sock"`
+	// Unix socket of `node-agent status`, for root and for the agent's user.
+	AdminSocket string `yaml:"admin_socket" default:"/run/meshid/agent-admin.sock"`
+	// Address of /metrics, /livez and /readyz; "off" for none.
+	MetricsListen string `yaml:"metrics_listen" default:"127.0.0.1:9641"`
+	// How this machine proves which one it is: exactly one method.
+	NodeAttestation nodeAttestation `yaml:"node_attestation"`
+	// How processes are told apart. Without this section, unix.
+	WorkloadAttestation workloadAttestation `yaml:"workload_attestation"`
+}
+
+// nodeAttestation has one section for each method in plugins.go.
+type nodeAttestation struct {
+	// A single-use token from `ca token create`. Settings: token_file.
+	JoinToken config.Section `yaml:"join_token"`
+	// An existing machine certificate. Settings: certificate (PEM file, leaf
+	// first, with intermediates) and key (PEM file).
+	X509PoP config.Section `yaml:"x509pop"`
+}
+
+// workloadAttestation has one section for each attestor in plugins.go.
+type workloadAttestation struct {
+	// User, groups and executable of the process; always on. Settings:
+	// max_executable_bytes, the largest executable that is hashed.
+	Unix config.Section `yaml:"unix"`
+	// Container of the process. Settings: socket, of the Docker engine.
+	Docker config.Section `yaml:"docker"`
+}
+
+// validated is what `node-agent run` works with.
+type validated struct {
+	settings
+	trustDomain spiffeid.TrustDomain
+	anchors     []*x509.Certificate
+	rootSHA256  []byte
+}
+
+func loadSettings(path string) (*validated, error) {
+	file, err := config.Read(path)
+	if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			err = fmt.Errorf("%w\n  Write one (see docs/configuration.md), or name it with --config", err)
+		}
+		return nil, err
+	}
+	v := &validated{}
+	if err := file.Decode(&v.settings); err != nil {
+		return nil, err
+	}
+	for _, d := range []struct {
+		field     *string
+		otherwise string
+	}{
+		{&v.DataDir, defaultDataDir}, {&v.Socket, defaultSocket}, {&v.AdminSocket, defaultAdminSocket}, {&v.MetricsListen, defaultMetrics},
+	} {
+		if *d.field == "" {
+			*d.field = d.otherwise
+		}
+	}
+	return v, v.check(file)
+}
+
+func (v *validated) check(file *config.File) error {
+	var problems []error
+	bad := func(path, format string, args ...any) {
+		problems = append(problems, file.Errorf(path, format, args...))
+	}
+	td, err := identity.ParseTrustDomain(v.TrustDomain)
+	switch {
+	case v.TrustDomain == "":
+		bad("trust_domain", "missing; write the CA's trust domain, such as trust_domain: example.org")
+	case err != nil:
+		bad("trust_domain", "%v", err)
+	}
+	v.trustDomain = td
+	if v.CA.Address == "" {
+		bad("ca.address", "missing; write host:port of the CA")
+	} else if _, _, err := net.SplitHostPort(v.CA.Address); err != nil {
+		bad("ca.address", "%q is not an address; write host:port", v.CA.Address)
+	}
+	switch {
+	case v.CA.Bundle != "" && v.CA.RootSHA256 != "":
+		bad("ca.root_sha256", "stands beside ca.bundle; write only one of them")
+	case v.CA.Bundle != "":
+		if v.anchors, err = readBundle(v.CA.Bundle); err != nil {
+			bad("ca.bundle", "%v", err)
+		}
+	case v.CA.RootSHA256 != "":
+		if v.rootSHA256, err = hex.DecodeString(v.CA.RootSHA256); err != nil || len(v.rootSHA256) != sha256.Size {
+			bad("ca.root_sha256", "write 64 hexadecimal digits, from: ca bundle show -o sha256")
+		}
+	default:
+		bad("ca", "nothing says which CA is the right one; write ca.bundle: PATH (from `ca bundle show`), or ca.root_sha256: HEX (from `ca bundle show -o sha256`)")
+	}
+	switch n := v.NodeAttestation; {
+	case n.JoinToken.Present() && n.X509PoP.Present():
+		bad("node_attestation.x509pop", "a machine attests in one way; write only one method")
+	case !n.JoinToken.Present() && !n.X509PoP.Present():
+		bad("node_attestation", "missing; write node_attestation: {join_token: {token_file: PATH}}, or x509pop")
+	}
+	for path, field := range map[string]*string{"data_dir": &v.DataDir, "socket": &v.Socket, "admin_socket": &v.AdminSocket} {
+		if !filepath.IsAbs(*field) {
+			bad(path, "%q is relative; write an absolute path", *field)
+		}
+	}
+	if v.Socket == v.AdminSocket {
+		bad("admin_socket", "is the same as socket; workloads must not reach it")
+	}
+	if v.MetricsListen != "off" {
+		if _, _, err := net.SplitHostPort(v.MetricsListen); err != nil {
+			bad("metrics_listen", "%q is not an address; write host:port, or off", v.MetricsListen)
+		}
+	}
+	return errors.Join(problems...)
+}
+
+// readBundle reads the trust bundle from a PEM file of CA certificates.
+func readBundle(path string) ([]*x509.Certificate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var roots []*x509.Certificate
+	for {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			break
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%s: holds a %s; write certificates only", path, block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		if !cert.IsCA {
+			return nil, fmt.Errorf("%s: %s is not a CA certificate", path, cert.Subject)
+		}
+		roots = append(roots, cert)
+	}
+	if len(roots) == 0 {
+		return nil, fmt.Errorf("%s: no certificate in it; save the output of `ca bundle show`", path)
+	}
+	return roots, nil
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/meshid/meshid/internal/durable"
+	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/node/jointoken"
+	"github.com/meshid/meshid/pkg/attest/node/x509pop"
+	"github.com/meshid/meshid/pkg/attest/workload/docker"
+	"github.com/meshid/meshid/pkg/attest/workload/unix"
+)
+
+// nodeAttester is the table of node attestation methods: one case a method.
+func nodeAttester(n nodeAttestation) (attest.NodeAttester, error) {
+	switch {
+	case n.JoinToken.Present():
+		var c struct {
+			TokenFile string `yaml:"token_file"`
+		}
+		if err := n.JoinToken.Decode(&c); err != nil {
+			return nil, err
+		}
+		if c.TokenFile == "" {
+			return nil, n.JoinToken.Errorf("token_file", "missing; write the path of the file that holds the token")
+		}
+		return tokenFile(c.TokenFile), nil
+	case n.X509PoP.Present():
+		var c x509pop.AgentConfig
+		if err := n.X509PoP.Decode(&c); err != nil {
+			return nil, err
+		}
+		a, err := x509pop.NewAttester(c)
+		if err != nil {
+			return nil, n.X509PoP.Errorf("", "%v", err)
+		}
+		return a, nil
+	default:
+		return nil, fmt.Errorf("node_attestation: no method")
+	}
+}
+
+// tokenFile attests with the join token in a file. The file is read when the
+// token is needed: an agent that has its identity already does not need it.
+type tokenFile string
+
+// Method implements attest.NodeAttester.
+func (tokenFile) Method() string { return jointoken.Method }
+
+// Evidence implements attest.NodeAttester.
+func (f tokenFile) Evidence(ctx context.Context, binding []byte) ([]byte, error) {
+	data, err := durable.ReadSecret(string(f), 4096)
+	if err != nil {
+		return nil, fmt.Errorf("read the join token: %w", err)
+	}
+	return jointoken.NewAttester(strings.TrimSpace(string(data))).Evidence(ctx, binding)
+}
+
+// Respond implements attest.NodeAttester.
+func (tokenFile) Respond(ctx context.Context, binding, challenge []byte) ([]byte, error) {
+	return jointoken.NewAttester("").Respond(ctx, binding, challenge)
+}
+
+// workloadAttestors is the table of workload attestors: one block an attestor.
+func workloadAttestors(w workloadAttestation, logger *slog.Logger, r prometheus.Registerer) ([]attest.WorkloadAttestor, error) {
+	var u unix.Config
+	if err := w.Unix.Decode(&u); err != nil {
+		return nil, err
+	}
+	unixAttestor, err := unix.New(u)
+	if err != nil {
+		return nil, err
+	}
+	all := []attest.WorkloadAttestor{unixAttestor}
+	if w.Docker.Present() {
+		var c docker.Config
+		if err := w.Docker.Decode(&c); err != nil {
+			return nil, err
+		}
+		a, err := docker.New(c, logger, r)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, a)
+	}
+	return all, nil
+}

@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/durable"
+	"github.com/meshid/meshid/pkg/agent"
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/sds"
+	"github.com/meshid/meshid/pkg/workloadapi"
+)
+
+// shutdownTimeout bounds how long streams may stay open when the agent stops.
+const shutdownTimeout = time.Second
+
+func newRunCommand() *cobra.Command {
+	var path string
+	var log cli.LogFlags
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the node agent",
+		Long: `Run the node agent until SIGINT or SIGTERM. It needs the host's PID namespace, and
+root, or the capabilities SYS_PTRACE and DAC_READ_SEARCH, to look at the processes
+of other users.`,
+		Example: "  node-agent run --config /etc/meshid/agent.yaml",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			logger, err := log.Logger(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			v, err := loadSettings(path)
+			if err != nil {
+				return err
+			}
+			return serve(cmd.Context(), v, logger)
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", defaultConfigPath, "configuration file")
+	log.Add(cmd)
+	return cmd
+}
+
+func newCheckCommand() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Check the configuration, and that the CA can be reached",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			v, err := loadSettings(path)
+			if err != nil {
+				return err
+			}
+			if _, err := nodeAttester(v.NodeAttestation); err != nil {
+				return err
+			}
+			if _, err := workloadAttestors(v.WorkloadAttestation, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
+			ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Second)
+			defer cancel()
+			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", v.CA.Address)
+			if err != nil {
+				return fmt.Errorf("reach the CA: %w\n  Check ca.address, and that the CA runs and no firewall is between", err)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "the CA answers at %s\n", conn.RemoteAddr())
+			return conn.Close()
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", defaultConfigPath, "configuration file")
+	return cmd
+}
+
+// serve puts the parts together and runs them until ctx ends. The sockets open
+// before any network is touched: what was issued before a restart is served
+// from the sealed cache meanwhile.
+func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
+	if err := cli.Harden(); err != nil {
+		logger.Warn("process hardening is incomplete", "err", err)
+	}
+	registry := prometheus.NewRegistry()
+	if err := cli.RegisterProcessMetrics(registry, "meshid_agent"); err != nil {
+		return err
+	}
+	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
+		return fmt.Errorf("data_dir: %w", err)
+	}
+	tracker, err := health.New(registry, "meshid_agent", append(slices.Clone(agent.Conditions), sds.Conditions...)...)
+	if err != nil {
+		return err
+	}
+	node, err := nodeAttester(v.NodeAttestation)
+	if err != nil {
+		return err
+	}
+	workloads, err := workloadAttestors(v.WorkloadAttestation, logger, registry)
+	if err != nil {
+		return err
+	}
+	a, err := agent.New(agent.Config{
+		TrustDomain: v.trustDomain, CAAddress: v.CA.Address, TrustAnchors: v.anchors, RootSHA256: v.rootSHA256,
+		Node: node, Workloads: workloads, DataDir: v.DataDir, SealingKeyFile: v.SealingKeyFile,
+		Version: cli.Version(), Logger: logger, Registerer: registry, Health: tracker,
+	})
+	if err != nil {
+		return err
+	}
+	server, err := workloadServer(a, logger, registry, tracker)
+	if err != nil {
+		return err
+	}
+	if err := durable.MkdirAll(filepath.Dir(v.AdminSocket), 0o755); err != nil {
+		return fmt.Errorf("admin_socket: %w", err)
+	}
+	socket, err := peer.Listen(ctx, v.Socket, peer.Options{Logger: logger, Registerer: registry})
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	admin, err := peer.Listen(ctx, v.AdminSocket, peer.Options{Mode: 0o600, Logger: logger})
+	if err != nil {
+		return errors.Join(fmt.Errorf("admin_socket: %w", err), socket.Close())
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return a.Run(ctx) })
+	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
+	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })
+	if v.MetricsListen != "off" {
+		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
+	}
+	logger.Info("node agent is ready", "trust_domain", v.trustDomain.Name(), "ca", v.CA.Address, "socket", v.Socket, "version", cli.Version())
+	err = group.Wait()
+	logger.Info("node agent has stopped")
+	return err
+}
+
+// workloadServer returns the gRPC server of SDS and the Workload API.
+func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer, t *health.Tracker) (*grpc.Server, error) {
+	secrets, err := sds.New(a, sds.Options{Logger: logger, Registerer: r, Report: func(condition, problem string) {
+		if problem == "" {
+			t.Clear(condition)
+		} else {
+			t.Set(condition, health.Warning, problem)
+		}
+	}})
+	if err != nil {
+		return nil, err
+	}
+	workload, err := workloadapi.New(a, workloadapi.Options{Logger: logger, Registerer: r})
+	if err != nil {
+		return nil, err
+	}
+	options := append(sds.ServerOptions(), grpc.Creds(peer.Credentials()))
+	options = append(options, workloadapi.ServerOptions()...)
+	server := grpc.NewServer(options...)
+	secrets.Register(server)
+	workload.Register(server)
+	workloadapi.RegisterReflection(server)
+	return server, nil
+}
+
+// serveStatus answers `node-agent status` on the admin socket until ctx ends.
+func serveStatus(ctx context.Context, l net.Listener, a *agent.Agent, logger *slog.Logger) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json; charset=utf-8")
+		if err := json.NewEncoder(w).Encode(a.Status()); err != nil {
+			logger.Debug("status was not read to its end", "err", err)
+		}
+	})
+	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
+	closed := make(chan error, 1)
+	stop := context.AfterFunc(ctx, func() { closed <- s.Close() })
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve status: %w", err)
+	}
+	return <-closed
+}
