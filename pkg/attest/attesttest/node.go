@@ -240,7 +240,7 @@ func nodeConcurrent(t *testing.T, c NodeConfig) {
 	var verified atomic.Int32
 	var mu sync.Mutex // guards a
 	var wg sync.WaitGroup
-	const n = 50
+	const n = 20
 	for range n {
 		wg.Go(func() {
 			_, err := v.Verify(t.Context(), attest.Claim{Evidence: evidence, Binding: binding("key")},

@@ -79,7 +79,7 @@ func parse(secret string) ([]byte, error) {
 		return nil, fmt.Errorf("join token does not begin with %q: make one with `ca token create`", prefix)
 	}
 	raw, err := base64.RawURLEncoding.Strict().DecodeString(text)
-	if err != nil || len(raw) != size {
+	if err != nil || len(raw) != size || strings.ContainsAny(text, "\r\n") { // which base64 skips
 		return nil, errors.New("join token is cut off or altered: copy it again, or make a new one with `ca token create`")
 	}
 	return raw, nil
