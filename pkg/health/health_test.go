@@ -70,9 +70,12 @@ func TestEndpointsAndMetric(t *testing.T) {
 	if code, _ := get("/livez"); code != http.StatusOK {
 		t.Errorf("/livez is %d with an error", code)
 	}
-	var parsed struct{ Conditions []map[string]string }
-	if err := json.Unmarshal([]byte(body), &parsed); err != nil || parsed.Conditions[0]["severity"] != "error" {
+	var parsed struct{ Conditions []Condition }
+	if err := json.Unmarshal([]byte(body), &parsed); err != nil || parsed.Conditions[0].Severity != Error {
 		t.Errorf("%v: %s", err, body)
+	}
+	if err := json.Unmarshal([]byte(`{"conditions":[{"severity":"fine"}]}`), &parsed); err == nil {
+		t.Error("read a severity that does not exist")
 	}
 	want := `
 # HELP meshid_test_condition State of a named condition: 0 ok, 1 warning, 2 error.
