@@ -52,29 +52,12 @@ func (s *Server) compileAll(entries []*entryv1.Entry) ([]*identity.Entry, []erro
 				if i >= len(entries) {
 					return
 				}
-				compiled[i], errs[i] = s.compile(entries[i])
+				compiled[i], errs[i] = identity.Compile(s.cfg.TrustDomain, entries[i])
 			}
 		})
 	}
 	wg.Wait()
 	return compiled, errs
-}
-
-// compile compiles one entry. An entry that makes admins must name them: its
-// SPIFFE ID has no template, so that whoever has it is known by comparing bytes.
-func (s *Server) compile(e *entryv1.Entry) (*identity.Entry, error) {
-	compiled, err := identity.Compile(s.cfg.TrustDomain, e)
-	if err != nil {
-		return nil, err
-	}
-	if i := strings.IndexByte(e.GetSpiffeId(), '{'); e.GetAdmin() && i >= 0 {
-		return nil, &identity.EntryError{Entry: e.GetName(), Fields: []identity.FieldError{{
-			Field: "spiffe_id", Line: 1, Column: i + 1,
-			Message: "the SPIFFE ID of an admin entry may not be a template",
-			Hint:    "write one entry with a fixed SPIFFE ID for each admin",
-		}}}
-	}
-	return compiled, nil
 }
 
 // change is what becomes of one entry.

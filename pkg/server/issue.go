@@ -215,6 +215,13 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
 		return
 	}
+	// Whoever has an admin's SPIFFE ID is an admin: no other entry makes it.
+	if _, taken := b.entries.Admin(id.ID.String()); taken && !entry.Admin() {
+		const problem = "the SPIFFE ID belongs to an entry marked admin"
+		r.SpiffeId = id.ID.String()
+		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, problem, problem, 0)
+		return
+	}
 	key, err := ca.ParseCSR(item.GetCsr())
 	if err != nil {
 		r.SpiffeId = id.ID.String()

@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -103,7 +104,7 @@ func (h *house) start(options ...func(*Config)) {
 	must(err)
 	h.store, err = store.Open(ctx, filepath.Join(h.dir, "ca.db"))
 	must(err)
-	h.journal, err = ledger.Open(filepath.Join(h.dir, "ledger"), ledger.Options{})
+	h.journal, err = ledger.Open(filepath.Join(h.dir, "ledger"), ledger.Options{SegmentBytes: 1 << 20})
 	must(err)
 	var server *Server
 	h.ca, err = ca.Open(ctx, ca.Config{
@@ -133,7 +134,7 @@ func (h *house) start(options ...func(*Config)) {
 	runCtx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := g.Serve(h.lis); err != nil {
+		if err := g.Serve(h.lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			t.Errorf("serve: %v", err)
 		}
 	})
@@ -179,7 +180,7 @@ func (h *house) records(event ledgerv1.Event) []*ledgerv1.Record {
 		if err != nil {
 			h.t.Fatal(err)
 		}
-		if e.Record.GetEvent() == event {
+		if e.Record.GetEvent() == event && e.Record.GetSpiffeId() != identity.CAID(td).String() {
 			records = append(records, e.Record)
 		}
 	}
