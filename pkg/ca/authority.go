@@ -37,7 +37,7 @@ type root struct {
 	key      crypto.Signer // nil unless this is the state's signer
 }
 
-// authority is an intermediate with its key. It is immutable but for lastLeaf.
+// authority is an intermediate with its key. It is immutable but for its atomics.
 type authority struct {
 	id       string
 	cert     *x509.Certificate
@@ -58,6 +58,8 @@ type authority struct {
 	record *ledgerv1.Authority
 	// lastLeaf is the greatest NotAfter that it has signed, in Unix seconds.
 	lastLeaf atomic.Int64
+	// suspect is set when a signature did not verify: its key is replaced.
+	suspect atomic.Bool
 }
 
 func (a *authority) describe(state string) Authority {

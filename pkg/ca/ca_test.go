@@ -611,15 +611,19 @@ func TestWeeksOfRotation(t *testing.T) {
 		roots, sequence := f.Bundle()
 		key := parseKey(t, newKey(t))
 		issuers := map[string]bool{}
-		for i := range 21 * 24 {
+		for i := range 21 * 24 / 3 {
 			now := time.Now()
-			ttl := []time.Duration{0, 10 * time.Second, 24 * time.Hour, 7 * time.Hour}[i%4]
+			ttl := []time.Duration{0, 10 * time.Second, 24 * time.Hour, 7 * time.Hour, time.Minute}[i%5]
 			leaf, intermediate, signed := f.issue(t, now, &Request{Key: key, TTL: ttl})
 			issuers[string(intermediate.Raw)] = true
 			if !leaf.NotAfter.Before(intermediate.NotAfter) || leaf.NotBefore.Before(intermediate.NotBefore) {
 				t.Fatalf("leaf %s to %s, issuer %s to %s", leaf.NotBefore, leaf.NotAfter, intermediate.NotBefore, intermediate.NotAfter)
 			}
-			for _, at := range []time.Time{now, leaf.NotBefore, leaf.NotAfter} {
+			instants := []time.Time{now}
+			if i%8 == 0 {
+				instants = []time.Time{leaf.NotBefore, leaf.NotAfter}
+			}
+			for _, at := range instants {
 				if err := f.verify(at, leaf, intermediate); err != nil {
 					t.Fatalf("%s: %v", at, err)
 				}
@@ -637,7 +641,7 @@ func TestWeeksOfRotation(t *testing.T) {
 			if n := len(f.Authorities()); n > 3 {
 				t.Fatalf("%d authorities", n)
 			}
-			time.Sleep(time.Hour)
+			time.Sleep(3 * time.Hour)
 		}
 		if n := len(issuers); n < 13 || n > 15 {
 			t.Errorf("%d intermediates in three weeks, want one each 36 hours", n)
@@ -703,7 +707,11 @@ func TestV_B7_EndOfTheRoot(t *testing.T) {
 					t.Fatalf("shrunk to %s without need, %s before the end", signed.NotAfter.Sub(now), end.Sub(now))
 				}
 			}
-			time.Sleep(20 * time.Second)
+			step := 30 * time.Minute
+			if end.Sub(now) < 45*time.Minute {
+				step = 20 * time.Second
+			}
+			time.Sleep(step)
 		}
 		if refused == 0 || signatures == 0 {
 			t.Errorf("%d refused, %d signed", refused, signatures)
@@ -836,6 +844,52 @@ func TestRotateIntermediate(t *testing.T) {
 	}
 	if n := len(f.Authorities()); n != maxRetiring+2 {
 		t.Errorf("%d authorities kept", n)
+	}
+}
+
+// Rows F44 and F68 of the fault suite: what has expired or is damaged is
+// replaced without anybody's help.
+func TestV_F44_OwnCertificateExpired(t *testing.T) {
+	f := open(t, Config{})
+	now := time.Now().Add(36 * time.Hour)
+	if before := f.own.Load(); before.usable(now) {
+		t.Fatal("still valid")
+	}
+	f.maintain(t.Context(), now)
+	if after := f.own.Load(); !after.usable(now) {
+		t.Fatal("not replaced")
+	}
+}
+
+func TestV_F68_DamagedKeyIsReplaced(t *testing.T) {
+	f := open(t, Config{})
+	s := *f.state.Load()
+	damaged := *s.active.key
+	other := newKey(t)
+	damaged.D, damaged.PublicKey = other.D, other.PublicKey //nolint:staticcheck // what a damaged key is
+	a := &authority{
+		id: s.active.id, cert: s.active.cert, root: s.active.root, spkiHash: s.active.spkiHash,
+		notBefore: s.active.notBefore, notAfter: s.active.notAfter, leafEnd: s.active.leafEnd, renewAt: s.active.renewAt,
+		key: &damaged, checker: s.active.checker, template: s.active.template, record: s.active.record,
+	}
+	s.active = a
+	f.setState(&s)
+	now := time.Now()
+	request := &Request{ID: id("/a"), Key: parseKey(t, newKey(t))}
+	if _, err := f.Sign(now, request); !errors.Is(err, errBadSignature) || !errors.Is(err, errNotMeant) {
+		t.Fatalf("released a signature of another key: %v", err)
+	}
+	if counter(t, f, "meshid_ca_sign_refused_total", "self_check") != 1 {
+		t.Error("not counted")
+	}
+	select {
+	case <-f.kick:
+	default:
+		t.Error("Run is not woken")
+	}
+	f.maintain(t.Context(), now)
+	if _, err := f.Sign(now, request); err != nil {
+		t.Errorf("after the replacement: %v", err)
 	}
 }
 

@@ -3,6 +3,7 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/pem"
 	"os"
 	"path/filepath"
@@ -90,6 +91,42 @@ func TestV_B13_MalformedRequests(t *testing.T) {
 		flipped[i/8] ^= 1 << (i % 8)
 		if _, err := ParseCSR(flipped); err == nil {
 			t.Errorf("bit %d flipped and accepted", i)
+		}
+	}
+}
+
+// Signature algorithms that fit a P-256 key, and those that do not.
+func TestParseCSRSignatureAlgorithms(t *testing.T) {
+	key := newKey(t)
+	for _, algorithm := range []x509.SignatureAlgorithm{x509.ECDSAWithSHA256, x509.ECDSAWithSHA384, x509.ECDSAWithSHA512} {
+		der := csrOf(t, key, &x509.CertificateRequest{SignatureAlgorithm: algorithm})
+		if _, err := ParseCSR(der); err != nil {
+			t.Errorf("%s: %v", algorithm, err)
+		}
+	}
+	for _, algorithm := range []x509.SignatureAlgorithm{x509.SHA256WithRSA, x509.SHA384WithRSA, x509.SHA512WithRSA, x509.SHA256WithRSAPSS, x509.SHA512WithRSAPSS} {
+		der := csrOf(t, rsaKey(), &x509.CertificateRequest{SignatureAlgorithm: algorithm})
+		if _, err := ParseCSR(der); err != nil {
+			t.Errorf("%s: %v", algorithm, err)
+		}
+	}
+	good := csr(t, key)
+	for name, oid := range map[string][]byte{
+		"ecdsa with sha-1":   {0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x01},
+		"ecdsa with sha-224": {0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x01},
+		"rsa":                {0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0b},
+	} {
+		var parts struct{ Info, Algorithm, Signature asn1.RawValue }
+		if _, err := asn1.Unmarshal(good, &parts); err != nil {
+			t.Fatal(err)
+		}
+		parts.Algorithm = asn1.RawValue{FullBytes: appendValue(nil, tagSequence, oid)}
+		der, err := asn1.Marshal(parts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseCSR(der); err == nil {
+			t.Errorf("%s accepted", name)
 		}
 	}
 }

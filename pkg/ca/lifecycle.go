@@ -126,7 +126,7 @@ func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error)
 func (c *CA) intermediateDue(now time.Time) bool {
 	s := c.state.Load()
 	switch a := s.active; {
-	case a == nil || !a.usable(now):
+	case a == nil || !a.usable(now) || a.suspect.Load():
 		return true
 	case now.Before(a.renewAt):
 		return false

@@ -65,8 +65,11 @@ type Request struct {
 	// TTL is how long the certificate is to live from now; zero means the
 	// default. More than the policy allows is lowered to it.
 	TTL time.Duration
-	// Record has the facts: event, kind, node, entry, workload and instance.
-	// Sign fills in the rest, and owns it from then on. May be nil.
+	// Record has the facts: event, kind, node, entry, workload, instance and how
+	// long the request took. Sign fills in the rest and puts it in the draft; on
+	// an error it is the caller's again, for the record of the refusal. Its node
+	// and instance tell whose the key is: one key is not signed for two. May be
+	// nil.
 	Record *ledgerv1.Record
 }
 
@@ -90,8 +93,8 @@ const minRemaining = MinTTL / 2
 // Sign makes an X.509-SVID. It returns a *RequestError for what can never be
 // granted, an error that wraps ErrNoAuthority if no authority can sign at now,
 // or an error that says that the result was not what was meant. In each case
-// nothing was released. It takes no lock that another waits under and may be
-// called concurrently.
+// nothing was released. It waits for nothing but the processor, and may be called
+// concurrently from all cores.
 func (c *CA) Sign(now time.Time, r *Request) (*Signed, error) {
 	return c.sign(now, r, false)
 }
@@ -142,6 +145,11 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	certificate := appendSignature(buffer, signature)
 	// 5. Check.
 	if err := c.check(a, &l, now, certificate); err != nil {
+		if errors.Is(err, errBadSignature) {
+			// The key in memory may be damaged: Run replaces it.
+			a.suspect.Store(true)
+			c.wake()
+		}
 		c.metrics.refused[refusedSelfCheck].Inc()
 		return nil, fmt.Errorf("check the certificate for %s from authority %s: %w", id, a.id, err)
 	}
