@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -31,48 +30,26 @@ var errUnproven = errors.New("process may be younger than its connection (kernel
 // architectures that Go supports.
 const tick = 10 * time.Millisecond
 
-// drainedEvery is how often the queue is looked at.
+// drainedEvery is how often the queue is looked at while nobody connects.
 const drainedEvery = 20 * time.Millisecond
 
 // drained knows when the queue of a listening socket was last seen empty.
+// Accepts do not overlap.
 type drained struct {
 	socket *net.UnixListener
 	raw    syscall.RawConn
-	at     atomic.Int64 // CLOCK_BOOTTIME, nanoseconds
-	quit   chan struct{}
-	done   chan struct{}
+	at     time.Duration // CLOCK_BOOTTIME
 }
 
-// watchDrained begins to watch the queue of a socket that nobody has connected
-// to before this program listened on it.
+// watchDrained begins to watch the queue of a socket.
 func watchDrained(socket *net.UnixListener) (*drained, error) {
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	d := &drained{socket: socket, raw: raw, quit: make(chan struct{}), done: make(chan struct{})}
+	d := &drained{socket: socket, raw: raw}
 	d.look()
-	go d.run()
 	return d, nil
-}
-
-func (d *drained) stop() {
-	close(d.quit)
-	<-d.done
-}
-
-func (d *drained) run() {
-	defer close(d.done)
-	t := time.NewTicker(drainedEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-d.quit:
-			return
-		case <-t.C:
-			d.look()
-		}
-	}
 }
 
 // look notes the time if the queue is empty.
@@ -81,45 +58,25 @@ func (d *drained) look() {
 		now := boottime()
 		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}} //nolint:gosec // descriptors are small
 		if n, err := unix.Poll(fds[:], 0); err == nil && n == 0 {
-			d.at.Store(int64(now))
+			d.at = now
 		}
 	})
 }
 
-// accept takes one connection off the queue. It was made after since.
+// accept takes one connection off the queue. It was made after since: what is in
+// the queue was not there when it was seen empty.
 func (d *drained) accept() (c *net.UnixConn, since time.Duration, err error) {
-	fd := -1
-	var acceptErr error
-	err = d.raw.Read(func(l uintptr) bool {
-		// In this order: what is still in the queue now was not there then.
-		since = time.Duration(d.at.Load())
-		for {
-			fd, _, acceptErr = unix.Accept4(int(l), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-			if !errors.Is(acceptErr, unix.EINTR) && !errors.Is(acceptErr, unix.ECONNABORTED) {
-				return !errors.Is(acceptErr, unix.EAGAIN)
-			}
+	for {
+		d.look()
+		if err := d.socket.SetDeadline(time.Now().Add(drainedEvery)); err != nil {
+			return nil, 0, err
 		}
-	})
-	if err == nil && acceptErr != nil {
-		err = os.NewSyscallError("accept4", acceptErr)
-	}
-	if err != nil {
-		// As net does it, so that a server can tell what is worth another try.
-		if _, ok := errors.AsType[*net.OpError](err); !ok {
-			err = &net.OpError{Op: "accept", Net: "unix", Addr: d.socket.Addr(), Err: err}
+		c, err := d.socket.AcceptUnix()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
 		}
-		return nil, 0, err
+		return c, d.at, err
 	}
-	f := os.NewFile(uintptr(fd), "connection")
-	nc, err := net.FileConn(f)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, 0, fmt.Errorf("accept: %w", err)
-	}
-	c, ok := nc.(*net.UnixConn)
-	if !ok {
-		return nil, 0, errors.Join(errors.New("accept: not a Unix socket"), nc.Close())
-	}
-	return c, since, nil
 }
 
 // openProven opens the process of cred by its number, if it has had it since

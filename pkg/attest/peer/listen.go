@@ -137,9 +137,6 @@ func (l *listener) Close() error {
 		err = l.file.remove()
 	}
 	err = errors.Join(err, l.socket.Close())
-	if l.drained != nil {
-		l.drained.stop()
-	}
 	if releaseWatcher(l.watcher) {
 		<-l.watcher.stopped
 	}
