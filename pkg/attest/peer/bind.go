@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -85,12 +84,14 @@ func listenUnix(ctx context.Context, name string) (*net.UnixListener, error) {
 // openDir opens the socket's directory, made if it is missing, and refuses one
 // in which others may put their own socket in our place.
 func openDir(dir string) (int, error) {
-	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+	const flags = unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC
+	fd, err := unix.Open(dir, flags, 0)
+	if errors.Is(err, unix.ENOENT) {
 		if err := makeDir(dir); err != nil {
 			return -1, err
 		}
+		fd, err = unix.Open(dir, flags, 0)
 	}
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("open directory %s: %w", dir, err)
 	}

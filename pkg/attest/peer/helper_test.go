@@ -27,7 +27,8 @@ const helperEnv = "PEER_TEST_HELPER"
 func TestMain(m *testing.M) {
 	args := strings.Fields(os.Getenv(helperEnv))
 	if len(args) == 0 {
-		os.Exit(m.Run())
+		m.Run()
+		return
 	}
 	var err error
 	switch args[0] {
@@ -41,16 +42,16 @@ func TestMain(m *testing.M) {
 		if err = mountProc(); err == nil {
 			os.Unsetenv(helperEnv)
 			os.Setenv(insideEnv, "1")
-			os.Exit(m.Run())
+			m.Run()
+			return
 		}
 	default:
 		err = errors.New("unknown helper")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "helper:", err)
-		os.Exit(1)
+		os.Exit(1) //nolint:forbidigo // this is not a test, but a process that a test started
 	}
-	os.Exit(0)
 }
 
 // insideEnv is set in a test that runs as the first process of its own process
@@ -63,7 +64,7 @@ func helperConnect(path string) error {
 		return err
 	}
 	defer c.Close()
-	fmt.Println("connected")
+	fmt.Fprintln(os.Stdout, "connected")
 	_, err = io.Copy(io.Discard, os.Stdin)
 	return err
 }
@@ -82,7 +83,7 @@ func helperLeave(path string) error {
 	if err := child.Start(); err != nil {
 		return err
 	}
-	fmt.Println(child.Process.Pid)
+	fmt.Fprintln(os.Stdout, child.Process.Pid)
 	_, err = io.Copy(io.Discard, os.Stdin)
 	return err
 }
@@ -96,7 +97,7 @@ func helperServe(path string) error {
 		return err
 	}
 	defer l.Close()
-	fmt.Println("ready")
+	fmt.Fprintln(os.Stdout, "ready")
 	_, err = l.Accept()
 	return err
 }
