@@ -39,7 +39,6 @@ then let a machine join, and say who gets which identity:
 		SilenceErrors: true,
 		Version:       cli.Version(),
 	}
-	root.SetVersionTemplate("ca {{.Version}}\n")
 	root.AddGroup(
 		&cobra.Group{ID: "server", Title: "The server:"},
 		&cobra.Group{ID: "operate", Title: "Operating a running CA:"},

@@ -40,7 +40,6 @@ on this machine, with both files:
 		SilenceErrors: true,
 		Version:       cli.Version(),
 	}
-	root.SetVersionTemplate("node-agent {{.Version}}\n")
 	root.AddCommand(newRunCommand(), newCheckCommand(), newStatusCommand(), newFetchCommand())
 	return root
 }
