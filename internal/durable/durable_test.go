@@ -16,12 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// killPath and killStep are set in the process that is to kill itself: it writes
-// the file, and ends at the step.
+// killStep is set in the process that is to kill itself: it writes the file "f" in
+// its working directory, and ends at the step. holdLock is set in the one that is
+// to hold the lock "lock" there.
 const (
-	killPath = "MESHID_TEST_DURABLE_PATH"
 	killStep = "MESHID_TEST_DURABLE_STEP"
-	lockPath = "MESHID_TEST_DURABLE_LOCK"
+	holdLock = "MESHID_TEST_DURABLE_LOCK"
 )
 
 // Two contents of different length.
@@ -34,17 +34,17 @@ var (
 var steps = []string{"write", "write the rest", "sync", "rename", "sync directory", "done"}
 
 func TestMain(m *testing.M) {
-	if path := os.Getenv(killPath); path != "" {
-		_ = write(path, newContent, 0o600, 0, func(name string) error {
-			if name == os.Getenv(killStep) {
+	if at := os.Getenv(killStep); at != "" {
+		_ = write("f", newContent, 0o600, 0, func(name string) error {
+			if name == at {
 				return unix.Kill(os.Getpid(), unix.SIGKILL)
 			}
 			return nil
 		})
 		return
 	}
-	if path := os.Getenv(lockPath); path != "" {
-		if l, err := Acquire(path); err == nil {
+	if os.Getenv(holdLock) != "" {
+		if l, err := Acquire("lock"); err == nil {
 			fmt.Fprintln(os.Stdout, "locked")
 			_, _ = io.ReadAll(os.Stdin) // until it is killed
 			_ = l.Release()
@@ -61,12 +61,13 @@ func TestV_K3_KilledWhileWriting(t *testing.T) {
 	for i, step := range steps {
 		t.Run(step, func(t *testing.T) {
 			t.Parallel()
-			path := filepath.Join(t.TempDir(), "key.pem")
+			path := filepath.Join(t.TempDir(), "f")
 			if err := WriteFile(path, oldContent, 0o600); err != nil {
 				t.Fatal(err)
 			}
 			cmd := exec.CommandContext(t.Context(), os.Args[0])
-			cmd.Env = append(os.Environ(), killPath+"="+path, killStep+"="+step)
+			cmd.Dir = filepath.Dir(path)
+			cmd.Env = append(os.Environ(), killStep+"="+step)
 			if out, err := cmd.CombinedOutput(); err == nil || cmd.ProcessState.Exited() {
 				t.Fatalf("the process ended by itself: %v, %s", err, out)
 			}
@@ -80,7 +81,7 @@ func TestV_K3_KilledWhileWriting(t *testing.T) {
 			if err := WriteFile(path, []byte("third"), 0o600); err != nil {
 				t.Error(err)
 			}
-			if names := list(t, filepath.Dir(path)); names != "key.pem" {
+			if names := list(t, filepath.Dir(path)); names != "f" {
 				t.Errorf("left behind: %s", names)
 			}
 		})
@@ -396,7 +397,8 @@ func TestLock(t *testing.T) {
 	}
 	// Another process, which is killed.
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), lockPath+"="+path)
+	cmd.Dir = filepath.Dir(path)
+	cmd.Env = append(os.Environ(), holdLock+"=1")
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
