@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -76,6 +75,7 @@ func (e *EntryError) Error() string {
 // Entry is a registration entry whose rules and templates are compiled. It is
 // immutable and may be used concurrently.
 type Entry struct {
+	name   string
 	proto  *entryv1.Entry
 	digest [32]byte
 
@@ -86,13 +86,10 @@ type Entry struct {
 	idText   string      // literal text before the first expression
 	staticID spiffeid.ID // zero if the template has expressions
 	dns      []*template
-
-	// terms are the rules in pieces, for Explain only.
-	terms func() [2]*term
 }
 
 // Name returns the entry's unique name.
-func (e *Entry) Name() string { return e.proto.GetName() }
+func (e *Entry) Name() string { return e.name }
 
 // Revision returns the revision that last changed the entry.
 func (e *Entry) Revision() uint64 { return e.proto.GetRevision() }
@@ -127,7 +124,7 @@ func Compile(td spiffeid.TrustDomain, p *entryv1.Entry) (*Entry, error) {
 	if p == nil {
 		return nil, &EntryError{Fields: []FieldError{{Field: "name", Message: "there is no entry"}}}
 	}
-	c := &entryCompiler{td: td, entry: &Entry{proto: proto.CloneOf(p)}}
+	c := &entryCompiler{td: td, entry: &Entry{name: p.GetName(), proto: proto.CloneOf(p)}}
 	c.name()
 	c.spiffeID()
 	c.rules()
@@ -137,9 +134,6 @@ func Compile(td spiffeid.TrustDomain, p *entryv1.Entry) (*Entry, error) {
 	}
 	e := c.entry
 	e.digest = digest(e.proto)
-	e.terms = sync.OnceValue(func() [2]*term {
-		return [2]*term{splitRule(scopeNode, p.GetNodes()), splitRule(scopeWorkload, p.GetWorkloads())}
-	})
 	return e, nil
 }
 
@@ -205,16 +199,8 @@ func (c *entryCompiler) spiffeID() {
 		return
 	}
 	// The literal parts are checked with a value in place of each expression.
-	sample := []byte(prefix)
-	for _, p := range t.parts[1:] {
-		if p.expr != nil {
-			sample = append(sample, 'x')
-			continue
-		}
-		sample = append(sample, p.literal...)
-	}
-	if err := checkID(string(sample)); err != nil {
-		c.fail(field, err.Error(), "with "+fmt.Sprintf("%q", "x")+" for each expression it is "+quoteShort(string(sample)))
+	if err := checkID(t.sample()); err != nil {
+		c.fail(field, err.Error(), `with "x" for each expression it is `+quoteShort(t.sample()))
 		return
 	}
 	if strings.HasPrefix("/"+rest, ReservedPath) {
@@ -316,14 +302,7 @@ func (c *entryCompiler) dnsName(field, text string, again bool) {
 		c.bad = append(c.bad, bad...)
 		return
 	}
-	sample := ""
-	for _, p := range t.parts {
-		if p.expr != nil {
-			sample += "x"
-		}
-		sample += p.literal
-	}
-	if err := ValidateDNSName(sample); err != nil {
+	if err := ValidateDNSName(t.sample()); err != nil {
 		c.fail(field, err.Error(), "")
 		return
 	}

@@ -129,7 +129,7 @@ func TestCompileErrors(t *testing.T) {
 		{"close brace", id(`spiffe://example.org/docker.name}`), "spiffe_id:1:33: there is a } without its {"},
 		{"unclosed string", id(`spiffe://example.org/{docker.labels["}`), "there is a { without its }"},
 		{"empty braces", id(`spiffe://example.org/{ }`), "there is no expression in the braces"},
-		{"field in template", id(`spiffe://example.org/{docker.nmae}`), `spiffe_id:1:29: there is no field "nmae" in docker; did you mean docker.name?`},
+		{"field in template", id(`spiffe://example.org/{docker.labelz}`), `spiffe_id:1:29: there is no field "labelz" in docker; did you mean docker.labels?`},
 		{"number in template", id(`spiffe://example.org/{unix.uid}`), "it is a number (int) and must be a text (string); convert it with string(…)"},
 		{"many expressions", id(`spiffe://example.org/` + strings.Repeat("{docker.name}", 17)), "more than 16 expressions"},
 		{"long template", id("spiffe://example.org/" + strings.Repeat("a", 9000)), "at most 8192"},

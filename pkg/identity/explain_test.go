@@ -92,7 +92,7 @@ func TestExplain(t *testing.T) {
 // and the term that it blames is not true.
 func TestExplainAgreesWithMatch(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 6))
-	for range 400 {
+	for range 120 {
 		source := randomRule(rng, 3)
 		e := rule(t, source)
 		for range 5 {

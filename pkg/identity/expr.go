@@ -27,6 +27,9 @@ const (
 	maxNesting      = 50
 	maxRegexProgram = 1000 // instructions
 	maxCost         = 100_000
+
+	maxErrors  = 8   // that are reported
+	maxMessage = 300 // bytes of what CEL says
 )
 
 // functions are all that an expression may call. None depends on the time, on
@@ -339,7 +342,7 @@ func exampleField(name string) string {
 // translate turns CEL's errors into ours, with a hint where one can be given.
 func (c *compilation) translate(source string, errs []*cel.Error, tree *ast.AST) []FieldError {
 	var out []FieldError
-	for _, e := range errs {
+	for _, e := range errs[:min(len(errs), maxErrors)] {
 		p := c.at
 		if e.Location != nil {
 			p = c.at.at(e.Location.Line(), max(e.Location.Column(), 0))
@@ -358,6 +361,9 @@ func (c *compilation) translate(source string, errs []*cel.Error, tree *ast.AST)
 		case strings.Contains(e.Message, "Syntax error"):
 			f.Message = lowerFirst(e.Message)
 			f.Hint = syntaxHint(source, e.Location)
+		}
+		if len(f.Message) > maxMessage {
+			f.Message = strings.ToValidUTF8(f.Message[:maxMessage], "") + "…"
 		}
 		out = append(out, f)
 	}
@@ -625,8 +631,8 @@ func editDistance(a, b string) int {
 	if len(a) > maxQuoted || len(b) > maxQuoted {
 		return maxQuoted
 	}
-	var before, prev, cur [maxQuoted + 1]int
-	for j := range len(b) + 1 {
+	before, prev, cur := make([]int, len(b)+1), make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range prev {
 		prev[j] = j
 	}
 	for i := 1; i <= len(a); i++ {
@@ -641,7 +647,7 @@ func editDistance(a, b string) int {
 				cur[j] = min(cur[j], before[j-2]+1)
 			}
 		}
-		before, prev = prev, cur
+		before, prev, cur = prev, cur, before
 	}
 	return prev[len(b)]
 }

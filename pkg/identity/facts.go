@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 
@@ -124,6 +125,7 @@ type message struct {
 	name   string // full name
 	fields map[string]*field
 	names  []string // in the order of declaration
+	list   []*field // the same
 }
 
 type field struct {
@@ -189,6 +191,7 @@ func (s *factSchema) add(pointer reflect.Type, path string) *message {
 		f.cel = f.fieldType(path, name)
 		m.fields[name] = f
 		m.names = append(m.names, name)
+		m.list = append(m.list, f)
 	}
 	return m
 }
@@ -208,58 +211,61 @@ func protoName(f reflect.StructField) string {
 func (f *field) fieldType(path, name string) *types.FieldType {
 	noMessage := errors.New("there is no " + path)
 	notKnown := errors.New(path + "." + name + " is not known")
-	index, isID := f.index, path == "unix" && (name == "uid" || name == "gid")
-	struct_ := func(obj any) (reflect.Value, bool) {
+	known, value := f.access(path, name)
+	read := func(obj any) (reflect.Value, bool) {
 		v := reflect.ValueOf(obj)
 		if v.Kind() != reflect.Pointer || v.IsNil() {
 			return reflect.Value{}, false
 		}
-		return v.Elem().Field(index), true
+		return v.Elem().Field(f.index), true
 	}
-	t := &types.FieldType{Type: f.typ, IsSet: func(obj any) bool {
-		v, ok := struct_(obj)
-		switch {
-		case !ok:
-			return false
-		case isID:
-			return v.Int() != overflowID // 0 is root, and known
-		case f.kind.Kind() == reflect.Map || f.kind.Kind() == reflect.Slice:
-			return v.Len() > 0
-		default:
-			return !v.IsZero()
-		}
-	}}
-	get := func(v reflect.Value) (any, error) { return v.Interface(), nil }
+	return &types.FieldType{
+		Type: f.typ,
+		IsSet: func(obj any) bool {
+			v, ok := read(obj)
+			if !ok || !known(v) {
+				return false
+			}
+			switch f.kind.Kind() {
+			case reflect.Map, reflect.Slice:
+				return v.Len() > 0
+			case reflect.Pointer:
+				return !v.IsNil()
+			default:
+				return true
+			}
+		},
+		GetFrom: func(obj any) (any, error) {
+			v, ok := read(obj)
+			switch {
+			case !ok:
+				return nil, noMessage
+			case !known(v):
+				return nil, notKnown
+			}
+			return value(v), nil
+		},
+	}
+}
+
+// access returns when the field's value is known, and what it is then. A message
+// that is absent fails when its fields are selected.
+func (f *field) access(path, name string) (known func(reflect.Value) bool, value func(reflect.Value) any) {
+	known = func(reflect.Value) bool { return true }
+	value = func(v reflect.Value) any { return v.Interface() }
 	switch {
-	case f.sub != nil:
-		// The field of a message that is absent fails when it is selected.
-	case isID:
-		get = func(v reflect.Value) (any, error) {
-			if v.Int() == overflowID {
-				return nil, notKnown
-			}
-			return types.Int(v.Int()), nil
-		}
-	case f.kind.Kind() == reflect.Int64:
-		get = func(v reflect.Value) (any, error) { return types.Int(v.Int()), nil }
 	case f.kind.Kind() == reflect.String:
-		get = func(v reflect.Value) (any, error) {
-			if v.Len() == 0 {
-				return nil, notKnown
-			}
-			return types.String(v.String()), nil
+		known = func(v reflect.Value) bool { return v.Len() > 0 }
+		value = func(v reflect.Value) any { return types.String(v.String()) }
+	case f.kind.Kind() == reflect.Int64:
+		value = func(v reflect.Value) any { return types.Int(v.Int()) }
+		if path == "unix" && (name == "uid" || name == "gid") { // 0 is root, and known
+			known = func(v reflect.Value) bool { return v.Int() != overflowID }
 		}
 	case path == "unix" && name == "groups":
-		get = func(v reflect.Value) (any, error) { return knownIDs(v), nil }
+		value = knownIDs
 	}
-	t.GetFrom = func(obj any) (any, error) {
-		v, ok := struct_(obj)
-		if !ok {
-			return nil, noMessage
-		}
-		return get(v)
-	}
-	return t
+	return known, value
 }
 
 // knownIDs returns the group ids without the overflow id.
@@ -285,35 +291,31 @@ func (m *message) oversized(v reflect.Value) bool {
 		return false
 	}
 	v = v.Elem()
-	for _, name := range m.names {
-		f := m.fields[name]
-		fv := v.Field(f.index)
-		switch f.kind.Kind() {
-		case reflect.String:
-			if fv.Len() > maxString {
-				return true
-			}
-		case reflect.Slice:
-			if fv.Len() > maxElements {
-				return true
-			}
-			if list, ok := reflect.TypeAssert[[]string](fv); ok {
-				for _, s := range list {
-					if len(s) > maxString {
-						return true
-					}
-				}
-			}
-		case reflect.Map:
-			if labels, ok := reflect.TypeAssert[map[string]string](fv); ok && oversizedMap(labels) {
-				return true
-			}
-		case reflect.Pointer:
-			if f.sub.oversized(fv) {
-				return true
-			}
-		default:
+	for _, f := range m.list {
+		if f.oversized(v.Field(f.index)) {
+			return true
 		}
+	}
+	return false
+}
+
+func (f *field) oversized(v reflect.Value) bool {
+	switch f.kind.Kind() {
+	case reflect.String:
+		return v.Len() > maxString
+	case reflect.Slice:
+		if v.Len() > maxElements {
+			return true
+		}
+		if list, ok := reflect.TypeAssert[[]string](v); ok {
+			return slices.ContainsFunc(list, func(s string) bool { return len(s) > maxString })
+		}
+	case reflect.Map:
+		labels, ok := reflect.TypeAssert[map[string]string](v)
+		return ok && oversizedMap(labels)
+	case reflect.Pointer:
+		return f.sub.oversized(v)
+	default:
 	}
 	return false
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -216,13 +217,11 @@ func isDigit(c byte) bool { return '0' <= c && c <= '9' }
 
 // quoteByte names the character of s that the byte at i belongs to.
 func quoteByte(s string, i int) string {
-	for _, r := range s[i:] {
-		if r == 0xFFFD {
-			break
-		}
-		return fmt.Sprintf("%q", r)
+	r, size := utf8.DecodeRuneInString(s[i:])
+	if r == utf8.RuneError && size <= 1 {
+		return fmt.Sprintf("the byte %#02x", s[i])
 	}
-	return fmt.Sprintf("the byte %#02x", s[i])
+	return fmt.Sprintf("%q", r)
 }
 
 // maxQuoted is how much of a value an error or an explanation repeats, in bytes.

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"hash/maphash"
 	"iter"
 	"maps"
 	"slices"
@@ -25,7 +26,7 @@ func NewSet(entries ...*Entry) *Set {
 	slices.SortStableFunc(sorted, byName)
 	kept := sorted[:0]
 	for i, e := range sorted {
-		if i+1 == len(sorted) || sorted[i+1].Name() != e.Name() {
+		if i+1 == len(sorted) || sorted[i+1].name != e.name {
 			kept = append(kept, e)
 		}
 	}
@@ -42,7 +43,7 @@ func build(sorted []*Entry) *Set {
 	}
 }
 
-func byName(a, b *Entry) int { return strings.Compare(a.Name(), b.Name()) }
+func byName(a, b *Entry) int { return strings.Compare(a.name, b.name) }
 
 func (e *Entry) nodesRule() *expr     { return e.nodes }
 func (e *Entry) workloadsRule() *expr { return e.workloads }
@@ -56,46 +57,50 @@ func (s *Set) With(upserts []*Entry, removed []string) *Set {
 		changed[name] = nil
 	}
 	for _, e := range upserts {
-		changed[e.Name()] = e
+		changed[e.name] = e
 	}
 	var added, gone []*Entry
-	for _, e := range changed {
-		if e != nil {
+	sorted := make([]*Entry, 0, len(s.sorted)+len(changed))
+	rest := s.sorted
+	for _, name := range slices.Sorted(maps.Keys(changed)) {
+		i, old := find(rest, name)
+		sorted = append(sorted, rest[:i]...)
+		rest = rest[i:]
+		if old {
+			gone = append(gone, rest[0])
+			rest = rest[1:]
+		}
+		if e := changed[name]; e != nil {
 			added = append(added, e)
+			sorted = append(sorted, e)
 		}
 	}
-	slices.SortFunc(added, byName)
-
-	sorted := make([]*Entry, 0, len(s.sorted)+len(added))
-	next := 0
-	for _, e := range s.sorted {
-		for next < len(added) && added[next].Name() < e.Name() {
-			sorted = append(sorted, added[next])
-			next++
-		}
-		if _, ok := changed[e.Name()]; ok {
-			gone = append(gone, e)
-			continue
-		}
-		sorted = append(sorted, e)
-	}
-	sorted = append(sorted, added[next:]...)
+	sorted = append(sorted, rest...)
 
 	// Many changes are cheaper made at once; that also chooses the index anew.
 	if (len(added)+len(gone))*16 > len(sorted) {
 		return build(sorted)
 	}
+	admins := s.admins
+	if slices.ContainsFunc(added, (*Entry).Admin) || slices.ContainsFunc(gone, (*Entry).Admin) {
+		admins = adminIDs(sorted)
+	}
 	return &Set{
 		sorted:    sorted,
 		nodes:     s.nodes.with(added, gone, (*Entry).nodesRule),
 		workloads: s.workloads.with(added, gone, (*Entry).workloadsRule),
-		admins:    adminIDs(sorted),
+		admins:    admins,
 	}
+}
+
+// find returns where a name is or would be among sorted entries.
+func find(sorted []*Entry, name string) (int, bool) {
+	return slices.BinarySearchFunc(sorted, name, func(e *Entry, name string) int { return strings.Compare(e.name, name) })
 }
 
 // Get returns the entry with a name.
 func (s *Set) Get(name string) (*Entry, bool) {
-	i, ok := slices.BinarySearchFunc(s.sorted, name, func(e *Entry, name string) int { return strings.Compare(e.Name(), name) })
+	i, ok := find(s.sorted, name)
 	if !ok {
 		return nil, false
 	}
@@ -150,12 +155,24 @@ type index struct {
 	rest []*Entry // no option: they are always tried
 }
 
-// keyIndex are the entries that are found by one fact.
+// keyIndex are the entries that are found by one fact. The buckets are spread
+// over many small maps, of which a change copies one.
 type keyIndex struct {
-	fact    *factRef
-	prefix  int
-	buckets map[guardValue][]*Entry
+	fact   *factRef
+	prefix int
+	shards [shards]map[guardValue][]*Entry
+	values int // buckets in all shards
 }
+
+const shards = 64
+
+var shardSeed = maphash.MakeSeed()
+
+func shardOf(v guardValue) int {
+	return int(maphash.Comparable(shardSeed, v) % shards)
+}
+
+func (k *keyIndex) bucket(v guardValue) []*Entry { return k.shards[shardOf(v)][v] }
 
 // bucketID names a bucket.
 type bucketID struct {
@@ -186,7 +203,7 @@ func (ix *index) with(added, gone []*Entry, rule func(*Entry) *expr) *index {
 	ed := &indexEdit{
 		index:   &index{keys: maps.Clone(ix.keys), rest: slices.Clip(ix.rest)},
 		shared:  true,
-		keys:    map[*keyIndex]bool{},
+		keys:    map[*keyIndex]*[shards]bool{},
 		buckets: map[bucketID]bool{},
 	}
 	fromRest := map[*Entry]bool{}
@@ -209,45 +226,58 @@ func (ix *index) with(added, gone []*Entry, rule func(*Entry) *expr) *index {
 // indexEdit changes an index before it is put into a Set.
 type indexEdit struct {
 	index *index
-	// shared says that the index began as the copy of another one; keys and
-	// buckets are then what has been copied and may be changed.
+	// shared says that the index began as the copy of another one. What has
+	// been copied since, and may be changed, is in keys (with its shards) and
+	// in buckets.
 	shared  bool
-	keys    map[*keyIndex]bool
+	keys    map[*keyIndex]*[shards]bool
 	buckets map[bucketID]bool
 }
 
-// writable returns the key's index, with room for changes.
-func (ed *indexEdit) writable(g *guard, key string) *keyIndex {
+// key returns the index of a guard's fact, which may be changed.
+func (ed *indexEdit) key(g *guard, key string) *keyIndex {
 	k := ed.index.keys[key]
 	switch {
 	case k == nil:
-		k = &keyIndex{fact: g.fact, prefix: g.prefix, buckets: map[guardValue][]*Entry{}}
-	case !ed.shared || ed.keys[k]:
+		k = &keyIndex{fact: g.fact, prefix: g.prefix}
+	case !ed.shared || ed.keys[k] != nil:
 		return k
 	default:
-		k = &keyIndex{fact: k.fact, prefix: k.prefix, buckets: maps.Clone(k.buckets)}
+		copied := *k
+		k = &copied
 	}
 	if ed.shared {
-		ed.keys[k] = true
+		ed.keys[k] = &[shards]bool{}
 	}
 	ed.index.keys[key] = k
 	return k
 }
 
-// bucket returns a bucket that may be appended to or changed.
-func (ed *indexEdit) bucket(k *keyIndex, id bucketID) []*Entry {
-	b := k.buckets[id.value]
+// bucket returns a bucket that may be appended to or changed, and the shard that
+// it is to be put into, which may be changed too.
+func (ed *indexEdit) bucket(k *keyIndex, id bucketID) (map[guardValue][]*Entry, []*Entry) {
+	i := shardOf(id.value)
+	shard := k.shards[i]
+	if copied := ed.keys[k]; ed.shared && !copied[i] {
+		copied[i] = true
+		shard = maps.Clone(shard)
+	}
+	if shard == nil {
+		shard = map[guardValue][]*Entry{}
+	}
+	k.shards[i] = shard
+	b := shard[id.value]
 	if ed.shared && !ed.buckets[id] {
 		ed.buckets[id] = true
 		b = slices.Clone(b)
 	}
-	return b
+	return shard, b
 }
 
 // size returns how full a bucket is.
 func (ed *indexEdit) size(id bucketID) int {
 	if k := ed.index.keys[id.key]; k != nil {
-		return len(k.buckets[id.value])
+		return len(k.bucket(id.value))
 	}
 	return 0
 }
@@ -271,12 +301,15 @@ func (ed *indexEdit) add(e *Entry, options [][]guard, size func(bucketID) int) {
 	}
 	for i := range best {
 		id := bucketID{best[i].key(), best[i].value}
-		k := ed.writable(&best[i], id.key)
-		b := ed.bucket(k, id)
+		k := ed.key(&best[i], id.key)
+		shard, b := ed.bucket(k, id)
+		if len(b) == 0 {
+			k.values++
+		}
 		if len(b) == 0 || b[len(b)-1] != e { // an option may name a value twice
 			b = append(b, e)
 		}
-		k.buckets[id.value] = b
+		shard[id.value] = b
 	}
 }
 
@@ -285,16 +318,18 @@ func (ed *indexEdit) remove(e *Entry, options [][]guard) {
 	for _, option := range options {
 		for i := range option {
 			id := bucketID{option[i].key(), option[i].value}
-			if k := ed.index.keys[id.key]; k == nil || !slices.Contains(k.buckets[id.value], e) {
+			if k := ed.index.keys[id.key]; k == nil || !slices.Contains(k.bucket(id.value), e) {
 				continue
 			}
-			k := ed.writable(&option[i], id.key)
-			left := slices.DeleteFunc(ed.bucket(k, id), func(o *Entry) bool { return o == e })
-			if len(left) > 0 {
-				k.buckets[id.value] = left
+			k := ed.key(&option[i], id.key)
+			shard, b := ed.bucket(k, id)
+			b = slices.DeleteFunc(b, func(o *Entry) bool { return o == e })
+			if len(b) > 0 {
+				shard[id.value] = b
 				continue
 			}
-			if delete(k.buckets, id.value); len(k.buckets) == 0 {
+			delete(shard, id.value)
+			if k.values--; k.values == 0 {
 				delete(ed.index.keys, id.key)
 			}
 		}
@@ -356,5 +391,5 @@ func (k *keyIndex) candidates(f *Facts) []*Entry {
 		}
 		value.text = value.text[:k.prefix]
 	}
-	return k.buckets[value]
+	return k.bucket(value)
 }

@@ -2,6 +2,7 @@ package identity
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -59,7 +60,7 @@ func TestSetEqualsLinearScan(t *testing.T) {
 		if !slices.IsSortedFunc(all, byName) || len(all) != len(want) {
 			t.Fatalf("All = %v", names(all))
 		}
-		for range 20 {
+		for range 8 {
 			f := NewFacts(randomNode(rng), randomWorkload(rng))
 			if diff := cmp.Diff(want.match(func(e *Entry) bool { return e.MatchWorkload(f) }), names(set.MatchWorkload(f))); diff != "" {
 				t.Fatalf("MatchWorkload -linear +set:\n%s\n%v", diff, f.workload)
@@ -69,10 +70,10 @@ func TestSetEqualsLinearScan(t *testing.T) {
 			}
 		}
 	}
-	for range 6 {
+	for range 2 {
 		want := linear{}
 		var first []*Entry
-		for i := range 200 {
+		for i := range 100 {
 			e := newEntry(fmt.Sprintf("e%d", i))
 			want[e.Name()] = e
 			first = append(first, e)
@@ -80,14 +81,11 @@ func TestSetEqualsLinearScan(t *testing.T) {
 		set := NewSet(first...)
 		check(set, want)
 		for step := range 12 {
-			before, beforeWant := set, linear{}
-			for k, v := range want {
-				beforeWant[k] = v
-			}
+			before, beforeWant := set, maps.Clone(want)
 			var upserts []*Entry
 			var removed []string
 			for range 1 + rng.IntN(6) {
-				name := fmt.Sprintf("e%d", rng.IntN(220))
+				name := fmt.Sprintf("e%d", rng.IntN(115))
 				if rng.IntN(3) == 0 {
 					removed = append(removed, name)
 				} else {
@@ -95,7 +93,7 @@ func TestSetEqualsLinearScan(t *testing.T) {
 				}
 			}
 			if step == 6 {
-				for i := range 60 { // enough to be built anew
+				for i := range 30 { // enough to be built anew
 					upserts = append(upserts, newEntry(fmt.Sprintf("f%d", i)))
 				}
 			}

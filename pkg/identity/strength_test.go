@@ -146,14 +146,14 @@ func TestEveryFactIsClassified(t *testing.T) {
 func TestStrongRulesResistTheTenant(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	strong := 0
-	for range 3000 {
+	for range 800 {
 		source := randomRule(rng, 3)
 		e, err := Compile(exampleOrg, &entry{Name: "e", SpiffeId: "spiffe://example.org/x", Workloads: source})
 		if err != nil {
 			continue
 		}
 		strong++
-		for range 30 {
+		for range 20 {
 			w := randomWorkload(rng)
 			w.Unix.Uid, w.Unix.Gid, w.Unix.Groups = 4242, 4242, nil
 			if w.Docker != nil {
@@ -164,7 +164,7 @@ func TestStrongRulesResistTheTenant(t *testing.T) {
 			}
 		}
 	}
-	if strong < 100 {
+	if strong < 30 {
 		t.Errorf("only %d strong rules were made", strong)
 	}
 }

@@ -97,6 +97,18 @@ func (t *template) prefix() (string, bool) {
 	return t.parts[0].literal, len(t.parts) == 1
 }
 
+// sample returns the text with "x" for each expression.
+func (t *template) sample() string {
+	var b strings.Builder
+	for _, p := range t.parts {
+		if p.expr != nil {
+			b.WriteByte('x')
+		}
+		b.WriteString(p.literal)
+	}
+	return b.String()
+}
+
 // renderError says why a template gave no name.
 type renderError struct {
 	field, term string

@@ -35,7 +35,7 @@ func TestWatchEnds(t *testing.T) {
 	w.End(errors.New("second"))
 	<-w.Done()
 	w.Publish(&Snapshot{})
-	if w.Err() != first || w.Snapshot() != nil {
+	if !errors.Is(w.Err(), first) || w.Snapshot() != nil {
 		t.Errorf("%v, %v", w.Err(), w.Snapshot())
 	}
 	w.Close()
