@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -109,7 +110,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", server.Conditions...)
+	tracker, err := health.New(registry, "meshid_ca", append(slices.Clone(server.Conditions), conditionAuthority, conditionLedger)...)
 	if err != nil {
 		return err
 	}
@@ -119,7 +120,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
-	journal, err := ledger.Open(ledgerDir(v.DataDir), ledger.Options{Registerer: registry, Logger: logger})
+	journal, err := ledger.Open(ledgerDir(v.DataDir), ledger.Options{Registerer: registry, Logger: logger, OnState: reportLedger(tracker)})
 	if err != nil {
 		return err
 	}
@@ -165,6 +166,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
+	group.Go(func() error { return watchHealth(ctx, authority, journal, tracker) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.AdminGRPC(), admin, shutdownTimeout) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.GRPC(), listener, shutdownTimeout) })
 	if v.MetricsListen != "off" {
