@@ -79,7 +79,7 @@ func (s *Server) resolveLeaf(snapshot *identity.Snapshot, sub *subscription, now
 		}
 		return resolution{action: actServe, secret: found}, time.Time{}
 	}
-	if id, lost := withdrawn(snapshot, sub); lost && sub.delivered {
+	if id := withdrawn(snapshot, sub); id != "" {
 		stone, err := s.cache.tombstones(id)
 		if err != nil {
 			s.log.Error("withdrawn identity cannot be made useless at a proxy", "err", err)
@@ -94,27 +94,33 @@ func (s *Server) resolveLeaf(snapshot *identity.Snapshot, sub *subscription, now
 	return resolution{}, time.Time{}
 }
 
-// withdrawn says whether what is asked for under a name was taken from the caller
-// for good, and which SPIFFE ID that was. It rests on what the snapshot says, never
-// on something missing from it.
-func withdrawn(snapshot *identity.Snapshot, sub *subscription) (id string, lost bool) {
+// withdrawn returns the SPIFFE ID of what stood under a name and was taken from the
+// caller for good, or "". It rests on what the snapshot says, never on something
+// missing from it: an identity that is not there may be on its way.
+func withdrawn(snapshot *identity.Snapshot, sub *subscription) (id string) {
+	listed := snapshot.Withdrawn
 	switch {
 	case sub.name != nameDefault:
 		id = sub.name
 	case len(snapshot.SVIDs) > 0:
-		return "", false // there is another default
+		return "" // there is another default
 	case sub.id != "":
 		id = sub.id
-	case len(snapshot.Withdrawn) > 0:
-		return snapshot.Withdrawn[0].String(), true
+	case len(listed) > 0:
+		id = listed[0].String()
 	case snapshot.Bundle != nil:
 		// A proxy kept it over a restart of the agent, which does not know any
 		// more what it was.
 		id = snapshot.Bundle.TrustDomain.IDString() + identity.ReservedPath + "withdrawn"
 	}
-	if id == "" {
-		return "", false
+	switch {
+	case snapshot.Denied && sub.delivered:
+		return id
+	case !sub.delivered && sub.tells:
+		return ""
+	case slices.ContainsFunc(listed, func(w spiffeid.ID) bool { return w.String() == id }):
+		return id
+	default:
+		return ""
 	}
-	return id, snapshot.Denied ||
-		slices.ContainsFunc(snapshot.Withdrawn, func(w spiffeid.ID) bool { return w.String() == id })
 }

@@ -36,8 +36,9 @@ type session struct {
 	nonce    uint64
 	inflight *inflight
 	heard    bool // the first request is there
-	// claimed is the version that a client says it has from an earlier stream, in
-	// the state of the world, until something was sent.
+	// claimed is the version that a client says it has of the names in its first
+	// request, from an earlier stream, in the state of the world. It is empty
+	// once something was sent or the names are others.
 	claimed string
 	// unknown are names of no kind, to be answered with removed_resources.
 	unknown map[string]struct{}
@@ -68,8 +69,9 @@ type subscription struct {
 	state state
 	// removed: the client was told that there is nothing under this name.
 	removed bool
-	// delivered: something may be in force under this name.
-	delivered bool
+	// delivered: something may be in force under this name. If not delivered and
+	// tells, nothing is: in delta, a client says what it has.
+	delivered, tells bool
 	// sent is the version that was sent last, or that the client claimed.
 	sent    string
 	claimed string // delta only, until something is sent or known to be equal
@@ -194,15 +196,21 @@ func (s *session) request(r *request) (o outcome, sent time.Time) {
 		}
 		return o, sent
 	}
-	if s.nonce == 0 && r.version != "" {
+	if first {
 		s.claimed = r.version
 	}
-	s.replace(r.names)
+	strange := s.strange
+	if changed := s.replace(r.names); changed && !first {
+		s.claimed = "" // the claim was about other names
+	}
+	if o != outcomeNone {
+		s.strange = strange // an answer repeats the names
+	}
 	return o, sent
 }
 
-// replace makes names the set of names.
-func (s *session) replace(names []string) {
+// replace makes names the set of names, and says whether it was another one.
+func (s *session) replace(names []string) (changed bool) {
 	wanted := make(map[string]struct{}, len(names))
 	for _, name := range names {
 		wanted[name] = struct{}{}
@@ -210,11 +218,14 @@ func (s *session) replace(names []string) {
 	for name := range s.subs {
 		if _, ok := wanted[name]; !ok {
 			s.drop(name)
+			changed = true
 		}
 	}
+	before := len(s.subs)
 	for _, name := range names {
 		s.add(name, false)
 	}
+	return changed || len(s.subs) > before
 }
 
 // add subscribes to a name. With again, a name that is there already is answered
@@ -223,7 +234,8 @@ func (s *session) add(name string, again bool) {
 	if sub := s.subs[name]; sub != nil {
 		if again {
 			sub.leave()
-			sub.sent, sub.claimed, sub.state, sub.removed = "", "", stateNone, false
+			sub.sent, sub.claimed, sub.state = "", "", stateNone
+			sub.removed, sub.inForce = false, false
 		}
 		return
 	}
@@ -245,7 +257,7 @@ func (s *session) add(name string, again bool) {
 	if s.subs == nil {
 		s.subs = make(map[string]*subscription, 1)
 	}
-	s.subs[name] = &subscription{name: name, kind: k, delivered: !s.delta && s.claimed != ""}
+	s.subs[name] = &subscription{name: name, kind: k, delivered: s.claimed != "", tells: s.delta}
 	s.order = nil
 }
 
@@ -505,12 +517,10 @@ func (sub *subscription) note(c *candidate) {
 	}
 }
 
-// versionOf returns the version of a set of secrets: of one, its own; of several,
-// a hash of names and versions, whatever their order.
+// versionOf returns the version of a set of secrets: a hash of names and versions,
+// whatever their order. The names belong to it, since a client that comes back with
+// it and other names does not have what stands under those.
 func versionOf(set []*candidate) string {
-	if len(set) == 1 {
-		return set[0].secret.version
-	}
 	sorted := slices.SortedFunc(slices.Values(set), func(a, b *candidate) int {
 		return strings.Compare(a.sub.name, b.sub.name)
 	})

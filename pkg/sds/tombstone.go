@@ -19,7 +19,7 @@ const maxTombstones = 1024
 // tombstoneNotBefore and tombstoneNotAfter lie so far back that no clock that was
 // set wrong brings them to life.
 var (
-	tombstoneNotBefore = time.Date(2000, time.January, 1, 0, 0, 0, 0, time.UTC)
+	tombstoneNotBefore = time.Date(1990, time.January, 1, 0, 0, 0, 0, time.UTC)
 	tombstoneNotAfter  = tombstoneNotBefore.Add(24 * time.Hour)
 )
 

@@ -1,0 +1,389 @@
+package sds
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	statuspb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+// fakeSource gives all streams the same snapshots.
+type fakeSource struct {
+	mu       sync.Mutex // guards what follows
+	snapshot *identity.Snapshot
+	watches  map[*identity.Watch]bool
+	opened   int
+	closed   int
+	acks     []uint64
+	err      error
+	forUID   map[uint32]*identity.Snapshot
+}
+
+func (f *fakeSource) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return nil, f.err
+	}
+	var w *identity.Watch
+	w = identity.NewWatch(func(sequence uint64) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.acks = append(f.acks, sequence)
+	}, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.closed++
+		delete(f.watches, w)
+	})
+	f.opened++
+	if f.watches == nil {
+		f.watches = make(map[*identity.Watch]bool)
+	}
+	f.watches[w] = true
+	snapshot := f.snapshot
+	if s, ok := f.forUID[p.UID]; ok {
+		snapshot = s
+	}
+	if snapshot != nil {
+		w.Publish(snapshot)
+	}
+	return w, nil
+}
+
+func (f *fakeSource) publish(s *identity.Snapshot) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.snapshot = s
+	for w := range f.watches {
+		w.Publish(s)
+	}
+}
+
+func (f *fakeSource) end(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w := range f.watches {
+		w.End(err)
+	}
+}
+
+func (f *fakeSource) acknowledged() []uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]uint64(nil), f.acks...)
+}
+
+// fixedPeer makes each connection one of the process p.
+type fixedPeer struct{ p *peer.Peer }
+
+func (f fixedPeer) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return c, peer.AuthInfo{
+		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
+		Peer:           f.p,
+	}, nil
+}
+
+func (fixedPeer) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("not a client")
+}
+func (fixedPeer) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
+func (f fixedPeer) Clone() credentials.TransportCredentials { return f }
+func (fixedPeer) OverrideServerName(string) error           { return nil }
+
+// rig is a server on an in-memory connection.
+type rig struct {
+	t      testing.TB
+	source *fakeSource
+	server *Server
+	peer   *peer.Peer
+	grpc   *grpc.Server
+	conn   *grpc.ClientConn
+	reg    *prometheus.Registry
+
+	mu       sync.Mutex // guards problems
+	problems []string
+}
+
+func newRig(t testing.TB, source *fakeSource, o Options) *rig {
+	t.Helper()
+	r := &rig{t: t, source: source, peer: peer.ForTest(4242, 1000, 1000), reg: prometheus.NewRegistry()}
+	o.Registerer, o.Logger = r.reg, slog.New(slog.DiscardHandler)
+	o.Report = func(condition, problem string) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.problems = append(r.problems, condition+": "+problem)
+	}
+	var err error
+	if r.server, err = New(source, o); err != nil {
+		t.Fatal(err)
+	}
+	r.grpc = grpc.NewServer(append(ServerOptions(), grpc.Creds(fixedPeer{r.peer}))...)
+	r.server.Register(r.grpc)
+	listener := bufconn.Listen(1 << 20)
+	served := make(chan error, 1)
+	go func() { served <- r.grpc.Serve(listener) }()
+	r.conn, err = grpc.NewClient("passthrough:bufconn",
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(1<<20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = r.conn.Close()
+		r.server.Close()
+		r.grpc.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+// value returns the value of a counter or gauge by name and label values.
+func (r *rig) value(name string, labels ...string) float64 {
+	r.t.Helper()
+	families, err := r.reg.Gather()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+	metric:
+		for _, m := range f.GetMetric() {
+			for i, l := range labels {
+				if m.GetLabel()[i].GetValue() != l {
+					continue metric
+				}
+			}
+			if f.GetType() == dto.MetricType_COUNTER {
+				return m.GetCounter().GetValue()
+			}
+			return m.GetGauge().GetValue()
+		}
+	}
+	r.t.Fatalf("no metric %s %v", name, labels)
+	return 0
+}
+
+// sotw is a raw client of a state-of-the-world stream.
+type sotw struct {
+	t testing.TB
+	grpc.BidiStreamingClient[discoveryv3.DiscoveryRequest, discoveryv3.DiscoveryResponse]
+}
+
+func (r *rig) sotw(ctx context.Context) *sotw {
+	r.t.Helper()
+	c, err := secretv3.NewSecretDiscoveryServiceClient(r.conn).StreamSecrets(ctx)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return &sotw{r.t, c}
+}
+
+func (r *rig) adsSotw(ctx context.Context) *sotw {
+	r.t.Helper()
+	c, err := discoveryv3.NewAggregatedDiscoveryServiceClient(r.conn).StreamAggregatedResources(ctx)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return &sotw{r.t, c}
+}
+
+func (c *sotw) ask(names ...string) {
+	c.t.Helper()
+	c.request(&discoveryv3.DiscoveryRequest{TypeUrl: TypeURL, ResourceNames: names})
+}
+
+func (c *sotw) request(m *discoveryv3.DiscoveryRequest) {
+	c.t.Helper()
+	if err := c.Send(m); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *sotw) next() *discoveryv3.DiscoveryResponse {
+	c.t.Helper()
+	m, err := c.Recv()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if m.GetTypeUrl() != TypeURL {
+		c.t.Fatalf("type %q", m.GetTypeUrl())
+	}
+	return m
+}
+
+func (c *sotw) ack(m *discoveryv3.DiscoveryResponse, names ...string) {
+	c.t.Helper()
+	c.request(&discoveryv3.DiscoveryRequest{
+		TypeUrl: TypeURL, ResourceNames: names, VersionInfo: m.GetVersionInfo(), ResponseNonce: m.GetNonce(),
+	})
+}
+
+func (c *sotw) nack(m *discoveryv3.DiscoveryResponse, version, problem string, names ...string) {
+	c.t.Helper()
+	c.request(&discoveryv3.DiscoveryRequest{
+		TypeUrl: TypeURL, ResourceNames: names, VersionInfo: version, ResponseNonce: m.GetNonce(),
+		ErrorDetail: &statuspb.Status{Code: 13, Message: problem},
+	})
+}
+
+// delta is a raw client of a delta stream.
+type delta struct {
+	t testing.TB
+	grpc.BidiStreamingClient[discoveryv3.DeltaDiscoveryRequest, discoveryv3.DeltaDiscoveryResponse]
+}
+
+func (r *rig) delta(ctx context.Context) *delta {
+	r.t.Helper()
+	c, err := secretv3.NewSecretDiscoveryServiceClient(r.conn).DeltaSecrets(ctx)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return &delta{r.t, c}
+}
+
+func (c *delta) request(m *discoveryv3.DeltaDiscoveryRequest) {
+	c.t.Helper()
+	m.TypeUrl = TypeURL
+	if err := c.Send(m); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *delta) ask(names ...string) {
+	c.t.Helper()
+	c.request(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: names})
+}
+
+func (c *delta) next() *discoveryv3.DeltaDiscoveryResponse {
+	c.t.Helper()
+	m, err := c.Recv()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return m
+}
+
+func (c *delta) ack(m *discoveryv3.DeltaDiscoveryResponse) {
+	c.t.Helper()
+	c.request(&discoveryv3.DeltaDiscoveryRequest{ResponseNonce: m.GetNonce()})
+}
+
+func (c *delta) nack(m *discoveryv3.DeltaDiscoveryResponse, problem string) {
+	c.t.Helper()
+	c.request(&discoveryv3.DeltaDiscoveryRequest{
+		ResponseNonce: m.GetNonce(), ErrorDetail: &statuspb.Status{Code: 13, Message: problem},
+	})
+}
+
+// secretsOf decodes resources, by name.
+func secretsOf(t testing.TB, resources []*anypb.Any) map[string]*tlsv3.Secret {
+	t.Helper()
+	all := make(map[string]*tlsv3.Secret)
+	for _, a := range resources {
+		if err := guardAny(a); err != nil {
+			t.Fatal(err)
+		}
+		s := &tlsv3.Secret{}
+		if err := a.UnmarshalTo(s); err != nil {
+			t.Fatal(err)
+		}
+		all[s.GetName()] = s
+	}
+	return all
+}
+
+// guardAny checks a resource with the generated code, as guard does with its own.
+func guardAny(a *anypb.Any) error {
+	s := &tlsv3.Secret{}
+	if err := a.UnmarshalTo(s); err != nil {
+		return err
+	}
+	return inspect(s)
+}
+
+func inspect(s *tlsv3.Secret) error {
+	switch kindOf(s.GetName()) {
+	case kindRoot:
+		v := s.GetValidationContext()
+		if v == nil || v.GetTrustedCa() != nil || !v.GetSuppressClientCaList() {
+			return errors.New("root: not a validation context with the SPIFFE validator alone")
+		}
+		config := &tlsv3.SPIFFECertValidatorConfig{}
+		if v.GetCustomValidatorConfig().GetName() != "envoy.tls.cert_validator.spiffe" {
+			return errors.New("root: another validator")
+		}
+		if err := v.GetCustomValidatorConfig().GetTypedConfig().UnmarshalTo(config); err != nil {
+			return err
+		}
+		if len(config.GetTrustDomains()) == 0 {
+			return errors.New("root: no trust domain")
+		}
+		for _, d := range config.GetTrustDomains() {
+			if d.GetName() == "" || countCertificates(d.GetTrustBundle().GetInlineBytes()) == 0 {
+				return errors.New("root: a trust domain without anchor")
+			}
+		}
+		return nil
+	case kindLeaf:
+		c := s.GetTlsCertificate()
+		if countCertificates(c.GetCertificateChain().GetInlineBytes()) == 0 || len(c.GetPrivateKey().GetInlineBytes()) == 0 {
+			return errors.New("leaf: certificate or key missing")
+		}
+		return nil
+	default:
+		return errors.New("name of no kind: " + s.GetName())
+	}
+}
+
+func deltaResources(m *discoveryv3.DeltaDiscoveryResponse) []*anypb.Any {
+	var all []*anypb.Any
+	for _, r := range m.GetResources() {
+		all = append(all, r.GetResource())
+	}
+	return all
+}
+
+// describe says what stands under each name: a SPIFFE ID, or trust domains.
+func describe(t testing.TB, secrets map[string]*tlsv3.Secret) map[string]string {
+	t.Helper()
+	all := make(map[string]string)
+	for name, s := range secrets {
+		if c := s.GetTlsCertificate(); c != nil {
+			all[name] = leafOf(t, c.GetCertificateChain().GetInlineBytes()).URIs[0].String()
+			continue
+		}
+		config := &tlsv3.SPIFFECertValidatorConfig{}
+		if err := s.GetValidationContext().GetCustomValidatorConfig().GetTypedConfig().UnmarshalTo(config); err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, d := range config.GetTrustDomains() {
+			names = append(names, d.GetName())
+		}
+		all[name] = strings.Join(names, " ")
+	}
+	return all
+}
