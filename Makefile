@@ -5,11 +5,10 @@ PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
 PACKAGES := protobuf-compiler openssl procps
 PROTOS   := $(wildcard proto/*/*/*.proto)
-STATIC   := CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w'
 FUZZTIME ?= 20s
 
 .DEFAULT_GOAL := all
-.PHONY: all help build vet quick up demo test race lint fuzz bench e2e generate install clean
+.PHONY: all help build release vet quick up demo test race lint fuzz bench e2e generate install clean
 
 all: build vet quick ## build, vet, and run the tests that need nothing installed
 
@@ -17,7 +16,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build ca and node-agent into bin/
-	$(STATIC) -o bin/ ./cmd/ca ./cmd/node-agent
+	go build -o bin/ ./cmd/ca ./cmd/node-agent
+
+release: ## the same as they are shipped: static, position independent, reproducible
+	CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ ./cmd/ca ./cmd/node-agent
 
 vet: ## go vet
 	go vet ./...
@@ -36,7 +38,7 @@ demo: build bin/shop bin/demo ## the same with a story: scaling, rotations, cras
 	$(ROOT) bin/demo story
 
 bin/shop bin/demo: FORCE
-	@CGO_ENABLED=0 go build -trimpath -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
+	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
 	scripts/install-packages $(PACKAGES)

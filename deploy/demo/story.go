@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"text/tabwriter"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -122,7 +121,6 @@ func figures(ctx context.Context, m *mesh.Mesh, out io.Writer, took time.Duratio
 		}
 	}
 	fmt.Fprintf(out, "\nfigures of %.0f seconds, counted by the customer, by the sidecars and by the CA\n\n", took.Seconds())
-	t := tabwriter.NewWriter(out, 2, 0, 2, ' ', tabwriter.AlignRight)
 	for _, row := range []struct {
 		name string
 		n    uint64
@@ -135,10 +133,7 @@ func figures(ctx context.Context, m *mesh.Mesh, out io.Writer, took time.Duratio
 		{"secrets that Envoy rejected", f.Rejected},
 		{"failures", f.Failures},
 	} {
-		fmt.Fprintf(t, "  %d\t  %s\t\n", row.n, row.name)
-	}
-	if err := t.Flush(); err != nil {
-		return err
+		fmt.Fprintf(out, "%9d  %s\n", row.n, row.name)
 	}
 	fmt.Fprintf(out, "\nfailures: %d\n", f.Failures)
 	switch {

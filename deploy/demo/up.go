@@ -21,8 +21,8 @@ func up(ctx context.Context, m *mesh.Mesh, out io.Writer) error {
 		return err
 	}
 	fmt.Fprintf(out, "• the shop is open; look around while it runs:\n"+
-		"    bin/ca status --admin-socket %[1]s\n    bin/ca ledger tail --data-dir %[2]s\n    bin/node-agent status --admin-socket %[3]s\n",
-		m.AdminSocket(), m.DataDir(), m.AgentAdminSocket())
+		"    bin/ca status --admin-socket %[1]s/ca/admin.sock\n    bin/ca ledger tail --config %[1]s/ca/ca.yaml\n    bin/node-agent status --admin-socket %[1]s/agent/admin.sock\n",
+		link)
 	every := 10 * time.Second
 	if terminal(out) {
 		every = time.Second
@@ -113,13 +113,15 @@ func intruders(ctx context.Context, m *mesh.Mesh) string {
 				continue // it has not begun yet
 			}
 			fmt.Fprintf(&b, "\n  %s:\n", i.Name)
+			t := tabwriter.NewWriter(&b, 2, 0, 3, ' ', 0)
 			for _, a := range attempts {
 				verdict := "refused"
 				if a.GotIn > 0 {
 					verdict = fmt.Sprintf("GOT IN %d TIMES", a.GotIn)
 				}
-				fmt.Fprintf(&b, "    %-48s %s, %d of %d   %s\n", a.Name, verdict, a.Tries-a.GotIn, a.Tries, oneLine(a.Refusal))
+				fmt.Fprintf(t, "    %s\t%s, %d of %d\t%s\n", a.Name, verdict, a.Tries-a.GotIn, a.Tries, oneLine(a.Refusal))
 			}
+			_ = t.Flush() // a strings.Builder takes everything
 		}
 	}
 	return b.String()

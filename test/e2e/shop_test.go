@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -155,6 +156,7 @@ func active(l *adminv1.ListAuthoritiesResponse) string {
 // the same, nothing was issued anew, and they rotate again.
 func TestSpec_S08_S24_AgentKilled(t *testing.T) {
 	m := open(t, mesh.Config{RequestsPerConnection: 5, Entries: entries(t, "1h")})
+	must(t, m.Sell(t.Context(), 150)) // three seconds: the cache on disk is one behind at most
 	before := serials(t, m)
 	m.Agent.Kill()
 	must(t, m.Sell(t.Context(), 100))
@@ -198,7 +200,7 @@ func TestSpec_S25_S46_CAKilled(t *testing.T) {
 	must(t, m.AwaitReady(t.Context(), stock))
 	must(t, m.Scale(t.Context(), "orders", 2))
 	awaitHolders(t, m, m.ID("orders"), 2)
-	out, err := m.CACommand(t.Context(), "ledger", "verify", "--data-dir", m.DataDir())
+	out, err := m.LedgerCommand(t.Context(), "verify")
 	must(t, err)
 	t.Logf("ca ledger verify: %s", out)
 }
@@ -230,6 +232,85 @@ func TestV_E7_NodeBanned(t *testing.T) {
 			t.Errorf("the banned node is %s, connected: %v", n.GetState(), n.GetConnected())
 		}
 	}
+	m.Agent.Kill()
+	must(t, m.Agent.Start())
+	must(t, mesh.Await(t.Context(), "the refusal to be recorded", 30*time.Second, func(ctx context.Context) error {
+		if m.AwaitNode(ctx, 100*time.Millisecond) == nil {
+			t.Fatal("the banned node is connected")
+		}
+		status, err := m.Admin.GetStatus(ctx, &adminv1.GetStatusRequest{})
+		if err == nil && status.GetRefused() == 0 {
+			err = errors.New("nothing was refused")
+		}
+		return err
+	}))
+	awaitHolders(t, m, m.ID("orders"), 0)
+	_, err = m.Admin.UnbanNode(t.Context(), &adminv1.UnbanNodeRequest{Id: m.NodeID()})
+	must(t, err)
+}
+
+// The CA is away for longer than certificates live: connections are refused
+// from the moment they expire, and all is well again once the CA is back.
+// Nobody restarts an Envoy for it.
+func TestSpec_S25_CAAwayForLongerThanALife(t *testing.T) {
+	m := open(t, mesh.Config{RequestsPerConnection: 1, Entries: entries(t, "12s")})
+	m.CA.Kill()
+	var last time.Time
+	for _, i := range m.All() {
+		c, err := i.Envoy.Certificate(t.Context())
+		must(t, err)
+		if c.NotAfter.After(last) {
+			last = c.NotAfter
+		}
+	}
+	awaitClosed(t, m)
+	// Requests that succeed after the last expiry would be the failure.
+	timer := time.NewTimer(time.Until(last))
+	<-timer.C
+	before, err := m.Sales(t.Context())
+	must(t, err)
+	must(t, m.Sell(t.Context(), 20))
+	after, err := m.Sales(t.Context())
+	must(t, err)
+	if ok := (after.Requests - after.Failures) - (before.Requests - before.Failures); ok > 8 { // those that were open
+		t.Errorf("%d requests succeeded after all certificates had expired", ok)
+	}
+	must(t, m.CA.Start())
+	must(t, m.AwaitCA(t.Context()))
+	awaitOpen(t, m)
+}
+
+// A sidecar that is killed is back with its identity at once, and one that is
+// paused does not hold up the others.
+func TestSpec_S44_SidecarKilledAndPaused(t *testing.T) {
+	m := open(t, mesh.Config{RequestsPerConnection: 1})
+	must(t, m.Scale(t.Context(), "orders", 2))
+	victim := m.Instances("orders")[1]
+	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGSTOP"))
+	for _, i := range m.All() {
+		if i == victim {
+			continue
+		}
+		c, err := i.Envoy.Certificate(t.Context())
+		must(t, err)
+		_, err = m.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{})
+		must(t, err)
+		must(t, mesh.Await(t.Context(), "the new certificate of "+i.Name, 20*time.Second, func(ctx context.Context) error {
+			now, err := i.Envoy.Certificate(ctx)
+			if err == nil && now.Serial == c.Serial {
+				err = errors.New("it serves the old one")
+			}
+			return err
+		}))
+	}
+	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGCONT"))
+	must(t, m.AwaitReady(t.Context(), victim))
+	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGKILL"))
+	awaitHolders(t, m, m.ID("orders"), 1)
+	must(t, m.Engine.StartContainer(t.Context(), victim.Sidecar))
+	must(t, m.AwaitReady(t.Context(), victim))
+	awaitHolders(t, m, m.ID("orders"), 2)
+	awaitOpen(t, m)
 }
 
 // The engine restarts: its containers are gone, and so are their keys; what is

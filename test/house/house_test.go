@@ -258,7 +258,7 @@ func TestNoSleepInTests(t *testing.T) {
 // of a TLS peer, and why.
 var verifiesOtherwise = map[string]string{
 	"test/shop/intruder.go": "an intruder does not care who answers",
-	"pkg/agent/connect.go":  "the CA is verified by the hash of its root",
+	"pkg/agent/verify.go":   "the CA is verified by its root or its root's hash, and by its SPIFFE ID",
 }
 
 // Kuma CVE-2026-50166: a peer that is not verified because nothing was

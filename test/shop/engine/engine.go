@@ -233,6 +233,11 @@ func (e *Engine) StartContainer(ctx context.Context, container string) error {
 	return e.call(ctx, http.MethodPost, "/containers/"+container+"/start", nil, nil)
 }
 
+// KillContainer sends a signal, such as "SIGKILL", to a container's process.
+func (e *Engine) KillContainer(ctx context.Context, container, signal string) error {
+	return e.call(ctx, http.MethodPost, "/containers/"+container+"/kill?signal="+url.QueryEscape(signal), nil, nil)
+}
+
 // Remove kills and removes a container; one that is already gone is no error.
 func (e *Engine) Remove(ctx context.Context, container string) error {
 	err := e.call(ctx, http.MethodDelete, "/containers/"+container+"?force=1&v=1", nil, nil)

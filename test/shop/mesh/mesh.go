@@ -148,6 +148,12 @@ func (m *Mesh) CACommand(ctx context.Context, args ...string) ([]byte, error) {
 	return run(ctx, append(append([]string{filepath.Join(m.Bin, "ca")}, args...), "--admin-socket", m.AdminSocket())...)
 }
 
+// LedgerCommand runs one of `ca ledger`'s commands over the CA's journal, whether
+// the CA runs or not.
+func (m *Mesh) LedgerCommand(ctx context.Context, args ...string) ([]byte, error) {
+	return run(ctx, append(append([]string{filepath.Join(m.Bin, "ca"), "ledger"}, args...), "--config", m.path("ca", "ca.yaml"))...)
+}
+
 // ID returns the SPIFFE ID of a service of the shop.
 func (m *Mesh) ID(service string) string { return "spiffe://" + m.TrustDomain + "/app/" + service }
 
@@ -269,18 +275,25 @@ workload_attestation:
 
 // AwaitAgent waits until the CA has a stream to the node agent of this machine.
 func (m *Mesh) AwaitAgent(ctx context.Context) error {
-	return m.await(ctx, "the node agent", m.Agent, func(ctx context.Context) error {
-		nodes, err := m.Admin.ListNodes(ctx, &adminv1.ListNodesRequest{})
-		if err != nil {
-			return err
+	return m.await(ctx, "the node agent", m.Agent, m.connected)
+}
+
+func (m *Mesh) connected(ctx context.Context) error {
+	nodes, err := m.Admin.ListNodes(ctx, &adminv1.ListNodesRequest{})
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes.GetNodes() {
+		if n.GetId() == m.NodeID() && n.GetConnected() {
+			return nil
 		}
-		for _, n := range nodes.GetNodes() {
-			if n.GetId() == m.NodeID() && n.GetConnected() {
-				return nil
-			}
-		}
-		return fmt.Errorf("node %s is not connected", m.NodeID())
-	})
+	}
+	return fmt.Errorf("node %s is not connected", m.NodeID())
+}
+
+// AwaitNode waits for a time until the CA has a stream to the node agent.
+func (m *Mesh) AwaitNode(ctx context.Context, within time.Duration) error {
+	return Await(ctx, "the node agent", within, m.connected)
 }
 
 func (m *Mesh) applyEntries(ctx context.Context) error {

@@ -156,8 +156,8 @@ func (m *Mesh) AwaitReady(ctx context.Context, i *Instance) error {
 	return nil
 }
 
-// Launch starts an instance and waits for nothing: it is for those that shall
-// get no identity.
+// Launch starts an instance and waits only until its Envoy runs: it is for those
+// that shall get no identity.
 func (m *Mesh) Launch(ctx context.Context, s Service) (*Instance, error) {
 	m.shop.mu.Lock()
 	if m.shop.instances == nil {
@@ -208,7 +208,17 @@ func (m *Mesh) Launch(ctx context.Context, s Service) (*Instance, error) {
 			dir + "/sidecar:/run/envoy", filepath.Dir(m.AgentSocket()) + ":/run/meshid:ro",
 		},
 	})
-	return i, err
+	if err != nil {
+		return i, err
+	}
+	err = Await(ctx, "the sidecar of "+i.Name, openTimeout, func(ctx context.Context) error {
+		_, err := i.Envoy.Stats(ctx, "^none$")
+		return err
+	})
+	if err != nil {
+		return i, errors.Join(err, m.describe(ctx, i))
+	}
+	return i, nil
 }
 
 // prepare writes what an instance's containers find in their mounts.
