@@ -149,7 +149,7 @@ func readInit(p *peer.Peer, id string, startedAt time.Time) (map[string]string, 
 // first. boot has seconds.
 func startedBy(ticks uint64, boot, startedAt time.Time) bool {
 	const ticksPerSecond, slack = 100, 2 * time.Second
-	start := boot.Add(time.Duration(min(ticks, 1<<53)) * (time.Second / ticksPerSecond))
+	start := boot.Add(time.Duration(min(ticks, 1<<39)) * (time.Second / ticksPerSecond))
 	return !start.After(startedAt.Add(slack))
 }
 

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 )
 
@@ -156,8 +158,11 @@ func (x *index) put(c *container) (in *container, unused []*container, err error
 	case old == nil:
 	case old.init.process.PID == c.init.process.PID && old.alive() == nil:
 		// The same run, asked for again: who holds old goes on with its process.
-		in = &container{id: c.id, facts: c.facts, roots: c.roots, init: old.init}
 		unused = append(unused, c)
+		in = old
+		if !proto.Equal(old.facts, c.facts) {
+			in = &container{id: c.id, facts: c.facts, roots: c.roots, init: old.init}
+		}
 	default:
 		unused = append(unused, old)
 	}

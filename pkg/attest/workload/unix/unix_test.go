@@ -101,14 +101,11 @@ func (p *process) end() {
 // connect starts the helper and returns it as the peer of a socket.
 func connect(t *testing.T, attr *syscall.SysProcAttr, steps ...string) *process {
 	t.Helper()
-	// Not t.TempDir: another user must be able to connect.
-	dir, err := os.MkdirTemp("", "unix")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	if err := os.Chmod(dir, 0o755); err != nil {
-		t.Fatal(err)
+	dir := t.TempDir()
+	for _, d := range []string{dir, filepath.Dir(dir)} { // other users connect
+		if err := os.Chmod(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	path := filepath.Join(dir, "s")
 	l, err := peer.Listen(t.Context(), path, peer.Options{})
