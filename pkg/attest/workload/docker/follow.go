@@ -175,7 +175,7 @@ func (f *follower) list(ctx context.Context) error {
 	g.SetLimit(maxLoads)
 	for _, id := range ids {
 		g.Go(func() error {
-			c, err := f.look(gctx, id)
+			c, err := f.look(gctx, id, f.index.refresh) // its name may have changed
 			if err != nil || c == nil {
 				return err
 			}
@@ -194,12 +194,12 @@ func (f *follower) list(ctx context.Context) error {
 	return nil
 }
 
-// look asks the engine for a container. One that ended meanwhile is nil, and so
-// is one that cannot be attested for a reason of its own: that is logged, and
-// must not stop the others.
-func (f *follower) look(ctx context.Context, id string) (*container, error) {
+// look finds a container with get, which is the index's. One that ended meanwhile
+// is nil, and so is one that cannot be attested for a reason of its own: that is
+// logged, and must not stop the others.
+func (f *follower) look(ctx context.Context, id string, get func(context.Context, string) (*container, error)) (*container, error) {
 	f.index.forget(id)
-	c, err := f.index.refresh(ctx, id)
+	c, err := get(ctx, id)
 	switch {
 	case err == nil:
 		return c, nil
@@ -215,9 +215,13 @@ func (f *follower) look(ctx context.Context, id string) (*container, error) {
 
 // apply follows one event.
 func (f *follower) apply(ctx context.Context, c change) error {
+	get := f.index.refresh
 	switch c.action {
-	case actionStart, actionRename:
-		found, err := f.look(ctx, c.id)
+	case actionStart:
+		get = f.index.get // a run that is known and lives is the one that was started
+		fallthrough
+	case actionRename:
+		found, err := f.look(ctx, c.id, get)
 		if err != nil {
 			return fmt.Errorf("after event %s: %w", c.action, err)
 		}
