@@ -1,0 +1,395 @@
+// Package local runs the real programs, a CA and node agents, as processes on
+// this machine, each in a folder of its own, for tests and benchmarks that need
+// no container. It stops what it started, by process.
+package local
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/meshid/meshid/pkg/agent"
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	"github.com/meshid/meshid/test/require"
+)
+
+// TrustDomain is that of every CA here.
+const TrustDomain = "example.org"
+
+// patience bounds every wait: a loaded machine is slow, and only a failure waits
+// this long.
+const patience = 60 * time.Second
+
+var build = sync.OnceValues(func() (string, error) {
+	if dir := os.Getenv("MESHID_BIN"); dir != "" {
+		return dir, nil
+	}
+	dir, err := os.MkdirTemp("", "meshid-bin")
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/...")
+	cmd.Dir = require.Repository()
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+// Binaries returns the folder with ca and node-agent: MESHID_BIN, or one that
+// they are built into, once for all tests of a package. Remove it with Clean.
+func Binaries(t testing.TB) string {
+	t.Helper()
+	dir, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Main runs the tests of a package and removes what Binaries built.
+func Main(m *testing.M) int {
+	code := m.Run()
+	if os.Getenv("MESHID_BIN") == "" {
+		if dir, err := build(); err == nil {
+			_ = os.RemoveAll(dir) // a leftover in the temporary folder harms nobody
+		}
+	}
+	return code
+}
+
+// Process is one program.
+type Process struct {
+	name string
+	args []string
+	log  *logBuffer
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error // of Wait; read after done is closed
+}
+
+// logBuffer keeps what a program prints.
+type logBuffer struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+// String returns all that was printed.
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// Run starts a program, which is stopped when the test ends.
+func Run(t testing.TB, args ...string) *Process {
+	t.Helper()
+	p := &Process{name: filepath.Base(args[0]), args: args, log: &logBuffer{}}
+	p.Start(t)
+	t.Cleanup(func() {
+		p.Kill()
+		if t.Failed() {
+			t.Logf("log of %s:\n%s", p.name, p.Log())
+		}
+	})
+	return p
+}
+
+// Start starts the program, also again after Stop or Kill.
+func (p *Process) Start(t testing.TB) {
+	t.Helper()
+	cmd := exec.Command(p.args[0], p.args[1:]...)
+	cmd.Stdout, cmd.Stderr = p.log, p.log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	p.cmd, p.done = cmd, done
+	go func() {
+		p.err = cmd.Wait()
+		close(done)
+	}()
+}
+
+// PID returns the process id.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Log returns what the program has printed since it was first started.
+func (p *Process) Log() string { return p.log.String() }
+
+// Done is closed when the program has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Kill kills the program and waits for its end. It may have ended.
+func (p *Process) Kill() {
+	_ = p.cmd.Process.Kill() // it may have ended
+	<-p.done
+}
+
+// Signal sends a signal.
+func (p *Process) Signal(t testing.TB, s os.Signal) {
+	t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Stop ends the program as an operator does, and returns its error, nil if it
+// ended cleanly.
+func (p *Process) Stop(t testing.TB) error {
+	t.Helper()
+	p.Signal(t, syscall.SIGTERM)
+	select {
+	case <-p.done:
+		return p.err
+	case <-time.After(patience):
+		p.Kill()
+		return errors.New("did not end on SIGTERM")
+	}
+}
+
+// Await calls done until it returns nil.
+func Await(t testing.TB, what string, done func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := done(ctx)
+		if err == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", what, err)
+		case <-tick.C:
+		}
+	}
+}
+
+// CA is a running CA.
+type CA struct {
+	*Process
+	Dir, Listen, Metrics, AdminSocket, DataDir string
+	Admin                                      adminv1.AdminServiceClient
+}
+
+// CAOptions change how a CA is started.
+type CAOptions struct {
+	// Config is added to ca.yaml.
+	Config string
+	// Wrap stands before the program's own arguments.
+	Wrap []string
+}
+
+// StartCA starts a CA and waits until it answers.
+func StartCA(t testing.TB, o CAOptions) *CA {
+	t.Helper()
+	dir := shortDir(t)
+	c := &CA{
+		Dir: dir, Listen: FreeAddress(t), Metrics: FreeAddress(t),
+		AdminSocket: filepath.Join(dir, "admin.sock"), DataDir: filepath.Join(dir, "ca"),
+	}
+	config := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: '%s'\nadmin_socket: %s\nmetrics_listen: '%s'\n%s",
+		TrustDomain, c.DataDir, c.Listen, c.AdminSocket, c.Metrics, o.Config)
+	c.Process = Run(t, append(o.Wrap, filepath.Join(Binaries(t), "ca"), "run", "--config", writeFile(t, dir, "ca.yaml", config))...)
+	conn, err := grpc.NewClient("unix:"+c.AdminSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	c.Admin = adminv1.NewAdminServiceClient(conn)
+	c.AwaitReady(t)
+	return c
+}
+
+// AwaitReady waits until the CA answers.
+func (c *CA) AwaitReady(t testing.TB) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	go func() {
+		select {
+		case <-c.Done():
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	if _, err := c.Admin.GetStatus(ctx, &adminv1.GetStatusRequest{}, grpc.WaitForReady(true)); err != nil {
+		t.Fatalf("wait for the CA: %v\n%s", err, c.Log())
+	}
+}
+
+// Command runs one of ca's commands against this CA and returns what it prints.
+func (c *CA) Command(t testing.TB, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(Binaries(t), "ca"), args...)
+	cmd.Env = append(os.Environ(), "MESHID_ADMIN_SOCKET="+c.AdminSocket)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("ca %v: %w: %s", args, err, stderr.String())
+	}
+	return string(out), err
+}
+
+// MustCommand is Command for what cannot fail.
+func (c *CA) MustCommand(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := c.Command(t, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// Apply applies entries, given as YAML.
+func (c *CA) Apply(t testing.TB, entries string) {
+	t.Helper()
+	c.MustCommand(t, "entry", "apply", "-f", writeFile(t, c.Dir, "entries.yaml", entries))
+}
+
+// Agent is a running node agent.
+type Agent struct {
+	*Process
+	NodeID, Dir, Socket, AdminSocket, Metrics string
+}
+
+// AgentOptions change how an agent is started.
+type AgentOptions struct {
+	// Config is added to agent.yaml.
+	Config string
+	// Address of the CA, if not its own: a proxy in between.
+	Address string
+	// Labels of the node.
+	Labels map[string]string
+	// Wrap stands before the program's own arguments.
+	Wrap []string
+}
+
+// StartAgent joins a node to the CA with a token and waits until it is connected.
+func (c *CA) StartAgent(t testing.TB, node string, o AgentOptions) *Agent {
+	t.Helper()
+	a := c.LaunchAgent(t, node, o)
+	a.AwaitConnected(t)
+	return a
+}
+
+// LaunchAgent is StartAgent without the wait.
+func (c *CA) LaunchAgent(t testing.TB, node string, o AgentOptions) *Agent {
+	t.Helper()
+	dir := shortDir(t)
+	a := &Agent{
+		Dir: dir, Socket: filepath.Join(dir, "agent.sock"), AdminSocket: filepath.Join(dir, "admin.sock"),
+		Metrics: FreeAddress(t),
+	}
+	token, err := c.Admin.CreateToken(t.Context(), &adminv1.CreateTokenRequest{NodeName: node, Labels: o.Labels})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.NodeID = token.GetNodeId()
+	if o.Address == "" {
+		o.Address = c.Listen
+	}
+	config := fmt.Sprintf(`trust_domain: %s
+ca: {address: '%s', bundle: %s}
+data_dir: %s
+socket: %s
+admin_socket: %s
+metrics_listen: '%s'
+node_attestation: {join_token: {token_file: %s}}
+%s`, TrustDomain, o.Address, writeFile(t, dir, "bundle.pem", c.MustCommand(t, "bundle", "show")), filepath.Join(dir, "agent"),
+		a.Socket, a.AdminSocket, a.Metrics, writeFile(t, dir, "token", token.GetToken()), o.Config)
+	a.Process = Run(t, append(o.Wrap, filepath.Join(Binaries(t), "node-agent"), "run", "--config", writeFile(t, dir, "agent.yaml", config))...)
+	return a
+}
+
+// Address is the agent's socket in the form of SPIFFE_ENDPOINT_SOCKET.
+func (a *Agent) Address() string { return "unix://" + a.Socket }
+
+// AwaitConnected waits until the agent has a stream with the CA.
+func (a *Agent) AwaitConnected(t testing.TB) {
+	t.Helper()
+	Await(t, "wait for the agent", func(ctx context.Context) error {
+		select {
+		case <-a.Done():
+			t.Fatalf("the agent has ended:\n%s", a.Log())
+		default:
+		}
+		s, err := a.Status(ctx, t)
+		if err == nil && !s.Connected {
+			err = errors.New("not connected: " + s.LastError)
+		}
+		return err
+	})
+}
+
+// Status asks the agent how it is.
+func (a *Agent) Status(ctx context.Context, t testing.TB) (*agent.Status, error) {
+	t.Helper()
+	cmd := exec.CommandContext(ctx, filepath.Join(Binaries(t), "node-agent"), "status", "-o", "json", "--admin-socket", a.AdminSocket)
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, err
+	}
+	s := &agent.Status{}
+	return s, json.Unmarshal(out, s)
+}
+
+// FreeAddress returns a loopback address that nothing listens on.
+func FreeAddress(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() //nolint:errcheck // nothing was sent
+	return l.Addr().String()
+}
+
+// shortDir is t.TempDir with a path that is short enough for a Unix socket.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "meshid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // workloads of other users reach the sockets in it
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func writeFile(t testing.TB, dir, name, content string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

@@ -1,0 +1,66 @@
+package local
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/meshid/meshid/test/require"
+)
+
+func TestMain(m *testing.M) { os.Exit(Main(m)) }
+
+// A workload gets its identity, both programs are killed and come back, and
+// both end cleanly.
+func TestFromNothingToAnIdentity(t *testing.T) {
+	require.Root(t)
+	ca := StartCA(t, CAOptions{})
+	ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0}\n")
+	a := ca.StartAgent(t, "web-1", AgentOptions{})
+	fetch := func() {
+		t.Helper()
+		Await(t, "fetch", func(ctx context.Context) error {
+			svid, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(a.Address()))
+			if err == nil && svid.ID.String() != "spiffe://example.org/me" {
+				t.Fatalf("got %s", svid.ID)
+			}
+			return err
+		})
+	}
+	fetch()
+	Await(t, "wait until the X.509-SVID is in the sealed cache", func(context.Context) error {
+		// What was sealed before it is smaller: it holds a key and a chain.
+		st, err := os.Stat(filepath.Join(a.Dir, "agent", "agent.sealed"))
+		if err == nil && st.Size() < 3000 {
+			err = fmt.Errorf("%d bytes only", st.Size())
+		}
+		return err
+	})
+	ca.Kill()
+	fetch()
+	a.Kill()
+	a.Start(t)
+	fetch() // from the sealed cache
+	ca.Start(t)
+	ca.AwaitReady(t)
+	a.AwaitConnected(t)
+	fetch()
+	if out := ca.MustCommand(t, "ledger", "verify", "--dir", filepath.Join(ca.DataDir, "ledger")); !strings.Contains(out, "intact") {
+		t.Error(out)
+	}
+	if err := a.Stop(t); err != nil {
+		t.Error(err)
+	}
+	if err := ca.Stop(t); err != nil {
+		t.Error(err)
+	}
+	if err := syscall.Kill(a.PID(), 0); err == nil {
+		t.Error("the agent is still there")
+	}
+}
