@@ -86,10 +86,12 @@ func stream[M any](s *Server, g grpc.ServerStreamingServer[M], sent func(), equa
 	defer timer.Stop()
 	begun := time.Now()
 	var last *M
+	var seen *identity.Snapshot
 	for {
 		snapshot := watch.Snapshot()
 		var next *M
-		if snapshot != nil {
+		if snapshot != nil && snapshot != seen {
+			seen = snapshot
 			if next, err = message(snapshot); err != nil {
 				s.logError(caller.PID, err)
 				if last == nil {

@@ -1,0 +1,921 @@
+package workloadapi
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	spiffeclient "github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/types/descriptorpb"
+
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/identity"
+)
+
+// fakeSource gives all calls the same snapshots.
+type fakeSource struct {
+	mu             sync.Mutex // guards what follows
+	snapshot       *identity.Snapshot
+	watches        map[*identity.Watch]bool
+	opened, closed int
+	err            error
+}
+
+func (f *fakeSource) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err != nil {
+		return nil, f.err
+	}
+	var w *identity.Watch
+	w = identity.NewWatch(nil, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.closed++
+		delete(f.watches, w)
+	})
+	f.opened++
+	if f.watches == nil {
+		f.watches = make(map[*identity.Watch]bool)
+	}
+	f.watches[w] = true
+	if f.snapshot != nil {
+		w.Publish(f.snapshot)
+	}
+	return w, nil
+}
+
+func (f *fakeSource) publish(s *identity.Snapshot) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.snapshot = s
+	for w := range f.watches {
+		w.Publish(s)
+	}
+}
+
+func (f *fakeSource) end(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for w := range f.watches {
+		w.End(err)
+	}
+}
+
+func (f *fakeSource) open() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.opened - f.closed
+}
+
+type fixedPeer struct{ p *peer.Peer }
+
+func (f fixedPeer) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return c, peer.AuthInfo{
+		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
+		Peer:           f.p,
+	}, nil
+}
+
+func (fixedPeer) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("not a client")
+}
+func (fixedPeer) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
+func (f fixedPeer) Clone() credentials.TransportCredentials { return f }
+func (fixedPeer) OverrideServerName(string) error           { return nil }
+
+// rig is a server on an in-memory connection.
+type rig struct {
+	t      testing.TB
+	source *fakeSource
+	server *Server
+	peer   *peer.Peer
+	conn   *grpc.ClientConn
+	client workload.SpiffeWorkloadAPIClient
+	reg    *prometheus.Registry
+}
+
+func newRig(t testing.TB, source *fakeSource, o Options) *rig {
+	t.Helper()
+	r := &rig{t: t, source: source, peer: peer.ForTest(4242, 1000, 1000), reg: prometheus.NewRegistry()}
+	o.Registerer, o.Logger = r.reg, slog.New(slog.DiscardHandler)
+	var err error
+	if r.server, err = New(source, o); err != nil {
+		t.Fatal(err)
+	}
+	g := grpc.NewServer(append(ServerOptions(), grpc.Creds(fixedPeer{r.peer}))...)
+	r.server.Register(g)
+	RegisterReflection(g)
+	listener := bufconn.Listen(1 << 20)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(listener) }()
+	r.conn, err = grpc.NewClient("passthrough:bufconn",
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.client = workload.NewSpiffeWorkloadAPIClient(r.conn)
+	t.Cleanup(func() {
+		_ = r.conn.Close()
+		r.server.Close()
+		g.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return r
+}
+
+func (r *rig) value(name string, labels ...string) float64 {
+	r.t.Helper()
+	families, err := r.reg.Gather()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+	metric:
+		for _, m := range f.GetMetric() {
+			for i, l := range labels {
+				if m.GetLabel()[i].GetValue() != l {
+					continue metric
+				}
+			}
+			return m.GetCounter().GetValue() + m.GetGauge().GetValue()
+		}
+	}
+	r.t.Fatalf("no metric %s %v", name, labels)
+	return 0
+}
+
+func withHeader(ctx context.Context) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, securityHeader, "true")
+}
+
+func (r *rig) svids(ctx context.Context) grpc.ServerStreamingClient[workload.X509SVIDResponse] {
+	r.t.Helper()
+	c, err := r.client.FetchX509SVID(withHeader(ctx), &workload.X509SVIDRequest{})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return c
+}
+
+func next[M any](t testing.TB, c grpc.ServerStreamingClient[M]) *M {
+	t.Helper()
+	m, err := c.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func ids(m *workload.X509SVIDResponse) []string {
+	var all []string
+	for _, s := range m.GetSvids() {
+		all = append(all, s.GetSpiffeId())
+	}
+	return all
+}
+
+// TestSpec_D01_HeaderIsDemanded covers D01 to D06, on all seven methods and on reflection.
+func TestSpec_D01_HeaderIsDemanded(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+	first := func(c interface{ RecvMsg(any) error }, err error, m any) error {
+		if err != nil {
+			return err
+		}
+		return c.RecvMsg(m)
+	}
+	methods := map[string]struct {
+		call func(context.Context) error
+		ok   codes.Code
+	}{
+		"FetchX509SVID": {func(ctx context.Context) error {
+			c, err := r.client.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+			return first(c, err, &workload.X509SVIDResponse{})
+		}, codes.OK},
+		"FetchX509Bundles": {func(ctx context.Context) error {
+			c, err := r.client.FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
+			return first(c, err, &workload.X509BundlesResponse{})
+		}, codes.OK},
+		"FetchJWTSVID": {func(ctx context.Context) error {
+			_, err := r.client.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{})
+			return err
+		}, codes.Unimplemented},
+		"FetchJWTBundles": {func(ctx context.Context) error {
+			c, err := r.client.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+			return first(c, err, &workload.JWTBundlesResponse{})
+		}, codes.Unimplemented},
+		"ValidateJWTSVID": {func(ctx context.Context) error {
+			_, err := r.client.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{})
+			return err
+		}, codes.Unimplemented},
+		"FetchWITSVID": {func(ctx context.Context) error {
+			c, err := r.client.FetchWITSVID(ctx, &workload.WITSVIDRequest{})
+			return first(c, err, &workload.WITSVIDResponse{})
+		}, codes.Unimplemented},
+		"FetchWITBundles": {func(ctx context.Context) error {
+			c, err := r.client.FetchWITBundles(ctx, &workload.WITBundlesRequest{})
+			return first(c, err, &workload.WITBundlesResponse{})
+		}, codes.Unimplemented},
+		"ServerReflectionInfo": {func(ctx context.Context) error {
+			c, err := grpc_reflection_v1.NewServerReflectionClient(r.conn).ServerReflectionInfo(ctx)
+			if err != nil {
+				return err
+			}
+			if err := c.Send(&grpc_reflection_v1.ServerReflectionRequest{
+				MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{},
+			}); err != nil && !errors.Is(err, io.EOF) {
+				return err
+			}
+			_, err = c.Recv()
+			return err
+		}, codes.OK},
+	}
+	for name, m := range methods {
+		for _, header := range [][]string{nil, {"True"}, {"TRUE"}, {"1"}, {""}, {"false"}, {"true", "true"}, {"true,true"}, {" true x"}} {
+			ctx, cancel := context.WithCancel(t.Context())
+			for _, v := range header {
+				ctx = metadata.AppendToOutgoingContext(ctx, securityHeader, v)
+			}
+			if err := m.call(ctx); status.Code(err) != codes.InvalidArgument {
+				t.Errorf("%s with %q: %v", name, header, err)
+			}
+			cancel()
+		}
+		ctx, cancel := context.WithCancel(withHeader(t.Context()))
+		if err := m.call(ctx); status.Code(err) != m.ok {
+			t.Errorf("%s: %v, want %s", name, err, m.ok)
+		}
+		cancel()
+	}
+}
+
+// Envoy's discovery services share the socket and are exempt.
+func TestHeaderExemption(t *testing.T) {
+	for method, want := range map[string]codes.Code{
+		"/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets":                   codes.OK,
+		"/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources": codes.OK,
+		"/SpiffeWorkloadAPI/FetchX509SVID":                                                codes.InvalidArgument,
+		"/grpc.health.v1.Health/Check":                                                    codes.InvalidArgument,
+		"/envoy.service.secret.v3.SecretDiscoveryServiceX/StreamSecrets":                  codes.InvalidArgument,
+		"/SpiffeWorkloadAPI/envoy.service.secret.v3.SecretDiscoveryService/":              codes.InvalidArgument,
+	} {
+		if err := checkHeader(t.Context(), method); status.Code(err) != want {
+			t.Errorf("%s: %v", method, err)
+		}
+	}
+}
+
+// TestSpec_D08_Reflection: the service is told about, with its seven methods, equal to the standard's
+// file, and nothing else is.
+func TestSpec_D08_Reflection(t *testing.T) {
+	r := newRig(t, &fakeSource{}, Options{})
+	c, err := grpc_reflection_v1.NewServerReflectionClient(r.conn).ServerReflectionInfo(withHeader(t.Context()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(m *grpc_reflection_v1.ServerReflectionRequest) *grpc_reflection_v1.ServerReflectionResponse {
+		t.Helper()
+		if err := c.Send(m); err != nil {
+			t.Fatal(err)
+		}
+		got, err := c.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	var services []string
+	for _, s := range ask(&grpc_reflection_v1.ServerReflectionRequest{
+		MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{},
+	}).GetListServicesResponse().GetService() {
+		services = append(services, s.GetName())
+	}
+	if diff := cmp.Diff([]string{"SpiffeWorkloadAPI"}, services); diff != "" {
+		t.Error(diff)
+	}
+	file := &descriptorpb.FileDescriptorProto{}
+	if err := proto.Unmarshal(ask(&grpc_reflection_v1.ServerReflectionRequest{
+		MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "SpiffeWorkloadAPI"},
+	}).GetFileDescriptorResponse().GetFileDescriptorProto()[0], file); err != nil {
+		t.Fatal(err)
+	}
+	if !proto.Equal(file, protodesc.ToFileDescriptorProto(workload.File_workload_proto)) {
+		t.Error("the file is another one")
+	}
+	if n := len(workload.SpiffeWorkloadAPI_ServiceDesc.Methods) + len(workload.SpiffeWorkloadAPI_ServiceDesc.Streams); n != 7 {
+		t.Errorf("%d methods", n)
+	}
+}
+
+// TestSpec_D09_UnknownMethod is Unimplemented.
+func TestSpec_D09_UnknownMethod(t *testing.T) {
+	r := newRig(t, &fakeSource{}, Options{})
+	err := r.conn.Invoke(withHeader(t.Context()), "/SpiffeWorkloadAPI/FetchEverything", &workload.X509SVIDRequest{}, &workload.X509SVIDResponse{})
+	if status.Code(err) != codes.Unimplemented {
+		t.Error(err)
+	}
+}
+
+// TestSpec_D10_NotReady: a call is held for a while, then Unavailable; it recovers.
+func TestSpec_D10_NotReady(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t, "a.test")
+		r := newRig(t, &fakeSource{}, Options{})
+		start := time.Now()
+		c := r.svids(t.Context())
+		if _, err := c.Recv(); status.Code(err) != codes.Unavailable {
+			t.Error(err)
+		}
+		if took := time.Since(start); took != 10*time.Second {
+			t.Errorf("held for %s", took)
+		}
+		c = r.svids(t.Context())
+		start = time.Now()
+		time.AfterFunc(3*time.Second, func() { r.source.publish(a.snapshot(1, a.svid("/x"))) })
+		next(t, c)
+		if took := time.Since(start); took != 3*time.Second {
+			t.Errorf("answered after %s", took)
+		}
+		time.Sleep(time.Hour)
+		r.source.publish(a.snapshot(1, a.svid("/x")))
+		next(t, c) // its patience was for the first answer
+	})
+}
+
+// TestSpec_E02_Fields covers E02 and E03: all fields, DER, PKCS#8, leaf first.
+func TestSpec_E02_Fields(t *testing.T) {
+	root := newAuthority(t, "a.test")
+	inter := root.intermediate()
+	b := newAuthority(t, "b.test")
+	x := inter.svid("/x")
+	x.Hint = "internal"
+	snapshot := &identity.Snapshot{
+		SVIDs: []*identity.SVID{x}, Bundle: root.bundle(1, newAuthority(t, "a.test")),
+		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)},
+	}
+	r := newRig(t, &fakeSource{snapshot: snapshot}, Options{})
+	m := next(t, r.svids(t.Context()))
+	got := m.GetSvids()[0]
+	chain, err := x509.ParseCertificates(got.GetX509Svid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(chain) != 2 || !chain[0].Equal(x.Chain[0]) || !chain[1].Equal(inter.cert) {
+		t.Errorf("chain of %d", len(chain))
+	}
+	if got.GetSpiffeId() != "spiffe://a.test/x" || chain[0].URIs[0].String() != got.GetSpiffeId() || got.GetHint() != "internal" {
+		t.Errorf("%s %s", got.GetSpiffeId(), got.GetHint())
+	}
+	key, err := x509.ParsePKCS8PrivateKey(got.GetX509SvidKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !chain[0].PublicKey.(interface{ Equal(x crypto.PublicKey) bool }).Equal(key.(crypto.Signer).Public()) {
+		t.Error("key of another certificate")
+	}
+	bundle, err := x509.ParseCertificates(got.GetBundle())
+	if err != nil || len(bundle) != 2 || !bundle[0].Equal(root.cert) {
+		t.Errorf("bundle of %d: %v", len(bundle), err)
+	}
+	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.cert.Raw}, m.GetFederatedBundles()); diff != "" {
+		t.Error(diff)
+	}
+	if len(m.GetCrl()) != 0 { // E20
+		t.Error("there is a CRL")
+	}
+	c, err := r.client.FetchX509Bundles(withHeader(t.Context()), &workload.X509BundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundles := next(t, c)
+	want := map[string][]byte{"spiffe://a.test": got.GetBundle(), "spiffe://b.test": b.cert.Raw}
+	if diff := cmp.Diff(want, bundles.GetBundles()); diff != "" { // E13
+		t.Error(diff)
+	}
+}
+
+// TestSpec_E04_NoIdentity: at once, in the middle of a stream, and on both methods (E14).
+func TestSpec_E04_NoIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t, "a.test")
+		denied := &identity.Snapshot{Bundle: a.bundle(1), Denied: true}
+		r := newRig(t, &fakeSource{snapshot: denied}, Options{})
+		start := time.Now()
+		if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		c, err := r.client.FetchX509Bundles(withHeader(t.Context()), &workload.X509BundlesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("took %s", took)
+		}
+		r.source.publish(a.snapshot(1, a.svid("/x"), a.svid("/y")))
+		s := r.svids(t.Context())
+		if diff := cmp.Diff([]string{"spiffe://a.test/x", "spiffe://a.test/y"}, ids(next(t, s))); diff != "" {
+			t.Error(diff)
+		}
+		r.source.publish(a.snapshot(1, a.svid("/y"))) // E12
+		if diff := cmp.Diff([]string{"spiffe://a.test/y"}, ids(next(t, s))); diff != "" {
+			t.Error(diff)
+		}
+		r.source.publish(denied)
+		if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		synctest.Wait()
+		if n := r.value("meshid_agent_workloadapi_calls_total", "FetchX509SVID", "denied"); n != 2 {
+			t.Errorf("%v calls counted as denied", n)
+		}
+	})
+}
+
+// With DenyAfter, a new call of a process without an identity is held in case that it
+// gets one.
+func TestDenyAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t, "a.test")
+		denied := &identity.Snapshot{Bundle: a.bundle(1), Denied: true}
+		r := newRig(t, &fakeSource{snapshot: denied}, Options{DenyAfter: 5 * time.Second})
+		start := time.Now()
+		if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		if took := time.Since(start); took != 5*time.Second {
+			t.Errorf("took %s", took)
+		}
+		c := r.svids(t.Context())
+		start = time.Now()
+		time.AfterFunc(time.Second, func() { r.source.publish(a.snapshot(1, a.svid("/x"))) })
+		next(t, c)
+		if took := time.Since(start); took != time.Second {
+			t.Errorf("took %s", took)
+		}
+		r.source.publish(denied) // in the middle it is said at once
+		if _, err := c.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Error(err)
+		}
+		if took := time.Since(start); took != time.Second {
+			t.Errorf("took %s", took)
+		}
+	})
+}
+
+// TestSpec_E06_Hints: unique in a message and not too long (E07), or left out.
+func TestSpec_E06_Hints(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t, "a.test")
+		hints := []string{"h", "h", "", "", strings.Repeat("x", 1024), strings.Repeat("y", 1025), "z"}
+		var svids []*identity.SVID
+		for i, h := range hints {
+			v := a.svid(fmt.Sprintf("/%d", i))
+			v.Hint = h
+			svids = append(svids, v)
+		}
+		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, svids...)}, Options{})
+		var got []string
+		for _, s := range next(t, r.svids(t.Context())).GetSvids() {
+			got = append(got, s.GetHint())
+		}
+		if diff := cmp.Diff([]string{"h", "", "", "", hints[4], "", "z"}, got); diff != "" {
+			t.Error(diff)
+		}
+		if n := r.value("meshid_agent_workloadapi_dropped_hints_total"); n != 2 {
+			t.Errorf("%v counted", n)
+		}
+	})
+}
+
+// TestSpec_E05_Order: as the snapshot has it, in each message and after each restart.
+func TestSpec_E05_Order(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	source := &fakeSource{snapshot: a.snapshot(1, a.svid("/z"), a.svid("/a"), a.svid("/m"))}
+	for range 20 {
+		r := newRig(t, source, Options{})
+		if diff := cmp.Diff([]string{"spiffe://a.test/z", "spiffe://a.test/a", "spiffe://a.test/m"}, ids(next(t, r.svids(t.Context())))); diff != "" {
+			t.Fatal(diff)
+		}
+	}
+}
+
+// TestSpec_E15_OnlyChanges: no message when nothing has changed for the client, a
+// full one when something has (E08, E11).
+func TestSpec_E15_OnlyChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newAuthority(t, "a.test"), newAuthority(t, "b.test")
+		x, y := a.svid("/x"), a.svid("/y")
+		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, x, y)}, Options{})
+		c := r.svids(t.Context())
+		first := next(t, c)
+		time.Sleep(time.Hour)
+		r.source.publish(a.snapshot(2, x, y)) // another value with the same contents
+		r.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{x, y}, Bundle: a.bundle(2), Withdrawn: []spiffeid.ID{x.ID}})
+		synctest.Wait()
+		if n := r.value("meshid_agent_workloadapi_messages_total", "FetchX509SVID"); n != 1 {
+			t.Errorf("%v messages", n)
+		}
+		r.source.publish(a.snapshot(2, a.svid("/x"), y))
+		second := next(t, c)
+		if len(second.GetSvids()) != 2 || string(second.GetSvids()[0].GetX509SvidKey()) == string(first.GetSvids()[0].GetX509SvidKey()) ||
+			string(second.GetSvids()[1].GetX509SvidKey()) != string(first.GetSvids()[1].GetX509SvidKey()) {
+			t.Error("not the full set, or not the new key")
+		}
+		with := a.snapshot(3, x)
+		with.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)}
+		r.source.publish(with)
+		if len(next(t, c).GetFederatedBundles()) != 1 {
+			t.Error("no federated bundle")
+		}
+		r.source.publish(a.snapshot(4, x))
+		if len(next(t, c).GetFederatedBundles()) != 0 {
+			t.Error("the federated bundle has stayed")
+		}
+	})
+}
+
+// TestSpec_E17_ErrorsOfTheInside: whatever happens in the agent, a client is told to come back, and
+// never what makes go-spiffe give up for ever.
+func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
+	final := []codes.Code{codes.Canceled, codes.InvalidArgument}
+	for _, tc := range []struct {
+		name string
+		do   func(r *rig, a *authority)
+		want codes.Code
+	}{
+		{"shutdown", func(r *rig, _ *authority) { r.server.Close() }, codes.Unavailable},
+		{"source ends, canceled", func(r *rig, _ *authority) { r.source.end(context.Canceled) }, codes.Unavailable},
+		{"source ends, status", func(r *rig, _ *authority) { r.source.end(status.Error(codes.InvalidArgument, "x")) }, codes.Unavailable},
+		{"process ends", func(r *rig, _ *authority) { _ = r.peer.Close() }, codes.Unavailable},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := newAuthority(t, "a.test")
+				r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+				c := r.svids(t.Context())
+				next(t, c)
+				tc.do(r, a)
+				_, err := c.Recv()
+				if status.Code(err) != tc.want || slices.Contains(final, status.Code(err)) {
+					t.Errorf("got %v", err)
+				}
+				synctest.Wait()
+				if r.source.open() != 0 {
+					t.Error("a watch is left open")
+				}
+			})
+		})
+	}
+	for _, err := range []error{
+		context.Canceled, context.DeadlineExceeded, errors.New("x"),
+		status.Error(codes.InvalidArgument, "x"), status.Error(codes.Canceled, "x"), status.Error(codes.Internal, "x"),
+	} {
+		r := newRig(t, &fakeSource{err: err}, Options{})
+		if _, got := r.svids(t.Context()).Recv(); status.Code(got) != codes.Unavailable {
+			t.Errorf("%v: got %v", err, got)
+		}
+	}
+	for code, err := range map[codes.Code]error{
+		codes.ResourceExhausted: fmt.Errorf("x: %w", status.Error(codes.ResourceExhausted, "x")),
+		codes.PermissionDenied:  status.Error(codes.PermissionDenied, "x"),
+	} {
+		r := newRig(t, &fakeSource{err: err}, Options{})
+		if _, got := r.svids(t.Context()).Recv(); status.Code(got) != code {
+			t.Errorf("%v: got %v", err, got)
+		}
+	}
+}
+
+// What cannot be delivered whole is not delivered, and does not take away what the
+// workload has.
+func TestBrokenSnapshots(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	x := a.svid("/x")
+	other := spiffeid.RequireFromString("spiffe://a.test/other")
+	for name, broken := range map[string]*identity.Snapshot{
+		"empty bundle":         {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.td}},
+		"no bundle":            {SVIDs: []*identity.SVID{x}},
+		"no chain":             {SVIDs: []*identity.SVID{{ID: x.ID, Key: x.Key}}, Bundle: a.bundle(1)},
+		"another ID":           {SVIDs: []*identity.SVID{{ID: other, Chain: x.Chain, Key: x.Key}}, Bundle: a.bundle(1)},
+		"no key":               {SVIDs: []*identity.SVID{{ID: x.ID, Chain: x.Chain}}, Bundle: a.bundle(1)},
+		"foreign trust domain": {SVIDs: []*identity.SVID{newAuthority(t, "b.test").svid("/x")}, Bundle: a.bundle(1)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, &fakeSource{snapshot: broken}, Options{})
+			if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.Unavailable {
+				t.Error(err)
+			}
+			r.source.publish(a.snapshot(1, x))
+			c := r.svids(t.Context())
+			next(t, c)
+			r.source.publish(broken)
+			r.source.publish(a.snapshot(1, a.svid("/y")))
+			if diff := cmp.Diff([]string{"spiffe://a.test/y"}, ids(next(t, c))); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+	// A federated bundle that is not good costs only itself.
+	b, c := newAuthority(t, "b.test"), newAuthority(t, "c.test")
+	s := a.snapshot(1, x)
+	s.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1), c.td: {TrustDomain: c.td}, a.td: a.bundle(2)}
+	r := newRig(t, &fakeSource{snapshot: s}, Options{})
+	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.cert.Raw}, next(t, r.svids(t.Context())).GetFederatedBundles()); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// TestV_I1_CallsAreBounded, in all and for each user.
+func TestV_I1_CallsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAuthority(t, "a.test")
+		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{MaxStreams: 3, MaxStreamsPerUID: 2})
+		ctx, cancel := context.WithCancel(t.Context())
+		next(t, r.svids(ctx))
+		next(t, r.svids(t.Context()))
+		if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.ResourceExhausted {
+			t.Error(err)
+		}
+		release, err := r.server.admit(7)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.server.admit(8); status.Code(err) != codes.ResourceExhausted {
+			t.Error(err)
+		}
+		release()
+		cancel()
+		synctest.Wait()
+		next(t, r.svids(t.Context()))
+		if n := r.value("meshid_agent_workloadapi_streams", "FetchX509SVID"); n != 2 {
+			t.Errorf("%v streams", n)
+		}
+	})
+}
+
+// Without a peer there is nothing to be had.
+func TestNoPeer(t *testing.T) {
+	s, err := New(&fakeSource{}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = s.FetchX509SVID(nil, &noPeer[workload.X509SVIDResponse]{ctx: t.Context()})
+	if status.Code(err) != codes.Unauthenticated {
+		t.Error(err)
+	}
+	if _, err := New(nil, Options{}); err == nil {
+		t.Error("made without a source")
+	}
+}
+
+type noPeer[M any] struct {
+	grpc.ServerStreamingServer[M]
+	ctx context.Context //nolint:containedctx // it is what a stream is
+}
+
+func (n *noPeer[M]) Context() context.Context { return n.ctx }
+
+// socketRig is a server on a real socket, for go-spiffe's own client.
+type socketRig struct {
+	source *fakeSource
+	addr   string
+	stop   func()
+}
+
+func newSocketRig(t testing.TB, source *fakeSource, socket string) *socketRig {
+	t.Helper()
+	listener, err := peer.Listen(t.Context(), socket, peer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := New(source, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := grpc.NewServer(append(ServerOptions(), grpc.Creds(peer.Credentials()))...)
+	server.Register(g)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(listener) }()
+	r := &socketRig{source: source, addr: "unix://" + socket}
+	r.stop = sync.OnceFunc(func() {
+		server.Close()
+		g.Stop()
+		<-served
+	})
+	t.Cleanup(r.stop)
+	return r
+}
+
+// soon is a client's back-off of tests.
+type soon struct{}
+
+func (soon) NewBackoff() spiffeclient.Backoff { return soon{} }
+func (soon) Next() time.Duration              { return time.Millisecond }
+func (soon) Reset()                           {}
+
+func newX509Source(t *testing.T, addr string) *spiffeclient.X509Source {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	s, err := spiffeclient.NewX509Source(ctx, spiffeclient.WithClientOptions(
+		spiffeclient.WithAddr(addr), spiffeclient.WithBackoffStrategy(soon{})))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// TestSpec_E09_SourceThroughRotations: go-spiffe's source on both sides, a hundred rotations, with
+// roots added and removed in order, a handshake after each: none fails.
+func TestSpec_E09_SourceThroughRotations(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	r := newSocketRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, filepath.Join(t.TempDir(), "s"))
+	server, client := newX509Source(t, r.addr), newX509Source(t, r.addr)
+	authorize := tlsconfig.AuthorizeID(spiffeid.RequireFromString("spiffe://a.test/x"))
+	sequence := uint64(1)
+	publish := func(s *identity.Snapshot) {
+		t.Helper()
+		r.source.publish(s)
+		// Both have it when they show it.
+		for deadline := time.Now().Add(10 * time.Second); ; {
+			if has(t, server, s) && has(t, client, s) {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("the sources do not follow")
+			}
+			runtime.Gosched()
+		}
+	}
+	for i := range 100 {
+		sequence++
+		if i%10 != 9 {
+			publish(a.snapshot(sequence, a.svid("/x")))
+		} else {
+			next := newAuthority(t, "a.test")
+			publish(&identity.Snapshot{SVIDs: []*identity.SVID{a.svid("/x")}, Bundle: a.bundle(sequence, next)})
+			sequence++
+			publish(&identity.Snapshot{SVIDs: []*identity.SVID{next.svid("/x")}, Bundle: a.bundle(sequence, next)}) // E10
+			sequence++
+			a = next
+			publish(a.snapshot(sequence, a.svid("/x")))
+		}
+		if err := handshake(tlsconfig.MTLSServerConfig(server, server, authorize), tlsconfig.MTLSClientConfig(client, client, authorize)); err != nil {
+			t.Fatalf("rotation %d: %v", i, err)
+		}
+	}
+}
+
+func has(t *testing.T, s *spiffeclient.X509Source, want *identity.Snapshot) bool {
+	t.Helper()
+	svid, err := s.GetX509SVID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := s.GetX509BundleForTrustDomain(want.Bundle.TrustDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return svid.Certificates[0].Equal(want.Default().Chain[0]) && len(bundle.X509Authorities()) == len(want.Bundle.Roots)
+}
+
+func handshake(server, client *tls.Config) error {
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	done := make(chan error, 1)
+	go func() { done <- tls.Server(a, server).Handshake() }()
+	c := tls.Client(b, client)
+	if err := c.Handshake(); err != nil {
+		return errors.Join(err, a.Close(), <-done)
+	}
+	return <-done
+}
+
+// TestSpec_E18_AgentRestart: the source is back by itself, and has its SVID all the time.
+func TestSpec_E18_AgentRestart(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	socket := filepath.Join(t.TempDir(), "s")
+	source := &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}
+	r := newSocketRig(t, source, socket)
+	s := newX509Source(t, r.addr)
+	r.stop()
+	if _, err := os.Stat(socket); err == nil {
+		t.Log("the socket file has stayed")
+	}
+	if svid, err := s.GetX509SVID(); err != nil || svid.ID.String() != "spiffe://a.test/x" {
+		t.Errorf("%v %v", svid, err)
+	}
+	newSocketRig(t, source, socket)
+	again := a.snapshot(1, a.svid("/x"))
+	source.publish(again)
+	for deadline := time.Now().Add(10 * time.Second); !has(t, s, again); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatal("the source has not come back")
+		}
+	}
+}
+
+// TestSpec_E16_SlowReaders: those who do not read hold nobody up.
+func TestSpec_E16_SlowReaders(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	r := newSocketRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, filepath.Join(t.TempDir(), "s"))
+	for range 10 {
+		conn, err := grpc.NewClient(r.addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(64<<10))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(withHeader(t.Context()), &workload.X509SVIDRequest{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newX509Source(t, r.addr)
+	for range 100 {
+		snapshot := a.snapshot(1, a.svid("/x"))
+		r.source.publish(snapshot)
+		for deadline := time.Now().Add(10 * time.Second); !has(t, s, snapshot); runtime.Gosched() {
+			if time.Now().After(deadline) {
+				t.Fatal("held up")
+			}
+		}
+	}
+}
+
+// TestSpec_E19_ClientGone: the stream is freed, and its goroutines.
+func TestSpec_E19_ClientGone(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+	next(t, r.svids(t.Context()))
+	base := runtime.NumGoroutine()
+	for range 500 {
+		ctx, cancel := context.WithCancel(t.Context())
+		next(t, r.svids(ctx))
+		cancel()
+	}
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > base+2 || r.source.open() > 1; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines, %d before; %d watches", runtime.NumGoroutine(), base, r.source.open())
+		}
+	}
+}
+
+// Each SVID is encoded once.
+func TestEncodedOnce(t *testing.T) {
+	a := newAuthority(t, "a.test")
+	var c cache
+	s := a.snapshot(1, a.svid("/x"))
+	one, _, err := c.x509SVIDs(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, _, err := c.x509SVIDs(&identity.Snapshot{SVIDs: s.SVIDs, Bundle: s.Bundle})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, y := one.GetSvids()[0], two.GetSvids()[0]
+	if &x.GetX509SvidKey()[0] != &y.GetX509SvidKey()[0] || &x.GetX509Svid()[0] != &y.GetX509Svid()[0] || &x.GetBundle()[0] != &y.GetBundle()[0] {
+		t.Error("encoded twice")
+	}
+}
