@@ -27,11 +27,15 @@ type container struct {
 // instance names what keys belong to.
 func (c *container) instance() string { return Name + ":" + c.id }
 
+// errEnded says that the init process of a container has ended. It is not
+// peer.ErrGone, which is about the process that asks.
+var errEnded = errors.New("the container's init process has ended")
+
 // alive returns nil while the init process lives; when it ends, the kernel ends
 // all others of the container.
 func (c *container) alive() error {
 	if err := c.init.process.Alive(); err != nil {
-		return fmt.Errorf("container %s: init %w", short(c.id), err)
+		return fmt.Errorf("container %s: %w", short(c.id), errEnded)
 	}
 	return nil
 }

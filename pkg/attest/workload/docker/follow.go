@@ -203,7 +203,7 @@ func (f *follower) look(ctx context.Context, id string, get func(context.Context
 	switch {
 	case err == nil:
 		return c, nil
-	case errors.Is(err, errNoContainer):
+	case errors.Is(err, errNoContainer), errors.Is(err, errEnded):
 		return nil, nil //nolint:nilnil // documented
 	case errors.Is(err, errUnreachable), ctx.Err() != nil:
 		return nil, err

@@ -11,6 +11,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/meshid/meshid/pkg/attest/peer"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 )
 
@@ -234,7 +235,10 @@ func (a *Attestor) load(ctx context.Context, id string) (*container, error) {
 		return nil, err
 	}
 	init, err := a.processes.open(id, i.State.Pid, i.State.StartedAt)
-	if err != nil {
+	switch {
+	case errors.Is(err, peer.ErrGone):
+		return nil, errEnded // the engine has not heard of it yet
+	case err != nil:
 		return nil, err
 	}
 	c := &container{
