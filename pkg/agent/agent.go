@@ -122,6 +122,7 @@ type Agent struct {
 	cache      *cache.Cache
 	streams    map[cache.WatchID]*stream
 	nextStream cache.WatchID
+	unattested int  // streams whose process could not be attested so far
 	ended      bool // Run has ended
 	attributes map[subject]*attributesv1.Workload
 
@@ -197,7 +198,7 @@ func New(c Config) (*Agent, error) {
 		up:         make(chan struct{}, 1),
 		save:       make(chan struct{}, 1),
 		renew:      make(chan struct{}, 1),
-		cache:      cache.New(cache.Config{Random: rand.Float64}), //nolint:gosec // jitter is no secret
+		cache:      cache.New(cache.Config{Random: rand.Float64}),
 		streams:    make(map[cache.WatchID]*stream),
 		attributes: make(map[subject]*attributesv1.Workload),
 		since:      time.Now(),
@@ -366,14 +367,14 @@ func (a *Agent) sayEvents(events []cache.Event) {
 		attrs := []any{"reason", string(e.Kind), "instance", e.Instance, "entry", e.Entry, "err", e.Detail}
 		switch e.Kind {
 		case cache.DuplicateHint:
-			a.log.Warn("hint is dropped: another identity of the workload has it", attrs...) //nolint:sloglint // key-value pairs
+			a.log.Warn("hint is dropped: another identity of the workload has it", attrs...)
 		case cache.Template:
-			a.log.Warn("entry matches but gives no legal name", attrs...) //nolint:sloglint // key-value pairs
+			a.log.Warn("entry matches but gives no legal name", attrs...)
 		case cache.Capacity:
-			a.log.Error("identity is not issued: the agent is at its limit", attrs...) //nolint:sloglint // key-value pairs
+			a.log.Error("identity is not issued: the agent is at its limit", attrs...)
 			a.cfg.Health.Set(condCapacity, health.Error, "more identities match on this node than the agent holds")
 		default:
-			a.log.Warn("cache reports", attrs...) //nolint:sloglint // key-value pairs
+			a.log.Warn("cache reports", attrs...)
 		}
 	}
 }

@@ -566,7 +566,9 @@ type fakeNode struct{}
 
 func (fakeNode) Method() string { return "join_token" }
 
-func (fakeNode) Evidence(context.Context, []byte) ([]byte, error) { return []byte("token"), nil }
+func (fakeNode) Evidence(context.Context, []byte) ([]byte, error) {
+	return []byte("canary-evidence"), nil
+}
 
 func (fakeNode) Respond(_ context.Context, _, challenge []byte) ([]byte, error) {
 	return []byte("me: " + string(challenge)), nil
@@ -632,6 +634,9 @@ func (w *fakeWorkloads) container(pid int, name, app string) *attributesv1.Workl
 	}
 	return &attributesv1.Workload{Docker: d}
 }
+
+// discard logs nothing.
+var discard = slog.New(slog.DiscardHandler)
 
 // harness is an agent with its CA.
 type harness struct {

@@ -234,6 +234,7 @@ func (a *Agent) deliver(ctx context.Context, batch []cache.Request, results []re
 		o := succeeded
 		switch {
 		case r.svid != nil:
+			a.cfg.Health.Clear(condClock)
 			if a.cache.Issued(now, q.ID, r.svid) {
 				a.metrics.lag.Observe(max(now.Sub(q.Due).Seconds(), 0))
 			}
@@ -250,6 +251,9 @@ func (a *Agent) deliver(ctx context.Context, batch []cache.Request, results []re
 			o = failed
 			if r.invalid {
 				o = invalid
+				if errors.Is(r.err, errClock) {
+					a.cfg.Health.Set(condClock, health.Error, r.err.Error())
+				}
 				a.log.ErrorContext(ctx, "svid of the ca is not accepted", "entry", q.Identity.Entry.Name(),
 					"spiffe_id", q.Identity.ID.String(), "instance", q.Instance, "err", r.err)
 			} else {
@@ -269,6 +273,9 @@ func (a *Agent) showConditions(now time.Time) {
 	connected, since := a.session != nil, a.since
 	a.mu.Unlock()
 	h := a.cfg.Health
+	if stats.Limited == 0 && !stats.Full {
+		h.Clear(condCapacity)
+	}
 	if connected && now.Sub(since) >= settled {
 		h.Clear(condCA)
 	}

@@ -191,7 +191,7 @@ func (a *Agent) attempt(ctx context.Context) error {
 
 // dial makes a connection that is used for one session or attestation; when it
 // is lost, so are they.
-func (a *Agent) dial(own *ownIdentity, roots []*x509.Certificate, pin []byte) (*grpc.ClientConn, error) {
+func (a *Agent) dial(own *ownIdentity, anchors *trust) (*grpc.ClientConn, error) {
 	var certificate func() *tls.Certificate
 	if own != nil {
 		certificate = own.certificate
@@ -202,7 +202,7 @@ func (a *Agent) dial(own *ownIdentity, roots []*x509.Certificate, pin []byte) (*
 	}
 	options := append([]grpc.DialOption{
 		grpc.WithTransportCredentials(credentials.NewTLS(
-			tlsToCA(a.cfg.TrustDomain, func() []*x509.Certificate { return roots }, pin, certificate))),
+			tlsToCA(a.cfg.TrustDomain, anchors, certificate))),
 		// A peer that vanished is noticed within 15 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
 		// Each address has this long; a dead one does not stop the next.
@@ -241,6 +241,7 @@ func (a *Agent) attestNode(ctx context.Context) error {
 	}
 	a.adopt(result)
 	a.cfg.Health.Clear(condNode)
+	a.cfg.Health.Clear(condClock)
 	a.log.InfoContext(ctx, "node attested", "method", a.cfg.Node.Method(), "node_id", result.own.id.String(),
 		"not_after", result.own.notAfter())
 	return a.writeNow(ctx)
@@ -306,26 +307,30 @@ func (a *Agent) askAttestation(ctx context.Context, start *nodev1.AttestRequest,
 	bundle := a.bundle
 	a.mu.Unlock()
 	if bundle != nil {
-		answer, err := a.attestOver(ctx, bundle.Roots, nil, start, binding)
-		if err == nil || isRefusal(err) || ctx.Err() != nil {
+		answer, untrusted, err := a.attestOver(ctx, bundle.Roots, nil, start, binding)
+		if err == nil || !untrusted {
 			return answer, err
 		}
-		again, cerr := a.attestOver(ctx, a.cfg.TrustAnchors, a.cfg.RootSHA256, start, binding)
-		if cerr != nil {
-			return nil, err
-		}
-		return again, nil
 	}
-	return a.attestOver(ctx, a.cfg.TrustAnchors, a.cfg.RootSHA256, start, binding)
+	answer, _, err := a.attestOver(ctx, a.cfg.TrustAnchors, a.cfg.RootSHA256, start, binding)
+	return answer, err
 }
 
-// attestOver runs the Attest call over a connection of its own.
-func (a *Agent) attestOver(ctx context.Context, roots []*x509.Certificate, pin []byte, start *nodev1.AttestRequest, binding []byte) (*nodev1.AgentIdentity, error) {
-	conn, err := a.dial(nil, roots, pin)
+// attestOver runs the Attest call over a connection of its own. untrusted says
+// that the peer did not prove to be the CA.
+func (a *Agent) attestOver(ctx context.Context, roots []*x509.Certificate, pin []byte, start *nodev1.AttestRequest, binding []byte) (answer *nodev1.AgentIdentity, untrusted bool, err error) {
+	trust := &trust{roots: roots, pin: pin}
+	conn, err := a.dial(nil, trust)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	defer conn.Close() //nolint:errcheck // nothing can be done, and nothing is lost
+	answer, err = a.attestWith(ctx, conn, start, binding)
+	return answer, trust.failed.Load(), err
+}
+
+// attestWith is the dialogue of an attestation.
+func (a *Agent) attestWith(ctx context.Context, conn *grpc.ClientConn, start *nodev1.AttestRequest, binding []byte) (*nodev1.AgentIdentity, error) {
 	stream, err := nodev1.NewNodeServiceClient(conn).Attest(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("call the CA: %w", err)
@@ -433,7 +438,7 @@ func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	if bundle == nil {
 		return errors.New("no trust bundle to verify the CA with")
 	}
-	conn, err := a.dial(own, bundle.Roots, nil)
+	conn, err := a.dial(own, &trust{roots: bundle.Roots})
 	if err != nil {
 		return err
 	}

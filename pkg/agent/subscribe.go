@@ -128,6 +128,11 @@ func (a *Agent) admit(ctx context.Context, id cache.WatchID, s *stream) {
 		return
 	}
 	tries := backoff.New(attestBackoff)
+	defer func() {
+		if tries.Failures() > 0 {
+			a.failing(-1)
+		}
+	}()
 	for {
 		found, err := a.attest(ctx, s.peer)
 		if err == nil {
@@ -143,6 +148,7 @@ func (a *Agent) admit(ctx context.Context, id cache.WatchID, s *stream) {
 			return
 		}
 		if tries.Failures() == 0 {
+			a.failing(1)
 			a.log.WarnContext(ctx, "workload cannot be attested now", "pid", s.peer.PID, "err", err)
 		}
 		timer := time.NewTimer(tries.Next())
@@ -156,6 +162,18 @@ func (a *Agent) admit(ctx context.Context, id cache.WatchID, s *stream) {
 		if a.gone(ctx, id) {
 			return
 		}
+	}
+}
+
+// failing counts the streams whose process cannot be attested now.
+func (a *Agent) failing(step int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.unattested += step; a.unattested > 0 {
+		a.cfg.Health.Set(condWorkload, health.Warning,
+			fmt.Sprintf("%d streams wait for an attestor that cannot answer now: see the log", a.unattested))
+	} else {
+		a.cfg.Health.Clear(condWorkload)
 	}
 }
 
@@ -275,16 +293,14 @@ func (a *Agent) enroll(id cache.WatchID, s *stream, w *workload) error {
 // watchInstances follows what a runtime says of its instances.
 func (a *Agent) watchInstances(ctx context.Context, name string, w attest.InstanceWatcher) error {
 	tries := backoff.New(backoff.Policy{Base: time.Second, Max: 30 * time.Second})
-	for {
+	for ctx.Err() == nil {
 		err := w.Watch(ctx, func(e attest.InstanceEvent) { a.instanceEvent(ctx, e) })
-		if ctx.Err() != nil {
-			return nil
-		}
-		a.log.WarnContext(ctx, "instances cannot be followed", "method", name, "err", err)
-		if backoff.Wait(ctx, tries.Next()) != nil {
-			return nil
+		if ctx.Err() == nil {
+			a.log.WarnContext(ctx, "instances cannot be followed", "method", name, "err", err)
+			_ = backoff.Wait(ctx, tries.Next()) // looked at next
 		}
 	}
+	return nil
 }
 
 // instanceEvent tells the cache that an instance is there or has ended.

@@ -59,7 +59,6 @@ func (a *Agent) receive(ctx context.Context, stream syncStream) error {
 			return fmt.Errorf("follow the CA: %w", err)
 		}
 		a.cfg.Health.Clear(condCA)
-		a.cfg.Health.Clear(condClock)
 		switch m := m.GetMessage().(type) {
 		case *nodev1.SyncResponse_Snapshot:
 			err = a.applySnapshot(ctx, m.Snapshot)

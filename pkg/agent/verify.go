@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -264,20 +265,31 @@ func sameNames(a, b []string) bool {
 	return slices.Equal(a, b)
 }
 
-// tlsToCA is the configuration of connections to the CA. roots are asked for at
-// each handshake; if there are none, pin is the SHA-256 of the root that the CA
-// sends with its chain. certificate is the agent's own, nil before it has one.
+// trust is what the CA is verified with: roots, or if there are none the SHA-256
+// of the root that the CA sends with its chain.
+type trust struct {
+	roots  []*x509.Certificate
+	pin    []byte
+	failed atomic.Bool // a peer was not the CA
+}
+
+// tlsToCA is the configuration of connections to the CA. certificate is the
+// agent's own, nil before it has one.
 //
 // The CA is known by its SPIFFE ID, which Go's own verification cannot look for:
 // it wants a DNS name. That part has to be switched off, and verifyCA does all
 // of it, on every connection.
-func tlsToCA(td spiffeid.TrustDomain, roots func() []*x509.Certificate, pin []byte, certificate func() *tls.Certificate) *tls.Config {
+func tlsToCA(td spiffeid.TrustDomain, anchors *trust, certificate func() *tls.Certificate) *tls.Config {
 	c := &tls.Config{
 		MinVersion:         tls.VersionTLS13,
 		NextProtos:         []string{"h2"},
 		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection verifies the chain, the validity and the exact SPIFFE ID
 		VerifyConnection: func(state tls.ConnectionState) error {
-			return verifyCA(time.Now(), td, state.PeerCertificates, roots(), pin)
+			err := verifyCA(time.Now(), td, state.PeerCertificates, anchors.roots, anchors.pin)
+			if err != nil {
+				anchors.failed.Store(true)
+			}
+			return err
 		},
 	}
 	if certificate != nil {

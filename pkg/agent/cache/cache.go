@@ -229,17 +229,21 @@ func New(c Config) *Cache {
 // instance is a workload instance that is present.
 type instance struct {
 	name      string
-	announced string      // digest of the workload that the runtime announced
-	present   bool        // the runtime announced it
-	workloads []*workload // in the order of arrival
-	slots     map[slotKey]*slot
+	announced string // digest of the workload that the runtime announced
+	present   bool   // the runtime announced it
+	// generation grows when what the runtime announces changes: older
+	// workloads are kept only for their streams.
+	generation int
+	workloads  []*workload // in the order of arrival
+	slots      map[slotKey]*slot
 }
 
 // workload is a Workload with the streams that ask as it.
 type workload struct {
-	instance *instance
-	digest   string
-	facts    *identity.Facts
+	instance   *instance
+	digest     string
+	facts      *identity.Facts
+	generation int // of the instance when it was last attested
 
 	watches []WatchID
 	fresh   []WatchID // have not been told the current snapshot
@@ -398,15 +402,18 @@ func (c *Cache) Announce(now time.Time, l Workload) ([]WatchID, error) {
 	i := w.instance
 	before, known := i.announced, i.present
 	i.announced, i.present = l.Digest, true
-	for _, o := range slices.Clone(i.workloads) {
-		if known && o.digest == before && before != l.Digest && len(o.watches) == 0 {
-			c.drop(o) // nobody ever asked as it
-			continue
-		}
-		c.hold(now, o)
-	}
 	if !known || before == l.Digest {
+		for _, o := range i.workloads {
+			c.hold(now, o)
+		}
 		return nil, nil
+	}
+	i.generation++
+	w.generation = i.generation
+	for _, o := range slices.Clone(i.workloads) {
+		if c.hold(now, o); o.armed() {
+			c.drop(o) // what was attested of it holds no more, and nobody asks
+		}
 	}
 	var stale []WatchID
 	for _, o := range i.workloads {
@@ -499,7 +506,9 @@ func (c *Cache) Issued(now time.Time, request uint64, svid *identity.SVID) bool 
 		return false
 	}
 	if s.gone || svid.ID != s.identity.ID {
-		c.ready.Ended = append(c.ready.Ended, Ended{Instance: s.instance.name, Serials: [][]byte{serial(svid)}})
+		if c.instances[s.instance.name] == nil {
+			c.ready.Ended = append(c.ready.Ended, Ended{Instance: s.instance.name, Serials: [][]byte{serial(svid)}})
+		}
 		if !s.gone {
 			c.retry(s, "issued for another identity", now.Add(c.delay(s.failures+1)))
 		}

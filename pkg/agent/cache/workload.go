@@ -22,6 +22,7 @@ func (c *Cache) enter(now time.Time, l Workload) (*workload, error) {
 	}
 	for _, w := range i.workloads {
 		if w.digest == l.Digest {
+			w.generation = i.generation
 			return w, nil
 		}
 	}
@@ -34,7 +35,7 @@ func (c *Cache) enter(now time.Time, l Workload) (*workload, error) {
 		}
 		c.drop(i.workloads[n])
 	}
-	w := &workload{instance: i, digest: l.Digest, facts: l.Facts}
+	w := &workload{instance: i, digest: l.Digest, facts: l.Facts, generation: i.generation}
 	i.workloads = append(i.workloads, w)
 	c.instances[i.name] = i
 	c.evaluate(now, w, nil)
@@ -46,7 +47,7 @@ func (c *Cache) enter(now time.Time, l Workload) (*workload, error) {
 func (c *Cache) hold(now time.Time, w *workload) {
 	switch {
 	case w.gone:
-	case len(w.watches) > 0 || w.instance.present:
+	case len(w.watches) > 0 || (w.instance.present && w.generation == w.instance.generation):
 		c.timers.set(w, time.Time{})
 	case !w.armed():
 		c.timers.set(w, now.Add(c.config.Linger))
@@ -120,18 +121,18 @@ func (c *Cache) evaluate(now time.Time, w *workload, changed []string) {
 	}
 	slices.SortFunc(next, func(a, b *slot) int { return strings.Compare(a.key.entry, b.key.entry) })
 	next = slices.Compact(next)
+	lost := slices.DeleteFunc(slices.Clone(w.slots), func(s *slot) bool { return slices.Contains(next, s) })
 	previous := w.slots
 	w.slots = next
+	bequeath := slices.Clone(lost)
 	for _, s := range next {
 		if !slices.Contains(previous, s) {
 			s.users = append(s.users, w)
-			c.inherit(s, previous)
+			bequeath = c.inherit(s, bequeath)
 		}
 	}
-	for _, s := range previous {
-		if !slices.Contains(next, s) {
-			c.release(s, w)
-		}
+	for _, s := range lost {
+		c.release(s, w)
 	}
 	for _, r := range c.restored[w.instance.name] {
 		if slices.Contains(r.Digests, w.digest) && !slices.ContainsFunc(next, func(s *slot) bool { return s.identity.ID == r.SVID.ID }) {
@@ -175,20 +176,21 @@ func (c *Cache) slotFor(now time.Time, w *workload, e *identity.Entry) *slot {
 	return s
 }
 
-// inherit serves what one of the workload's previous identities has at hand
-// until a new identity with the same SPIFFE ID has its own SVID. Both belong to
-// one instance.
-func (c *Cache) inherit(s *slot, previous []*slot) {
+// inherit serves what one of the identities that the workload loses has at hand,
+// until the new identity with the same SPIFFE ID has its own SVID. It returns the
+// lost ones that are left: each has one heir. All belong to one instance.
+func (c *Cache) inherit(s *slot, lost []*slot) []*slot {
 	if s.svid != nil || s.serial != nil {
-		return
+		return lost
 	}
-	for _, p := range previous {
+	for n, p := range lost {
 		if p.svid != nil && p.identity.ID == s.identity.ID {
 			s.svid, s.issued, s.serial, s.rotate = p.svid, p.issued, p.serial, true
 			c.arm(s)
-			return
+			return slices.Delete(lost, n, n+1)
 		}
 	}
+	return lost
 }
 
 // release takes a workload from a slot; a slot that nobody needs is dropped
@@ -310,6 +312,10 @@ type Stats struct {
 	Overdue int
 	// Refused are identities whose last request was refused or failed.
 	Refused int
+	// Limited are workloads that lack an identity for want of room.
+	Limited int
+	// Full says that there is no room for another instance.
+	Full bool
 }
 
 // Stats returns figures at a moment.
@@ -317,6 +323,7 @@ func (c *Cache) Stats(now time.Time) Stats {
 	st := Stats{
 		Instances: len(c.instances), Watches: len(c.watches), Identities: c.slots,
 		InFlight: len(c.flights), Pending: len(c.pending),
+		Limited: len(c.limited), Full: len(c.instances) >= c.config.MaxInstances,
 	}
 	for _, i := range c.instances {
 		for _, s := range i.slots {
