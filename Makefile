@@ -3,7 +3,7 @@
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
-PACKAGES := protobuf-compiler openssl procps
+PACKAGES := protobuf-compiler openssl procps gcc libc6-dev
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 

@@ -7,8 +7,6 @@ import (
 	"io"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
-
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/shop/mesh"
 )
@@ -36,16 +34,10 @@ func story(ctx context.Context, m *mesh.Mesh, out io.Writer) error {
 	}{
 		{"orders is scaled up to 4", func(ctx context.Context, m *mesh.Mesh) error { return m.Scale(ctx, "orders", 4) }},
 		{"all leaves are renewed: ca svid renew", func(ctx context.Context, m *mesh.Mesh) error {
-			return m.RotateAll(ctx, rotationTime, func(ctx context.Context) error {
-				_, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(spread)})
-				return err
-			})
+			return m.RotateAll(ctx, rotationTime, m.Renew(spread))
 		}},
 		{"the intermediate is replaced: ca authority rotate", func(ctx context.Context, m *mesh.Mesh) error {
-			return m.RotateAll(ctx, rotationTime, func(ctx context.Context) error {
-				_, err := m.Admin.RotateIntermediate(ctx, &adminv1.RotateIntermediateRequest{Within: durationpb.New(spread)})
-				return err
-			})
+			return m.RotateAll(ctx, rotationTime, m.RotateIntermediate(spread))
 		}},
 		{"the node agent is killed (SIGKILL), and started again", restartAgent},
 		{"the CA is killed (SIGKILL), and started again", restartCA},

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
-
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/shop/mesh"
 )
@@ -119,15 +117,9 @@ func TestSpec_S17_S18_RotationUnderTraffic(t *testing.T) {
 			before, err := m.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
 			must(t, err)
 			for range 5 {
-				must(t, m.RotateAll(t.Context(), time.Minute, func(ctx context.Context) error {
-					_, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(100 * time.Millisecond)})
-					return err
-				}))
+				must(t, m.RotateAll(t.Context(), time.Minute, m.Renew(100*time.Millisecond)))
 			}
-			must(t, m.RotateAll(t.Context(), time.Minute, func(ctx context.Context) error {
-				_, err := m.Admin.RotateIntermediate(ctx, &adminv1.RotateIntermediateRequest{Within: durationpb.New(100 * time.Millisecond)})
-				return err
-			}))
+			must(t, m.RotateAll(t.Context(), time.Minute, m.RotateIntermediate(100*time.Millisecond)))
 			after, err := m.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
 			must(t, err)
 			if active(before) == active(after) {
@@ -169,10 +161,7 @@ func TestSpec_S08_S24_AgentKilled(t *testing.T) {
 			t.Errorf("%s has another certificate after the agent's restart", name)
 		}
 	}
-	must(t, m.RotateAll(t.Context(), time.Minute, func(ctx context.Context) error {
-		_, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(100 * time.Millisecond)})
-		return err
-	}))
+	must(t, m.RotateAll(t.Context(), time.Minute, m.Renew(100*time.Millisecond)))
 	must(t, m.Sell(t.Context(), 50))
 	sold(t, m)
 }
@@ -293,8 +282,7 @@ func TestSpec_S44_SidecarKilledAndPaused(t *testing.T) {
 		}
 		c, err := i.Envoy.Certificate(t.Context())
 		must(t, err)
-		_, err = m.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{})
-		must(t, err)
+		must(t, m.Renew(100*time.Millisecond)(t.Context()))
 		must(t, mesh.Await(t.Context(), "the new certificate of "+i.Name, 20*time.Second, func(ctx context.Context) error {
 			now, err := i.Envoy.Certificate(ctx)
 			if err == nil && now.Serial == c.Serial {
@@ -335,10 +323,7 @@ func TestV_D13_EngineHangs(t *testing.T) {
 	must(t, machine.engine.Hang())
 	defer func() { must(t, machine.engine.Resume()) }()
 	for range 2 {
-		must(t, m.RotateAll(t.Context(), time.Minute, func(ctx context.Context) error {
-			_, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(100 * time.Millisecond)})
-			return err
-		}))
+		must(t, m.RotateAll(t.Context(), time.Minute, m.Renew(100*time.Millisecond)))
 	}
 	must(t, m.Sell(t.Context(), 100))
 	must(t, machine.engine.Resume())

@@ -24,6 +24,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -62,6 +63,9 @@ type Config struct {
 	RequestsPerConnection int
 	// ExtraCA is appended to the CA's configuration file.
 	ExtraCA string
+	// RunCA and RunAgent are put before the command lines of the two programs,
+	// for a test that runs them under something.
+	RunCA, RunAgent []string
 	// Progress is told what is being done; nil means nobody.
 	Progress func(format string, args ...any)
 }
@@ -189,7 +193,7 @@ metrics_listen: %s
 	if err := os.WriteFile(m.path("ca", "ca.yaml"), []byte(config), 0o600); err != nil {
 		return err
 	}
-	m.CA = newProcess("ca", m.path("logs"), filepath.Join(m.Bin, "ca"), "run", "--config", m.path("ca", "ca.yaml"))
+	m.CA = newProcess("ca", m.path("logs"), slices.Concat(m.RunCA, []string{filepath.Join(m.Bin, "ca"), "run", "--config", m.path("ca", "ca.yaml")})...)
 	m.Progress("starting the CA of trust domain %s", m.TrustDomain)
 	if err := m.CA.Start(); err != nil {
 		return err
@@ -265,7 +269,7 @@ workload_attestation:
 	if err := os.MkdirAll(m.path("agent", "run"), 0o755); err != nil { //nolint:gosec // see above
 		return err
 	}
-	m.Agent = newProcess("node-agent", m.path("logs"), filepath.Join(m.Bin, "node-agent"), "run", "--config", m.path("agent", "agent.yaml"))
+	m.Agent = newProcess("node-agent", m.path("logs"), slices.Concat(m.RunAgent, []string{filepath.Join(m.Bin, "node-agent"), "run", "--config", m.path("agent", "agent.yaml")})...)
 	m.Progress("joining this machine with a one-time token")
 	if err := m.Agent.Start(); err != nil {
 		return err

@@ -17,6 +17,9 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/shop/engine"
 )
 
@@ -490,6 +493,28 @@ func (m *Mesh) Sell(ctx context.Context, n uint64) error {
 		}
 		return err
 	})
+}
+
+// Renew orders all leaves to be renewed within a time. A node agent that is just
+// replacing its connection does not hear of it, so it is ordered until one does.
+func (m *Mesh) Renew(within time.Duration) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return Await(ctx, "a node to renew its leaves", 10*time.Second, func(ctx context.Context) error {
+			answer, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(within)})
+			if err == nil && answer.GetNodes() == 0 {
+				err = errors.New("no node is connected")
+			}
+			return err
+		})
+	}
+}
+
+// RotateIntermediate replaces the intermediate and has all leaves renewed.
+func (m *Mesh) RotateIntermediate(within time.Duration) func(context.Context) error {
+	return func(ctx context.Context) error {
+		_, err := m.Admin.RotateIntermediate(ctx, &adminv1.RotateIntermediateRequest{Within: durationpb.New(within)})
+		return err
+	}
 }
 
 // RotateAll calls rotate, and waits until every sidecar that had a certificate
