@@ -409,7 +409,7 @@ func (a *adminService) GetStatus(context.Context, *adminv1.GetStatusRequest) (*a
 
 func severityText(s health.Severity) string { return s.String() }
 
-func clamp(n int) uint32 { return uint32(min(max(n, 0), 1<<31)) } //nolint:gosec // it was just bounded
+func clamp(n int) uint32 { return uint32(min(max(n, 0), 1<<31)) }
 
 // outageBudget is how long all workloads keep valid X.509-SVIDs if the CA
 // stopped now: renewed at half of their life, the shortest-lived have half of it

@@ -184,7 +184,7 @@ func authorizeLocal(c *caller, info peer.AuthInfo, need role) error {
 // newRequestID returns a random name for a request. It is not a secret.
 func newRequestID() string {
 	var b [8]byte
-	rand.Read(b[:]) //nolint:errcheck // crypto/rand.Read never fails
+	rand.Read(b[:]) // never fails
 	return hex.EncodeToString(b[:])
 }
 
@@ -237,9 +237,9 @@ func (s *Server) finish(ctx context.Context, c *caller, method string, panicked 
 	}
 	switch st.Code() {
 	case codes.Internal:
-		s.log.ErrorContext(ctx, "call failed", attrs...) //nolint:sloglint // key-value pairs, some of them optional
+		s.log.ErrorContext(ctx, "call failed", attrs...)
 	default:
-		s.log.DebugContext(ctx, "call refused", attrs...) //nolint:sloglint // key-value pairs, some of them optional
+		s.log.DebugContext(ctx, "call refused", attrs...)
 	}
 	return st.Err()
 }

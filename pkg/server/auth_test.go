@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -16,8 +17,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"crypto/rand"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -266,7 +265,6 @@ func TestV_T8_ClientCertificates(t *testing.T) {
 	h := newHouse(t)
 	a := h.join("n1", nil)
 	rootKey, key := newKey(t), newKey(t)
-	foreign := minted(t, &x509.Certificate{}, rootKey, rootKey, func(c *x509.Certificate) {})[0] // replaced below
 	self := &x509.Certificate{
 		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign, URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org"}},
@@ -275,7 +273,8 @@ func TestV_T8_ClientCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if foreign, err = x509.ParseCertificate(der); err != nil {
+	foreign, err := x509.ParseCertificate(der)
+	if err != nil {
 		t.Fatal(err)
 	}
 	status := func(key *ecdsa.PrivateKey, chain []*x509.Certificate) error {
@@ -499,5 +498,7 @@ func TestV_F7_PanicInHandler(t *testing.T) {
 	}
 }
 
-var _ proto.Message = (*dynamicpb.Message)(nil)
-var _ credentials.AuthInfo = (*tlsInfo)(nil)
+var (
+	_ proto.Message        = (*dynamicpb.Message)(nil)
+	_ credentials.AuthInfo = (*tlsInfo)(nil)
+)

@@ -284,8 +284,7 @@ func kindOf(k nodev1.IssueKind) ledgerv1.Kind {
 // refusalOf says what an agent is told of an error of Sign: what is wrong with
 // its request, or that it may try again.
 func refusalOf(err error) (reason nodev1.Reason, label, message string, retryAfter time.Duration) {
-	var req *ca.RequestError
-	if errors.As(err, &req) {
+	if req, ok := errors.AsType[*ca.RequestError](err); ok {
 		switch req.Reason {
 		case "csr":
 			return nodev1.Reason_REASON_CSR, reasonCSR, truncate(req.Error()), 0

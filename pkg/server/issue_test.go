@@ -338,8 +338,12 @@ func TestBucket(t *testing.T) {
 		got   int
 		wait  time.Duration
 	}{
-		{0, 3, 3, 0}, {0, 3, 2, time.Second}, {0, 1, 0, time.Second}, {100 * time.Millisecond, 1, 1, 0},
-		{time.Hour, 100, 5, 9500 * time.Millisecond}, {0, 10000, 0, time.Minute},
+		{0, 3, 3, 0},
+		{0, 3, 2, time.Second},
+		{0, 1, 0, time.Second},
+		{100 * time.Millisecond, 1, 1, 0},
+		{time.Hour, 100, 5, 9500 * time.Millisecond},
+		{0, 10000, 0, time.Minute},
 		{-time.Hour, 1, 0, time.Second}, // the clock goes back: nothing is given, nothing is lost
 		{100 * time.Millisecond, 1, 1, 0},
 	} {
@@ -434,12 +438,16 @@ func TestV_J4_NoSecretsInLogs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	scalar, err := key.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
 	raw := strings.TrimPrefix(token, "meshid_jt_")
 	for where, text := range map[string]string{
 		"log": h.log.String(), "records": strings.Join(records, "\n"), "error": second.Error(), "results": fmt.Sprint(res),
 		"tokens": tokens.String(), "metrics": fmt.Sprint(families),
 	} {
-		for _, secret := range []string{canary, token, raw, hex.EncodeToString(key.D.Bytes())} {
+		for _, secret := range []string{canary, token, raw, hex.EncodeToString(scalar)} {
 			if strings.Contains(text, secret) {
 				t.Errorf("the %s has a secret", where)
 			}

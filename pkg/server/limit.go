@@ -300,7 +300,7 @@ func (s *Server) flushRefusals(ctx context.Context) {
 			drafts[i] = ledger.NewDraft(r, nil)
 		}
 		if _, err := s.cfg.Ledger.Append(ctx, drafts...); err != nil {
-			s.log.Error("summaries of refusals cannot be recorded", "err", err)
+			s.log.ErrorContext(ctx, "summaries of refusals cannot be recorded", "err", err)
 			return
 		}
 	}

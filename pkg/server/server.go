@@ -250,7 +250,7 @@ func (s *Server) load(ctx context.Context) error {
 	for i, e := range results {
 		if errs[i] != nil {
 			broken[stored[i].GetName()] = stored[i]
-			s.log.Error("stored entry is not in force", "entry", stored[i].GetName(), "err", errs[i])
+			s.log.ErrorContext(ctx, "stored entry is not in force", "entry", stored[i].GetName(), "err", errs[i])
 			continue
 		}
 		compiled = append(compiled, e)
@@ -309,7 +309,7 @@ func (s *Server) noteBundle(ctx context.Context) {
 	defer cancel()
 	revision, err := s.cfg.Store.Revision(ctx)
 	if err != nil {
-		s.log.Warn("revision cannot be read", "err", err)
+		s.log.WarnContext(ctx, "revision cannot be read", "err", err)
 		return
 	}
 	if s.registry.Advance(revision) {
@@ -327,7 +327,7 @@ func (s *Server) flush(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
 	if err := s.cfg.Store.TouchNodes(ctx, touched); err != nil {
-		s.log.Warn("sightings of nodes cannot be written", "err", err)
+		s.log.WarnContext(ctx, "sightings of nodes cannot be written", "err", err)
 		s.cfg.Health.Set(conditionStore, health.Warning, "sightings of nodes cannot be written: look at the store's disk")
 		return
 	}

@@ -298,7 +298,7 @@ func (h *house) attest(conn *grpc.ClientConn, token string, key *ecdsa.PrivateKe
 	}
 	if err := stream.Send(&nodev1.AttestRequest{Step: &nodev1.AttestRequest_Start{Start: &nodev1.AttestStart{
 		Method: "join_token", Evidence: evidence, Csr: newCSR(h.t, key), AgentVersion: "v0",
-	}}}); err != nil && err != io.EOF {
+	}}}); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	resp, err := stream.Recv()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -65,9 +66,7 @@ func openSQLite(path string) (writer, reader *sql.DB, err error) {
 			"_synchronous": {"FULL"},
 			"_dqs":         {"0"},
 		}
-		for k, v := range extra {
-			q[k] = v
-		}
+		maps.Copy(q, extra)
 		return (&url.URL{Scheme: "file", Path: abs, RawQuery: q.Encode()}).String()
 	}
 	writer, err = sql.Open("sqlite", dsn(url.Values{"_txlock": {"immediate"}}))

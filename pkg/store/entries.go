@@ -27,7 +27,7 @@ func (d *DB) Entries(ctx context.Context) (entries []*entryv1.Entry, revision ui
 	if err != nil {
 		return nil, 0, fmt.Errorf("read entries: %w", err)
 	}
-	defer rows.Close()
+	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	for rows.Next() {
 		var (
 			name, text string

@@ -22,7 +22,7 @@ func (d *DB) Nodes(ctx context.Context) ([]*registry.Node, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read nodes: %w", err)
 	}
-	defer rows.Close()
+	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	var nodes []*registry.Node
 	for rows.Next() {
 		var (

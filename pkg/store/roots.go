@@ -24,7 +24,7 @@ func (d *DB) Roots(ctx context.Context) (roots []ca.Root, sequence uint64, err e
 	if err != nil {
 		return nil, 0, fmt.Errorf("read roots: %w", err)
 	}
-	defer rows.Close()
+	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	for rows.Next() {
 		var (
 			r       ca.Root

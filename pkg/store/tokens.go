@@ -52,7 +52,7 @@ func (d *DB) Tokens(ctx context.Context, now time.Time) ([]*registry.Token, erro
 	if err != nil {
 		return nil, fmt.Errorf("read join tokens: %w", err)
 	}
-	defer rows.Close()
+	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	var tokens []*registry.Token
 	for rows.Next() {
 		var (
