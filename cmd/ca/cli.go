@@ -34,7 +34,7 @@ then let a machine join, and say who gets which identity:
 
   ca token create --node web-1
   ca entry apply -f entries.yaml
-  ca entry explain --node spiffe://example.org/meshid/node/join_token/web-1 --pid 4711`,
+  ca entry explain --node web-1 --pid 4711`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       cli.Version(),

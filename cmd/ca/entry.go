@@ -256,7 +256,7 @@ func newEntryExplain(c *clientFlags) *cobra.Command {
 	var pid int64
 	var out cli.OutputFlag
 	cmd := &cobra.Command{
-		Use:   "explain [NAME...] --node ID (--pid PID | --attributes FILE)",
+		Use:   "explain [NAME...] --node NODE (--pid PID | --attributes FILE)",
 		Short: "Say which entry matches a workload, or which term was false",
 		Long: `Explain evaluates the entries against one workload: a process that the node's
 agent attests now, or attributes from a file such as
@@ -265,14 +265,18 @@ agent attests now, or attributes from a file such as
   docker:
     image: registry.internal/shop/web:1
     labels: {team: shop, app: web}`,
-		Example: `  ca entry explain --node spiffe://example.org/meshid/node/join_token/web-1 --pid 4711
-  ca entry explain shop --node spiffe://example.org/meshid/node/join_token/web-1 --attributes web.yaml`,
+		Example: `  ca entry explain --node web-1 --pid 4711
+  ca entry explain shop --node web-1 --attributes web.yaml`,
 		RunE: func(cmd *cobra.Command, names []string) error {
 			format, err := out.Format()
 			if err != nil {
 				return err
 			}
-			request := &adminv1.ExplainRequest{Names: names, Node: &adminv1.ExplainRequest_NodeId{NodeId: node}}
+			id, err := nodeID(cmd.Context(), c, node)
+			if err != nil {
+				return err
+			}
+			request := &adminv1.ExplainRequest{Names: names, Node: &adminv1.ExplainRequest_NodeId{NodeId: id}}
 			switch {
 			case (pid != 0) == (attributes != ""):
 				return fmt.Errorf("say what to explain: either --pid or --attributes")
@@ -295,7 +299,7 @@ agent attests now, or attributes from a file such as
 			return writeExplanation(cmd.OutOrStdout(), answer)
 		},
 	}
-	cmd.Flags().StringVar(&node, "node", "", "SPIFFE ID of the node (see ca node list)")
+	cmd.Flags().StringVar(&node, "node", "", "name or SPIFFE ID of the node (see ca node list)")
 	cmd.Flags().Int64Var(&pid, "pid", 0, "process on that node, as numbered on the node itself")
 	cmd.Flags().StringVar(&attributes, "attributes", "", "YAML file with attributes, or - for standard input")
 	if err := cmd.MarkFlagRequired("node"); err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"time"
@@ -17,6 +18,32 @@ func newNodeCommand() *cobra.Command {
 	c.add(cmd)
 	cmd.AddCommand(newNodeList(c), newNodeEvict(c), newNodeBan(c), newNodeUnban(c))
 	return cmd
+}
+
+// nodeID returns the SPIFFE ID of a node that an operator named: by that ID, by
+// its last part, or by more of its end, such as "join_token/web-1".
+func nodeID(ctx context.Context, c *clientFlags, name string) (string, error) {
+	if strings.HasPrefix(name, "spiffe://") {
+		return name, nil
+	}
+	answer, err := call(ctx, c, adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{})
+	if err != nil {
+		return "", err
+	}
+	var found []string
+	for _, n := range answer.GetNodes() {
+		if strings.HasSuffix(n.GetId(), "/"+name) {
+			found = append(found, n.GetId())
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return "", fmt.Errorf("no node is named %q; see: ca node list", name)
+	default:
+		return "", fmt.Errorf("%q names several nodes; write one of: %s", name, strings.Join(found, ", "))
+	}
 }
 
 func newNodeList(c *clientFlags) *cobra.Command {
@@ -64,12 +91,16 @@ func newNodeList(c *clientFlags) *cobra.Command {
 func newNodeEvict(c *clientFlags) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
-		Use:   "evict ID",
+		Use:   "evict NODE",
 		Short: "End a node's identity and all it serves; it may attest again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			_, err := call(cmd.Context(), c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: args[0], Reason: reason})
-			return done(cmd, err, "node %s evicted\n", args[0])
+			id, err := nodeID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
+			return done(cmd, err, "node %s evicted\n", id)
 		},
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
@@ -79,12 +110,16 @@ func newNodeEvict(c *clientFlags) *cobra.Command {
 func newNodeBan(c *clientFlags) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
-		Use:   "ban ID",
+		Use:   "ban NODE",
 		Short: "Evict a node and refuse its attestation until it is unbanned",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			_, err := call(cmd.Context(), c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: args[0], Reason: reason})
-			return done(cmd, err, "node %s banned\n", args[0])
+			id, err := nodeID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
+			return done(cmd, err, "node %s banned\n", id)
 		},
 	}
 	cmd.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
@@ -93,12 +128,16 @@ func newNodeBan(c *clientFlags) *cobra.Command {
 
 func newNodeUnban(c *clientFlags) *cobra.Command {
 	return &cobra.Command{
-		Use:   "unban ID",
+		Use:   "unban NODE",
 		Short: "Let a banned node attest again",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			_, err := call(cmd.Context(), c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: args[0]})
-			return done(cmd, err, "node %s may attest again\n", args[0])
+			id, err := nodeID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
+			return done(cmd, err, "node %s may attest again\n", id)
 		},
 	}
 }
