@@ -65,9 +65,14 @@ func (c *wireClient) open(first []byte) uint32 {
 	c.next += 2
 	c.buf.b = c.buf.b[:0]
 	for _, f := range [][2]string{
-		{":method", "POST"}, {":scheme", "http"}, {":path", "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets"},
-		{":authority", "agent_sds"}, {"te", "trailers"}, {"content-type", "application/grpc"},
-		{"x-envoy-internal", "true"}, {"x-forwarded-for", "192.0.2.2"},
+		{":method", "POST"},
+		{":scheme", "http"},
+		{":path", "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets"},
+		{":authority", "agent_sds"},
+		{"te", "trailers"},
+		{"content-type", "application/grpc"},
+		{"x-envoy-internal", "true"},
+		{"x-forwarded-for", "192.0.2.2"},
 	} {
 		if err := c.hpack.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}); err != nil {
 			c.t.Fatal(err)

@@ -2,6 +2,7 @@ package sds
 
 import (
 	"fmt"
+	"maps"
 	mathrand "math/rand/v2"
 	"testing"
 	"time"
@@ -197,9 +198,7 @@ func (m *model) reconnect() {
 	clear(m.sent)
 	m.lastAck = 0
 	r := &request{subscribe: m.list(), initial: make(map[string]string)}
-	for name, version := range m.has {
-		r.initial[name] = version
-	}
+	maps.Copy(r.initial, m.has)
 	if m.forgot {
 		// It does not claim a state of which it has thrown a part away.
 		m.version, m.forgot = "", false

@@ -156,19 +156,28 @@ type trustDomain struct {
 	digest [sha256.Size]byte
 }
 
-// newTrustDomain encodes one bundle. Certificates that are not of a CA are left
-// out: as an anchor, a leaf would vouch for itself.
-func newTrustDomain(b *identity.Bundle) (*trustDomain, error) {
-	if b == nil || b.TrustDomain.IsZero() {
-		return nil, withhold(withheldBundle, "encode trust bundle: it has no trust domain")
-	}
-	d := &trustDomain{name: b.TrustDomain.Name()}
+// anchors returns the CA certificates of a bundle, each once. What else is in it is
+// left out: as an anchor, a leaf would vouch for itself.
+func anchors(b *identity.Bundle) []*x509.Certificate {
+	roots := make([]*x509.Certificate, 0, len(b.Roots))
 	seen := make(map[string]bool, len(b.Roots))
 	for _, root := range b.Roots {
 		if root == nil || len(root.Raw) == 0 || !root.BasicConstraintsValid || !root.IsCA || seen[string(root.Raw)] {
 			continue
 		}
 		seen[string(root.Raw)] = true
+		roots = append(roots, root)
+	}
+	return roots
+}
+
+// newTrustDomain encodes one bundle.
+func newTrustDomain(b *identity.Bundle) (*trustDomain, error) {
+	if b == nil || b.TrustDomain.IsZero() {
+		return nil, withhold(withheldBundle, "encode trust bundle: it has no trust domain")
+	}
+	d := &trustDomain{name: b.TrustDomain.Name()}
+	for _, root := range anchors(b) {
 		d.roots = append(d.roots, encodePEM("CERTIFICATE", root.Raw)...)
 	}
 	if len(d.roots) == 0 {
@@ -248,11 +257,11 @@ func checkLeaf(s *identity.SVID) *withheldError {
 	return nil
 }
 
-// checkChain checks that the chain leads to a root of b, at a time at which all of
+// checkChain checks that the chain leads to an anchor of b, at a time at which all of
 // the chain is valid.
 func checkChain(s *identity.SVID, b *identity.Bundle, now time.Time) *withheldError {
 	roots := x509.NewCertPool()
-	for _, root := range b.Roots {
+	for _, root := range anchors(b) {
 		roots.AddCert(root)
 	}
 	intermediates := x509.NewCertPool()

@@ -158,6 +158,10 @@ func TestCacheLeaf_ChecksAgain(t *testing.T) {
 	if _, refusal := c.leaf(v, both, v.NotAfter()); refusal == nil || refusal.reason != withheldExpired {
 		t.Fatalf("it has expired: %v", refusal)
 	}
+	broken := &identity.Bundle{TrustDomain: root.td, Roots: []*x509.Certificate{nil, {}, v.Chain[0]}}
+	if _, refusal := c.leaf(v, broken, now); refusal == nil || refusal.reason != withheldChain {
+		t.Fatalf("a bundle without a CA: %v", refusal)
+	}
 	if _, refusal := c.leaf(v, nil, now); refusal == nil || refusal.reason != withheldBundle {
 		t.Fatalf("no bundle: %v", refusal)
 	}
@@ -428,10 +432,12 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 	}
 	pool := []*x509.Certificate{
 		newAuthority(t, "a.test").cert, newAuthority(t, "b.test").cert,
-		newAuthority(t, "a.test").svid("/x").Chain[0], nil, {},
+		newAuthority(t, "a.test").svid("/x").Chain[0], nil,
+		{},
 	}
 	tds := []spiffeid.TrustDomain{
-		{}, spiffeid.RequireTrustDomainFromString("a.test"), spiffeid.RequireTrustDomainFromString("b.test"),
+		{},
+		spiffeid.RequireTrustDomainFromString("a.test"), spiffeid.RequireTrustDomainFromString("b.test"),
 		spiffeid.RequireTrustDomainFromString("c.test"),
 	}
 	names := []string{nameRoot, nameAll, "spiffe://a.test", "spiffe://b.test", "spiffe://c.test"}

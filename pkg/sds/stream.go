@@ -91,7 +91,7 @@ func (s *Server) subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, 
 		return watch, nil
 	}
 	s.metrics.refusals[refusedSource].Inc()
-	s.log.Debug("process could not be served", "pid", p.PID, "err", err)
+	s.log.DebugContext(ctx, "process could not be served", "pid", p.PID, "err", err)
 	var kinded interface{ GRPCStatus() *status.Status }
 	if errors.As(err, &kinded) {
 		switch code := kinded.GRPCStatus().Code(); code {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"runtime"
 	"strings"
 	"testing"
@@ -182,9 +183,7 @@ func TestV_H5_NamesNotOwned(t *testing.T) {
 		removed := 0
 		for got := map[string]string{}; len(got) < 2; {
 			m := d.next()
-			for name, id := range deltaContents(t, m) {
-				got[name] = id
-			}
+			maps.Copy(got, deltaContents(t, m))
 			removed += len(m.GetRemovedResources())
 			d.ack(m)
 		}

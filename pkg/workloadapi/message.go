@@ -42,8 +42,8 @@ type encodedBundle struct {
 func (c *cache) svid(s *identity.SVID) *encodedSVID {
 	e := c.svids.get(s)
 	e.once.Do(func() {
-		if len(s.Chain) == 0 {
-			e.err = fmt.Errorf("encode SVID of %s: no certificate", s.ID)
+		if len(s.Chain) == 0 || slices.Contains(s.Chain, nil) || s.Key == nil {
+			e.err = fmt.Errorf("encode SVID of %s: certificate or key is missing", s.ID)
 			return
 		}
 		// Workload API §5.2.1: the message and the certificate say the same.
@@ -67,8 +67,10 @@ func (c *cache) bundle(b *identity.Bundle) ([]byte, error) {
 	}
 	e := c.bundles.get(b)
 	e.once.Do(func() {
-		if e.der = concat(b.Roots); len(e.der) == 0 || b.TrustDomain.IsZero() {
-			e.err = fmt.Errorf("encode trust bundle of %q: it has no root", b.TrustDomain.Name())
+		// A leaf in it would vouch for itself.
+		notCA := func(c *x509.Certificate) bool { return c == nil || !c.BasicConstraintsValid || !c.IsCA }
+		if e.der = concat(slices.DeleteFunc(slices.Clone(b.Roots), notCA)); len(e.der) == 0 || b.TrustDomain.IsZero() {
+			e.err = fmt.Errorf("encode trust bundle of %q: it has no CA certificate", b.TrustDomain.Name())
 		}
 	})
 	return e.der, e.err

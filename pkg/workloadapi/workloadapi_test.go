@@ -269,10 +269,7 @@ func TestSpec_D01_HeaderIsDemanded(t *testing.T) {
 	}
 	for name, m := range methods {
 		for _, header := range [][]string{nil, {"True"}, {"TRUE"}, {"1"}, {""}, {"false"}, {"true", "true"}, {"true,true"}, {" true x"}} {
-			ctx, cancel := context.WithCancel(t.Context())
-			for _, v := range header {
-				ctx = metadata.AppendToOutgoingContext(ctx, securityHeader, v)
-			}
+			ctx, cancel := context.WithCancel(metadata.NewOutgoingContext(t.Context(), metadata.MD{securityHeader: header}))
 			if err := m.call(ctx); status.Code(err) != codes.InvalidArgument {
 				t.Errorf("%s with %q: %v", name, header, err)
 			}
@@ -635,6 +632,8 @@ func TestBrokenSnapshots(t *testing.T) {
 	for name, broken := range map[string]*identity.Snapshot{
 		"empty bundle":         {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.td}},
 		"no bundle":            {SVIDs: []*identity.SVID{x}},
+		"only nil and leaves":  {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.td, Roots: []*x509.Certificate{nil, x.Chain[0]}}},
+		"hole in the chain":    {SVIDs: []*identity.SVID{{ID: x.ID, Chain: []*x509.Certificate{x.Chain[0], nil}, Key: x.Key}}, Bundle: a.bundle(1)},
 		"no chain":             {SVIDs: []*identity.SVID{{ID: x.ID, Key: x.Key}}, Bundle: a.bundle(1)},
 		"another ID":           {SVIDs: []*identity.SVID{{ID: other, Chain: x.Chain, Key: x.Key}}, Bundle: a.bundle(1)},
 		"no key":               {SVIDs: []*identity.SVID{{ID: x.ID, Chain: x.Chain}}, Bundle: a.bundle(1)},
