@@ -123,7 +123,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	server, err := workloadServer(a, logger, registry, tracker)
+	server, endStreams, err := workloadServer(a, logger, registry, tracker)
 	if err != nil {
 		return err
 	}
@@ -142,6 +142,11 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })
+	group.Go(func() error {
+		<-ctx.Done()
+		endStreams()
+		return nil
+	})
 	if v.MetricsListen != "off" {
 		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
 	}
@@ -151,8 +156,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	return err
 }
 
-// workloadServer returns the gRPC server of SDS and the Workload API.
-func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer, t *health.Tracker) (*grpc.Server, error) {
+// workloadServer returns the gRPC server of SDS and the Workload API, and what
+// ends its streams so that it can stop.
+func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer, t *health.Tracker) (_ *grpc.Server, endStreams func(), _ error) {
 	secrets, err := sds.New(a, sds.Options{Logger: logger, Registerer: r, Report: func(condition, problem string) {
 		if problem == "" {
 			t.Clear(condition)
@@ -161,11 +167,11 @@ func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer
 		}
 	}})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	workload, err := workloadapi.New(a, workloadapi.Options{Logger: logger, Registerer: r})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	options := append(sds.ServerOptions(), grpc.Creds(peer.Credentials()))
 	options = append(options, workloadapi.ServerOptions()...)
@@ -173,7 +179,10 @@ func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer
 	secrets.Register(server)
 	workload.Register(server)
 	workloadapi.RegisterReflection(server)
-	return server, nil
+	return server, func() {
+		secrets.Close()
+		workload.Close()
+	}, nil
 }
 
 // serveStatus answers `node-agent status` on the admin socket until ctx ends.
