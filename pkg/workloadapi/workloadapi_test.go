@@ -211,8 +211,8 @@ func ids(m *workload.X509SVIDResponse) []string {
 	return all
 }
 
-// TestSpec_D01_HeaderIsDemanded covers D01 to D06, on all seven methods and on reflection.
-func TestSpec_D01_HeaderIsDemanded(t *testing.T) {
+// TestSpec_D01_D02_D03_D04_D05_D06_D07_HeaderIsDemanded: on all seven methods and on reflection.
+func TestSpec_D01_D02_D03_D04_D05_D06_D07_HeaderIsDemanded(t *testing.T) {
 	a := newAuthority(t, "a.test")
 	r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
 	first := func(c interface{ RecvMsg(any) error }, err error, m any) error {
@@ -376,8 +376,8 @@ func TestSpec_D10_NotReady(t *testing.T) {
 	})
 }
 
-// TestSpec_E02_Fields covers E02 and E03: all fields, DER, PKCS#8, leaf first.
-func TestSpec_E02_Fields(t *testing.T) {
+// TestSpec_E02_E03_E13_E20_Fields: all fields, DER, PKCS#8, leaf first.
+func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
 	root := newAuthority(t, "a.test")
 	inter := root.intermediate()
 	b := newAuthority(t, "b.test")
@@ -428,8 +428,8 @@ func TestSpec_E02_Fields(t *testing.T) {
 	}
 }
 
-// TestSpec_E04_NoIdentity: at once, in the middle of a stream, and on both methods (E14).
-func TestSpec_E04_NoIdentity(t *testing.T) {
+// TestSpec_E04_E12_E14_NoIdentity: at once, in the middle of a stream, and on both methods.
+func TestSpec_E04_E12_E14_NoIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAuthority(t, "a.test")
 		denied := &identity.Snapshot{Bundle: a.bundle(1), Denied: true}
@@ -499,8 +499,8 @@ func TestDenyAfter(t *testing.T) {
 	})
 }
 
-// TestSpec_E06_Hints: unique in a message and not too long (E07), or left out.
-func TestSpec_E06_Hints(t *testing.T) {
+// TestSpec_E06_E07_Hints: unique in a message and not too long, or left out.
+func TestSpec_E06_E07_Hints(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newAuthority(t, "a.test")
 		hints := []string{"h", "h", "", "", strings.Repeat("x", 1024), strings.Repeat("y", 1025), "z"}
@@ -536,9 +536,9 @@ func TestSpec_E05_Order(t *testing.T) {
 	}
 }
 
-// TestSpec_E15_OnlyChanges: no message when nothing has changed for the client, a
-// full one when something has (E08, E11).
-func TestSpec_E15_OnlyChanges(t *testing.T) {
+// TestSpec_E08_E11_E15_OnlyChanges: no message when nothing has changed for the client, a
+// full one when something has.
+func TestSpec_E08_E11_E15_OnlyChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := newAuthority(t, "a.test"), newAuthority(t, "b.test")
 		x, y := a.svid("/x"), a.svid("/y")
@@ -765,9 +765,9 @@ func newX509Source(t *testing.T, addr string) *spiffeclient.X509Source {
 	return s
 }
 
-// TestSpec_E09_SourceThroughRotations: go-spiffe's source on both sides, a hundred rotations, with
+// TestSpec_E09_E10_SourceThroughRotations: go-spiffe's source on both sides, a hundred rotations, with
 // roots added and removed in order, a handshake after each: none fails.
-func TestSpec_E09_SourceThroughRotations(t *testing.T) {
+func TestSpec_E09_E10_SourceThroughRotations(t *testing.T) {
 	a := newAuthority(t, "a.test")
 	r := newSocketRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, filepath.Join(t.TempDir(), "s"))
 	server, client := newX509Source(t, r.addr), newX509Source(t, r.addr)

@@ -29,7 +29,7 @@ import (
 
 // A sidecar becomes LIVE with each way of asking, serves mutual TLS with what it was
 // given, takes a rotation, and has acknowledged its root to the agent.
-func TestSpec_S01_S02_S03_S04_S05_Protocols(t *testing.T) {
+func TestSpec_S01_S02_S03_S04_S05_S06_Protocols(t *testing.T) {
 	for name, c := range map[string]config{
 		"sotw":                {},
 		"delta":               {Delta: true},
@@ -37,6 +37,7 @@ func TestSpec_S01_S02_S03_S04_S05_Protocols(t *testing.T) {
 		"aggregated delta":    {ADS: true, Delta: true},
 		"google grpc":         {Google: true},
 		"google grpc delta":   {Google: true, Delta: true},
+		"abstract socket":     {Socket: "@"},
 		"names are SPIFFE":    {Delta: true, Leaf: "spiffe://a.test/x", Root: "spiffe://a.test"},
 		"names are SPIFFE, 2": {Leaf: "spiffe://a.test/x", Root: "ALL"},
 	} {
@@ -44,7 +45,7 @@ func TestSpec_S01_S02_S03_S04_S05_Protocols(t *testing.T) {
 			require.Envoy(t)
 			ca := newAuthority(t, "a.test")
 			x, client := ca.intermediate().svid("/x"), ca.svid("/client")
-			a := newAgent(t, ca.snapshot(7, x))
+			a := newAgentAt(t, c.Socket, ca.snapshot(7, x))
 			c.Socket, c.Application = a.socket, newApplication(t)
 			p := startEnvoy(t, c)
 			p.waitLive()
@@ -122,7 +123,7 @@ func (p *pair) publish(sequence uint64, roots []*authority, signer *authority) {
 
 // request makes one request from a to b.
 func (p *pair) request(client *http.Client) error {
-	r, err := client.Get(p.url) //nolint:noctx // a test
+	r, err := client.Get(p.url)
 	if err != nil {
 		return err
 	}

@@ -132,8 +132,15 @@ func (s *source) subscribed(pid int) bool {
 // newAgent starts an agent with a socket of its own.
 func newAgent(t testing.TB, snapshot *identity.Snapshot) *agent {
 	t.Helper()
+	return newAgentAt(t, "", snapshot)
+}
+
+// newAgentAt starts an agent with a socket of its own, an abstract one if at is
+// "@".
+func newAgentAt(t testing.TB, at string, snapshot *identity.Snapshot) *agent {
+	t.Helper()
 	a := &agent{
-		t: t, socket: filepath.Join(t.TempDir(), "agent.sock"),
+		t: t, socket: at + filepath.Join(t.TempDir(), "agent.sock"),
 		source: &source{snapshot: snapshot, watches: make(map[*identity.Watch]*peer.Peer), peers: make(map[int]bool)},
 	}
 	a.start()
@@ -318,7 +325,7 @@ func (p *proxy) kill() {
 // get asks the admin port.
 func (p *proxy) get(path string) (string, int) {
 	p.t.Helper()
-	r, err := http.Get("http://" + p.admin + path) //nolint:noctx // a test
+	r, err := http.Get("http://" + p.admin + path)
 	if err != nil {
 		p.t.Fatal(err)
 	}
