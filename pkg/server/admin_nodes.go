@@ -335,6 +335,10 @@ func authorityProto(a ca.Authority) *adminv1.Authority {
 
 // RotateIntermediate implements adminv1.AdminServiceServer.
 func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.RotateIntermediateRequest) (*adminv1.RotateIntermediateResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
 	within, err := rotateWithin(req.GetWithin())
 	if err != nil {
 		return nil, err
@@ -354,6 +358,7 @@ func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.Rota
 	for _, session := range s.hub.all() {
 		session.order(&nodev1.Rotate{Authority: old, Within: within})
 	}
+	s.log.InfoContext(ctx, "intermediate replaced", "actor", c.actor, "authority", fresh.ID, "request_id", c.requestID)
 	return &adminv1.RotateIntermediateResponse{Authority: authorityProto(fresh)}, nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -502,3 +503,91 @@ var (
 	_ proto.Message        = (*dynamicpb.Message)(nil)
 	_ credentials.AuthInfo = (*tlsInfo)(nil)
 )
+
+// Requests beyond the limits of size are answered, and nothing else suffers.
+func TestV_I3_SizeLimits(t *testing.T) {
+	h := newHouse(t)
+	h.apply(shopEntry("web"))
+	a := h.join("n1", nil)
+	big := metadata.AppendToOutgoingContext(t.Context(), "x-big", strings.Repeat("x", 2*maxHeaderBytes))
+	if _, err := a.client.Issue(big, &nodev1.IssueRequest{}); err == nil {
+		t.Error("a header of 128 KiB is taken")
+	}
+	if _, err := a.client.Issue(t.Context(), &nodev1.IssueRequest{Items: []*nodev1.IssueItem{{Csr: make([]byte, maxMessage)}}}); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a message of 4 MiB: %v", err)
+	}
+	if res := a.issue(a.item("web", workload("web"))); res[0].GetSvid() == nil {
+		t.Error(res[0])
+	}
+}
+
+// Streams that are reset as fast as they are opened.
+func TestV_T4_RapidReset(t *testing.T) {
+	h := newHouse(t)
+	h.apply(shopEntry("web"))
+	a := h.join("n1", nil)
+	for range 2000 {
+		ctx, cancel := context.WithCancel(t.Context())
+		if _, err := a.client.Sync(ctx); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+	}
+	if res := a.issue(a.item("web", workload("web"))); res[0].GetSvid() == nil {
+		t.Error(res[0])
+	}
+	if !h.eventually(func() bool { return h.server.hub.count() == 0 }) {
+		t.Errorf("%d sessions are left", h.server.hub.count())
+	}
+}
+
+// Whatever step a caller leaves at, what was started for it ends.
+func TestV_I6_NoGoroutineIsLeft(t *testing.T) {
+	h := newHouse(t, func(c *Config) { c.Limits.Attestations = 1000 })
+	a := h.join("n1", nil)
+	a.issue()
+	before := runtime.NumGoroutine()
+	for i := range 100 {
+		switch i % 5 {
+		case 0: // no handshake
+			c, err := h.lis.DialContext(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+		case 1: // no HTTP/2
+			c, err := h.tlsDial(&tls.Config{NextProtos: []string{"h2"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Close()
+		case 2: // no start
+			conn := h.dial(nil, nil)
+			if _, err := nodev1.NewNodeServiceClient(conn).Attest(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+		case 3: // no hello
+			conn := h.dial(a.key, a.chain)
+			if _, err := nodev1.NewNodeServiceClient(conn).Sync(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			conn.Close()
+		case 4: // in the middle of a stream
+			conn := h.dial(a.key, a.chain)
+			b := *a
+			b.client = nodev1.NewNodeServiceClient(conn)
+			b.sync(&nodev1.Hello{}).next()
+			conn.Close()
+		}
+	}
+	if !h.eventually(func() bool { return runtime.NumGoroutine() <= before+4 }) {
+		buf := make([]byte, 1<<16)
+		t.Errorf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+	}
+	h.server.conns.mu.Lock()
+	defer h.server.conns.mu.Unlock()
+	if n := len(h.server.conns.byID[a.id]); n > 1 {
+		t.Errorf("%d connections are tracked", n)
+	}
+}

@@ -229,13 +229,20 @@ func (s *session) inspect(ctx context.Context, pid int64) (*nodev1.Inspected, er
 	}
 }
 
-// takeOrders returns what is still to be sent.
-func (s *session) takeOrders() (evicted *nodev1.Evicted, rotate *nodev1.Rotate, inspects []*nodev1.Inspect) {
+// eviction returns what the agent is to be told of its eviction, if it is to be.
+func (s *session) eviction() *nodev1.Evicted {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	evicted, rotate, inspects = s.evicted, s.rotate, s.inspects
+	return s.evicted
+}
+
+// takeOrders returns what is still to be sent, once.
+func (s *session) takeOrders() (rotate *nodev1.Rotate, inspects []*nodev1.Inspect) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rotate, inspects = s.rotate, s.inspects
 	s.rotate, s.inspects = nil, nil
-	return evicted, rotate, inspects
+	return rotate, inspects
 }
 
 // opened returns Hello once it has come.

@@ -53,7 +53,7 @@ func (n *nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, n
 	if now, ok := s.registry.Node(c.node.ID); !ok || now.State != registry.Active {
 		return fail(kindUnauthenticated, "the node was evicted: attest again", nil)
 	}
-	if !s.tasks.start(func() { session.end(s.receive(stream, session, c)) }) {
+	if !s.tasks.start(func() { session.end(s.receive(stream, session, c)) }) { // Recv ends when this handler has returned
 		return fail(kindUnavailable, "the CA is shutting down", nil)
 	}
 	sender := &sender{
@@ -65,7 +65,13 @@ func (n *nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, n
 }
 
 // receive takes the agent's messages into the session until the stream ends.
-func (s *Server) receive(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], session *session, c *caller) error {
+func (s *Server) receive(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], session *session, c *caller) (err error) {
+	// No interceptor is above this goroutine.
+	defer func() {
+		if p := recover(); p != nil {
+			err = s.finish(stream.Context(), c, nodev1.NodeService_Sync_FullMethodName, p, nil)
+		}
+	}()
 	limit := newBucket(syncRate, syncBurst)
 	for {
 		msg, err := stream.Recv()
@@ -224,15 +230,15 @@ func (s *sender) run(notAfter time.Time) error {
 // sendNew sends all that the agent does not have: first what takes its rights,
 // then the bundle, then the entries, then orders.
 func (s *sender) sendNew() (evicted bool, err error) {
-	hello, ok := s.session.opened()
-	eviction, rotate, inspects := s.session.takeOrders()
-	if eviction != nil {
+	if eviction := s.session.eviction(); eviction != nil {
 		err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Evicted{Evicted: eviction}})
 		return true, errors.Join(err, fail(kindUnauthenticated, "the node was evicted: attest again", nil))
 	}
+	hello, ok := s.session.opened()
 	if !ok {
 		return false, nil
 	}
+	rotate, inspects := s.session.takeOrders()
 	if bundle := s.s.bundle(); !s.bundled || bundle.GetSequence() != s.sequence {
 		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Bundle{Bundle: bundle}}); err != nil {
 			return false, err
