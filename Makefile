@@ -57,7 +57,7 @@ e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
 
 lint: ## golangci-lint, with the rules of .golangci.yml
 	scripts/install-tools golangci-lint
-	bin/golangci-lint run ./...
+	bin/golangci-lint run --allow-parallel-runners ./...
 
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	scripts/each-fuzz-target $(FUZZTIME)
