@@ -121,6 +121,10 @@ type Limits struct {
 	// Handshakes is the number of TLS handshakes at the same time; a quarter
 	// of it from one address. Default 2,048.
 	Handshakes int
+	// Anonymous is the number of connections without a client certificate, which
+	// last as long as an attestation; a quarter of it from one address. Default
+	// 1,024.
+	Anonymous int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -135,6 +139,7 @@ func (l Limits) withDefaults() Limits {
 	set(&l.IssueRate, 200)
 	set(&l.IssueBurst, 5000)
 	set(&l.Handshakes, 2048)
+	set(&l.Anonymous, 1024)
 	return l
 }
 
@@ -201,7 +206,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:       cfg,
 		log:       cfg.Logger,
-		conns:     newConnections(cfg.Limits.Handshakes),
+		conns:     newConnections(cfg.Limits),
 		verifiers: make(map[string]attest.NodeVerifier, len(cfg.Verifiers)),
 		refusals:  newRefusalLog(),
 		started:   time.Now(),

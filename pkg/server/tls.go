@@ -25,8 +25,11 @@ import (
 // Limits of a connection.
 const (
 	handshakeTimeout = 5 * time.Second
-	maxStreams       = 100      // at the same time, a connection
-	maxHeaderBytes   = 64 << 10 // of a request
+	// anonymousLife is how long a connection without a client certificate lasts:
+	// it is good for one attestation.
+	anonymousLife  = attestTimeout + 20*time.Second
+	maxStreams     = 100      // at the same time, a connection
+	maxHeaderBytes = 64 << 10 // of a request
 	// maxMessage bounds a request: 512 items, each with a CSR and attributes of
 	// usual size.
 	maxMessage = 4 << 20
@@ -208,11 +211,17 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 		t.s.metrics.handshakes.WithLabelValues("failed").Inc()
 		return nil, nil, errors.Join(err, conn.Close())
 	}
-	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
 	info := &tlsInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, id: id}
 	if id.IsZero() {
-		return conn, info, nil
+		anonymous, ok := t.s.conns.admitAnonymous(conn)
+		if !ok {
+			t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+			return nil, nil, errors.Join(errors.New("too many connections without a client certificate"), raw.Close())
+		}
+		t.s.metrics.handshakes.WithLabelValues("ok").Inc()
+		return anonymous, info, nil
 	}
+	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
 	leaf := state.VerifiedChains[0][0]
 	info.serial, info.notAfter = leaf.SerialNumber.Bytes(), leaf.NotAfter
 	return t.s.conns.track(id.String(), conn), info, nil
@@ -232,21 +241,52 @@ func (t *tlsCredentials) Clone() credentials.TransportCredentials {
 
 func (*tlsCredentials) OverrideServerName(string) error { return nil }
 
-// connections knows the unfinished handshakes, which it bounds, and the
-// authenticated connections by SPIFFE ID, so that those of an evicted node can be
-// closed.
+// connections knows the unfinished handshakes and the connections without a
+// client certificate, which it bounds, and the authenticated connections by
+// SPIFFE ID, so that those of an evicted node can be closed.
 type connections struct {
 	handshakes *places
+	anonymous  *places
 
 	mu   sync.Mutex // guards what follows
 	byID map[string]map[*trackedConn]struct{}
 }
 
-func newConnections(maxHandshakes int) *connections {
+func newConnections(l Limits) *connections {
 	return &connections{
-		handshakes: newPlaces(maxHandshakes),
+		handshakes: newPlaces(l.Handshakes),
+		anonymous:  newPlaces(l.Anonymous),
 		byID:       make(map[string]map[*trackedConn]struct{}),
 	}
+}
+
+// admitAnonymous takes a place for a connection without a client certificate,
+// which anybody can make, and closes it after anonymousLife.
+func (c *connections) admitAnonymous(conn *tls.Conn) (net.Conn, bool) {
+	release, ok := c.anonymous.take(host(conn.RemoteAddr().String()))
+	if !ok {
+		return nil, false
+	}
+	a := &anonymousConn{Conn: conn, release: sync.OnceFunc(release)}
+	a.end = time.AfterFunc(anonymousLife, func() {
+		a.release()
+		_ = conn.NetConn().Close() // as abort does: it is being thrown away
+	})
+	return a, true
+}
+
+// anonymousConn is a connection without a client certificate.
+type anonymousConn struct {
+	net.Conn
+	release func()
+	end     *time.Timer
+}
+
+// Close closes the connection.
+func (a *anonymousConn) Close() error {
+	a.end.Stop()
+	a.release()
+	return a.Conn.Close()
 }
 
 // track notes an authenticated connection until it is closed.
