@@ -379,10 +379,14 @@ func TestV_H8_ModelOfTheProtocol(t *testing.T) {
 		for i := range ops {
 			ops[i] = byte(rng.UintN(256))
 		}
-		ok := t.Run("", func(t *testing.T) { runModel(t, server, world, ops) })
-		if !ok {
-			t.Fatalf("seed %d: %v", seed, ops)
-		}
+		func() {
+			defer func() {
+				if t.Failed() {
+					t.Logf("seed %d: %v", seed, ops)
+				}
+			}()
+			runModel(t, server, world, ops)
+		}()
 	}
 }
 
