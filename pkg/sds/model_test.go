@@ -364,7 +364,7 @@ func runModel(t testing.TB, server *Server, world *modelWorld, ops []byte) {
 // TestV_H8_ModelOfTheProtocol runs random sequences of what a proxy and the agent may do,
 // in any order.
 func TestV_H8_ModelOfTheProtocol(t *testing.T) {
-	runs := 5_000
+	runs := 3_000
 	if testing.Short() {
 		runs = 1_000
 	}
