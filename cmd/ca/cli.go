@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"io"
-	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -54,6 +53,3 @@ then let a machine join, and say who gets which identity:
 		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newStatusCommand())
 	return root
 }
-
-// discard is the logger of short commands that have nothing to log.
-func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }

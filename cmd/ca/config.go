@@ -49,7 +49,7 @@ type settings struct {
 		NodeTTL config.Duration `yaml:"node_ttl" default:"4h"`
 		// How far not_before lies in the past, for clocks that are behind; at
 		// most a quarter of the life.
-		Backdate config.Duration `yaml:"backdate" default:"30s"`
+		Backdate config.Duration `yaml:"backdate" default:"5m"`
 	} `yaml:"svid"`
 	// Signing certificates.
 	Authority struct {
@@ -169,7 +169,7 @@ func (v *validated) check(file *config.File) error {
 	maxTTL := between("svid.max_ttl", &v.SVID.MaxTTL, identity.MaxTTL, identity.MinTTL, identity.MaxTTL)
 	between("svid.default_ttl", &v.SVID.DefaultTTL, min(time.Hour, maxTTL), identity.MinTTL, maxTTL)
 	nodeTTL := between("svid.node_ttl", &v.SVID.NodeTTL, 4*time.Hour, identity.MinTTL, identity.MaxTTL)
-	between("svid.backdate", &v.SVID.Backdate, 30*time.Second, time.Second, time.Hour)
+	between("svid.backdate", &v.SVID.Backdate, 5*time.Minute, time.Second, time.Hour)
 	root := between("authority.root_life", &v.Authority.RootLife, 10*365*24*time.Hour, time.Hour, 30*365*24*time.Hour)
 	// An intermediate is replaced at half of its life, and what it signed then
 	// must still fit into the other half.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -409,9 +408,4 @@ func entryStatus(ctx context.Context, c *clientFlags, wait time.Duration) (*admi
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
-}
-
-// warn writes a warning that does not belong into the output of a command.
-func warn(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "warning: "+format+"\n", args...)
 }

@@ -101,7 +101,7 @@ func newCheckCommand() *cobra.Command {
 func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	logger = logger.With("instance", v.Instance)
 	if err := cli.Harden(); err != nil {
-		logger.Warn("process hardening is incomplete", "err", err)
+		logger.WarnContext(ctx, "process hardening is incomplete", "err", err)
 	}
 	registry := prometheus.NewRegistry()
 	if err := cli.RegisterProcessMetrics(registry, "meshid_ca"); err != nil {
@@ -172,9 +172,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if v.MetricsListen != "off" {
 		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
 	}
-	logger.Info("ca is ready", "trust_domain", v.trustDomain.Name(), "listen", listener.Addr().String(),
+	logger.InfoContext(ctx, "ca is ready", "trust_domain", v.trustDomain.Name(), "listen", listener.Addr().String(),
 		"admin_socket", v.AdminSocket, "version", cli.Version())
 	err = group.Wait()
-	logger.Info("ca has stopped")
+	logger.InfoContext(ctx, "ca has stopped")
 	return err
 }

@@ -11,7 +11,9 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
-		"ca": func() { os.Exit(cli.Main(run)) },
+		"ca": func() {
+			os.Exit(cli.Main(run)) //nolint:forbidigo // this is the main of the program that the scripts call
+		},
 	})
 }
 

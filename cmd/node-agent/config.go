@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -23,6 +24,7 @@ const (
 	defaultSocket      = "/run/meshid/agent.sock"
 	defaultAdminSocket = "/run/meshid/agent-admin.sock"
 	defaultMetrics     = "127.0.0.1:9641"
+	defaultDenyAfter   = 30 * time.Second
 )
 
 // settings is agent.yaml. docs/configuration.md is generated from the comments
@@ -47,6 +49,13 @@ type settings struct {
 	SealingKeyFile string `yaml:"sealing_key_file"`
 	// Unix socket of SDS and of the Workload API, for all processes.
 	Socket string `yaml:"socket" default:"/run/meshid/agent.sock"`
+	// The SPIFFE Workload API.
+	WorkloadAPI struct {
+		// How long a program that no entry matches is held before it is
+		// refused. An entry that comes meanwhile serves it in milliseconds,
+		// where a client that was refused comes back after up to 30 s.
+		DenyAfter config.Duration `yaml:"deny_after" default:"30s"`
+	} `yaml:"workload_api"`
 	// Unix socket of `node-agent status`, for root and for the agent's user.
 	AdminSocket string `yaml:"admin_socket" default:"/run/meshid/agent-admin.sock"`
 	// Address of /metrics, /livez and /readyz; "off" for none.
@@ -153,6 +162,9 @@ func (v *validated) check(file *config.File) error {
 	}
 	if v.Socket == v.AdminSocket {
 		bad("admin_socket", "is the same as socket; workloads must not reach it")
+	}
+	if d := v.WorkloadAPI.DenyAfter.Or(defaultDenyAfter); d < time.Millisecond || d > 10*time.Minute {
+		bad("workload_api.deny_after", "%v is out of range; write a duration from 1ms to 10m", d)
 	}
 	if v.MetricsListen != "off" {
 		if _, _, err := net.SplitHostPort(v.MetricsListen); err != nil {

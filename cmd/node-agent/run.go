@@ -29,6 +29,11 @@ import (
 // shutdownTimeout bounds how long streams may stay open when the agent stops.
 const shutdownTimeout = time.Second
 
+// denyAfter is how long a process without an identity waits in the Workload API
+// before it is told so: one whose entry is made meanwhile has its identity at
+// once, and a person who asks for an identity that is not there waits no longer.
+const denyAfter = 5 * time.Second
+
 func newRunCommand() *cobra.Command {
 	var path string
 	var log cli.LogFlags
@@ -94,7 +99,7 @@ func newCheckCommand() *cobra.Command {
 // from the sealed cache meanwhile.
 func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err := cli.Harden(); err != nil {
-		logger.Warn("process hardening is incomplete", "err", err)
+		logger.WarnContext(ctx, "process hardening is incomplete", "err", err)
 	}
 	registry := prometheus.NewRegistry()
 	if err := cli.RegisterProcessMetrics(registry, "meshid_agent"); err != nil {
@@ -123,7 +128,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	server, endStreams, err := workloadServer(a, logger, registry, tracker)
+	server, endStreams, err := workloadServer(a, v.WorkloadAPI.DenyAfter.Or(defaultDenyAfter), logger, registry, tracker)
 	if err != nil {
 		return err
 	}
@@ -150,15 +155,15 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if v.MetricsListen != "off" {
 		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
 	}
-	logger.Info("node agent is ready", "trust_domain", v.trustDomain.Name(), "ca", v.CA.Address, "socket", v.Socket, "version", cli.Version())
+	logger.InfoContext(ctx, "node agent is ready", "trust_domain", v.trustDomain.Name(), "ca", v.CA.Address, "socket", v.Socket, "version", cli.Version())
 	err = group.Wait()
-	logger.Info("node agent has stopped")
+	logger.InfoContext(ctx, "node agent has stopped")
 	return err
 }
 
 // workloadServer returns the gRPC server of SDS and the Workload API, and what
 // ends its streams so that it can stop.
-func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer, t *health.Tracker) (_ *grpc.Server, endStreams func(), _ error) {
+func workloadServer(a *agent.Agent, denyAfter time.Duration, logger *slog.Logger, r prometheus.Registerer, t *health.Tracker) (_ *grpc.Server, endStreams func(), _ error) {
 	secrets, err := sds.New(a, sds.Options{Logger: logger, Registerer: r, Report: func(condition, problem string) {
 		if problem == "" {
 			t.Clear(condition)
@@ -169,7 +174,7 @@ func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer
 	if err != nil {
 		return nil, nil, err
 	}
-	workload, err := workloadapi.New(a, workloadapi.Options{Logger: logger, Registerer: r})
+	workload, err := workloadapi.New(a, workloadapi.Options{Logger: logger, Registerer: r, DenyAfter: denyAfter})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -188,10 +193,10 @@ func workloadServer(a *agent.Agent, logger *slog.Logger, r prometheus.Registerer
 // serveStatus answers `node-agent status` on the admin socket until ctx ends.
 func serveStatus(ctx context.Context, l net.Listener, a *agent.Agent, logger *slog.Logger) error {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json; charset=utf-8")
 		if err := json.NewEncoder(w).Encode(a.Status()); err != nil {
-			logger.Debug("status was not read to its end", "err", err)
+			logger.DebugContext(r.Context(), "status was not read to its end", "err", err)
 		}
 	})
 	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}

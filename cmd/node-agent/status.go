@@ -19,6 +19,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
@@ -146,8 +148,11 @@ identities are those of this process and its user, not of another one.`,
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
 			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(address(socket)))
+			if errors.Is(err, context.DeadlineExceeded) || grpcstatus.Code(err) == codes.DeadlineExceeded {
+				err = fmt.Errorf("no identity within %v: no entry matches this process", timeout)
+			}
 			if err != nil {
-				return fmt.Errorf("fetch from %s: %w\n  To see which entry should match, and why it does not: ca entry explain --node ID --pid PID", socket, err)
+				return fmt.Errorf("fetch from %s: %w\n  To see which entry should match, and why it does not: ca entry explain --node NODE --pid PID", socket, err)
 			}
 			if write != "" {
 				return writeFiles(write, x)

@@ -166,7 +166,9 @@ func TestServeGRPCEndsWithItsContext(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- ServeGRPC(ctx, grpc.NewServer(grpc.ConnectionTimeout(100*time.Millisecond)), l, time.Second) }()
+	go func() {
+		ended <- ServeGRPC(ctx, grpc.NewServer(grpc.ConnectionTimeout(100*time.Millisecond)), l, time.Second)
+	}()
 	conn, err := net.Dial("unix", l.Addr().String())
 	if err != nil {
 		t.Fatal(err)

@@ -2,7 +2,10 @@
 // the texts are.
 package diff
 
-import "strings"
+import (
+	"slices"
+	"strings"
+)
 
 // maxLines bounds the work: texts that are longer are shown whole.
 const maxLines = 1000
@@ -36,9 +39,9 @@ func Lines(before, after string) string {
 	for i := range common {
 		common[i] = make([]int, len(b)+1)
 	}
-	for i := len(a) - 1; i >= 0; i-- {
-		for j := len(b) - 1; j >= 0; j-- {
-			if a[i] == b[j] {
+	for i, x := range slices.Backward(a) {
+		for j, y := range slices.Backward(b) {
+			if x == y {
 				common[i][j] = common[i+1][j+1] + 1
 			} else {
 				common[i][j] = max(common[i+1][j], common[i][j+1])

@@ -155,7 +155,7 @@ func (c *checker) Visit(n ast.Node) ast.Visitor {
 		return nil
 	}
 	var what string
-	switch n.Type() { //nolint:exhaustive // all other kinds are allowed
+	switch n.Type() {
 	case ast.AnchorType:
 		what = "anchors (&name)"
 	case ast.AliasType:
@@ -224,7 +224,7 @@ func (f *File) Within(path string, line, column int) (fileLine, fileColumn int) 
 	if !ok {
 		return fileLine, fileColumn
 	}
-	switch s.Token.Type { //nolint:exhaustive // only these forms keep columns
+	switch s.Token.Type {
 	case token.SingleQuoteType, token.DoubleQuoteType:
 		return fileLine, fileColumn + column
 	case token.StringType:
@@ -317,7 +317,7 @@ func setFile(v reflect.Value, name string) {
 		}
 	case reflect.Struct:
 		if v.Type() == sectionType {
-			v.Addr().Interface().(*Section).file = name //nolint:errcheck,forcetypeassert // the type was just compared
+			v.Addr().Interface().(*Section).file = name // the type was just compared
 			return
 		}
 		for i := range v.NumField() {
@@ -330,14 +330,12 @@ func setFile(v reflect.Value, name string) {
 
 // wrap turns an error of the YAML library into an *Error.
 func wrap(name string, err error) *Error {
-	var own *Error
-	if errors.As(err, &own) {
+	if own, ok := errors.AsType[*Error](err); ok {
 		own.File = name
 		return own
 	}
 	out := &Error{File: name, Message: err.Error()}
-	var y yaml.Error
-	if errors.As(err, &y) {
+	if y, ok := errors.AsType[yaml.Error](err); ok {
 		out.Message = y.GetMessage()
 		if t := y.GetToken(); t != nil && t.Position != nil {
 			out.Line, out.Column = t.Position.Line, t.Position.Column
@@ -390,8 +388,7 @@ func keys(t reflect.Type, depth int) []string {
 		return nil
 	}
 	var all []string
-	for i := range t.NumField() {
-		f := t.Field(i)
+	for f := range t.Fields() {
 		if name, _, _ := strings.Cut(f.Tag.Get("yaml"), ","); name != "" && name != "-" {
 			all = append(all, name)
 		}

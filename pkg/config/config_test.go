@@ -85,8 +85,8 @@ func TestV_K8_BadConfiguration(t *testing.T) {
 			if err == nil {
 				t.Fatal("accepted")
 			}
-			var e *Error
-			if !errors.As(err, &e) || e.Line == 0 {
+			e, ok := errors.AsType[*Error](err)
+			if !ok || e.Line == 0 {
 				t.Fatalf("%v: not an Error with a position", err)
 			}
 			golden := strings.TrimSuffix(file, ".yaml") + ".golden"
@@ -164,8 +164,7 @@ func FuzzDecode(f *testing.F) {
 		}
 		s, p, err := decodeSample("fuzz.yaml", data)
 		if err != nil {
-			var e *Error
-			if !errors.As(err, &e) {
+			if _, ok := errors.AsType[*Error](err); !ok {
 				t.Errorf("%T: %v", err, err)
 			}
 			return

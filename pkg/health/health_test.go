@@ -70,7 +70,9 @@ func TestEndpointsAndMetric(t *testing.T) {
 	if code, _ := get("/livez"); code != http.StatusOK {
 		t.Errorf("/livez is %d with an error", code)
 	}
-	var parsed struct{ Conditions []Condition }
+	var parsed struct {
+		Conditions []Condition `json:"conditions"`
+	}
 	if err := json.Unmarshal([]byte(body), &parsed); err != nil || parsed.Conditions[0].Severity != Error {
 		t.Errorf("%v: %s", err, body)
 	}

@@ -37,7 +37,7 @@ var bin string
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	os.Exit(run(m))
+	os.Exit(run(m)) //nolint:forbidigo // as every TestMain
 }
 
 func run(m *testing.M) int {

@@ -41,7 +41,7 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/...")
+	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/...") //nolint:gosec // the arguments are ours
 	cmd.Dir = require.Repository()
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -109,7 +109,7 @@ func Run(t testing.TB, args ...string) *Process {
 	p.Start(t)
 	t.Cleanup(func() {
 		p.Kill()
-		if t.Failed() {
+		if t.Failed() || os.Getenv("MESHID_LOGS") != "" {
 			t.Logf("log of %s:\n%s", p.name, p.Log())
 		}
 	})
@@ -119,7 +119,7 @@ func Run(t testing.TB, args ...string) *Process {
 // Start starts the program, also again after Stop or Kill.
 func (p *Process) Start(t testing.TB) {
 	t.Helper()
-	cmd := exec.Command(p.args[0], p.args[1:]...)
+	cmd := exec.Command(p.args[0], p.args[1:]...) //nolint:gosec,noctx // the arguments are the test's; it is stopped with the test
 	cmd.Stdout, cmd.Stderr = p.log, p.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
@@ -246,7 +246,7 @@ func (c *CA) AwaitReady(t testing.TB) {
 // Command runs one of ca's commands against this CA and returns what it prints.
 func (c *CA) Command(t testing.TB, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(Binaries(t), "ca"), args...)
+	cmd := exec.Command(filepath.Join(Binaries(t), "ca"), args...) //nolint:gosec,noctx // the arguments are the test's; it is stopped with the test
 	cmd.Env = append(os.Environ(), "MESHID_ADMIN_SOCKET="+c.AdminSocket)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -351,7 +351,7 @@ func (a *Agent) AwaitConnected(t testing.TB) {
 // Status asks the agent how it is.
 func (a *Agent) Status(ctx context.Context, t testing.TB) (*agent.Status, error) {
 	t.Helper()
-	cmd := exec.CommandContext(ctx, filepath.Join(Binaries(t), "node-agent"), "status", "-o", "json", "--admin-socket", a.AdminSocket)
+	cmd := exec.CommandContext(ctx, filepath.Join(Binaries(t), "node-agent"), "status", "-o", "json", "--admin-socket", a.AdminSocket) //nolint:gosec // the arguments are ours
 	out, err := cmd.Output()
 	if err != nil {
 		return nil, err
@@ -363,7 +363,7 @@ func (a *Agent) Status(ctx context.Context, t testing.TB) (*agent.Status, error)
 // FreeAddress returns a loopback address that nothing listens on.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,7 +374,7 @@ func FreeAddress(t testing.TB) string {
 // shortDir is t.TempDir with a path that is short enough for a Unix socket.
 func shortDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "meshid")
+	dir, err := os.MkdirTemp("", "meshid") //nolint:usetesting // t.TempDir is too long a path for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,9 @@ import (
 	"github.com/meshid/meshid/test/require"
 )
 
-func TestMain(m *testing.M) { os.Exit(Main(m)) }
+func TestMain(m *testing.M) {
+	os.Exit(Main(m)) //nolint:forbidigo // as every TestMain
+}
 
 // A workload gets its identity, both programs are killed and come back, and
 // both end cleanly.
