@@ -147,7 +147,12 @@ identities are those of this process and its user, not of another one.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
-			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(address(socket)))
+			if cmd.Flags().Changed("socket") {
+				socket = address(socket)
+			} else if err := workloadapi.ValidateAddress(socket); err != nil {
+				return fmt.Errorf("SPIFFE_ENDPOINT_SOCKET is %q: %w\n  Write unix:///path/of/agent.sock", socket, err)
+			}
+			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socket))
 			if errors.Is(err, context.DeadlineExceeded) || grpcstatus.Code(err) == codes.DeadlineExceeded {
 				err = fmt.Errorf("no identity within %v: no entry matches this process", timeout)
 			}
@@ -160,8 +165,9 @@ identities are those of this process and its user, not of another one.`,
 			return writeFetched(cmd.OutOrStdout(), format, x)
 		},
 	}
+	// Workload Endpoint §4: what stands there is a URI, never a mere path.
 	if socket = os.Getenv("SPIFFE_ENDPOINT_SOCKET"); socket == "" {
-		socket = defaultSocket
+		socket = address(defaultSocket)
 	}
 	cmd.Flags().StringVar(&socket, "socket", socket, "the agent's socket (env SPIFFE_ENDPOINT_SOCKET)")
 	cmd.Flags().StringVar(&write, "write", "", "write svid.pem, key.pem (mode 0600) and bundle.pem into this folder")
