@@ -40,6 +40,9 @@ const (
 	keepaliveTimeout = 5 * time.Second
 	// keepaliveMin is how often a client may ping.
 	keepaliveMin = 5 * time.Second
+	// maxConnsPerID bounds the connections with one SPIFFE ID. An agent has two at
+	// most, and those that it lost are noticed after 20 s.
+	maxConnsPerID = 64
 	// maxClientChain is leaf and intermediates.
 	maxClientChain = 5
 )
@@ -221,10 +224,15 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 		t.s.metrics.handshakes.WithLabelValues("ok").Inc()
 		return anonymous, info, nil
 	}
+	tracked, ok := t.s.conns.track(id.String(), conn)
+	if !ok {
+		t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+		return nil, nil, errors.Join(fmt.Errorf("%s has too many connections", id), raw.Close())
+	}
 	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
 	leaf := state.VerifiedChains[0][0]
 	info.serial, info.notAfter = leaf.SerialNumber.Bytes(), leaf.NotAfter
-	return t.s.conns.track(id.String(), conn), info, nil
+	return tracked, info, nil
 }
 
 func (*tlsCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -289,16 +297,20 @@ func (a *anonymousConn) Close() error {
 	return a.Conn.Close()
 }
 
-// track notes an authenticated connection until it is closed.
-func (c *connections) track(id string, conn net.Conn) net.Conn {
+// track notes an authenticated connection until it is closed, if it is not one
+// too many.
+func (c *connections) track(id string, conn net.Conn) (net.Conn, bool) {
 	t := &trackedConn{Conn: conn, id: id, all: c}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if len(c.byID[id]) >= maxConnsPerID {
+		return nil, false
+	}
 	if c.byID[id] == nil {
 		c.byID[id] = make(map[*trackedConn]struct{})
 	}
 	c.byID[id][t] = struct{}{}
-	return t
+	return t, true
 }
 
 // closeAll closes the connections that were authenticated with this SPIFFE ID.

@@ -44,3 +44,28 @@ func TestV_T2_AnonymousConnections(t *testing.T) {
 		}
 	})
 }
+
+// The holder of one X.509-SVID does not get all connections.
+func TestV_T2_ConnectionsOfOneNode(t *testing.T) {
+	c := newConnections(Limits{})
+	var last net.Conn
+	for range maxConnsPerID {
+		ours, _ := net.Pipe()
+		conn, ok := c.track("spiffe://example.org/a", ours)
+		if !ok {
+			t.Fatal("refused too early")
+		}
+		last = conn
+	}
+	ours, _ := net.Pipe()
+	if _, ok := c.track("spiffe://example.org/a", ours); ok {
+		t.Error("one too many is admitted")
+	}
+	if _, ok := c.track("spiffe://example.org/b", ours); !ok {
+		t.Error("another is refused")
+	}
+	last.Close()
+	if _, ok := c.track("spiffe://example.org/a", ours); !ok {
+		t.Error("a place that was given back is not free")
+	}
+}
