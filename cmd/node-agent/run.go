@@ -178,9 +178,12 @@ func workloadServer(a *agent.Agent, denyAfter time.Duration, logger *slog.Logger
 	if err != nil {
 		return nil, nil, err
 	}
-	options := append(sds.ServerOptions(), grpc.Creds(peer.Credentials()))
-	options = append(options, workloadapi.ServerOptions()...)
-	server := grpc.NewServer(options...)
+	limits, err := peer.LimitCalls(peer.CallLimits{Logger: logger, Registerer: r})
+	if err != nil {
+		return nil, nil, err
+	}
+	options := slices.Concat(sds.ServerOptions(), limits, workloadapi.ServerOptions())
+	server := grpc.NewServer(append(options, grpc.Creds(peer.Credentials()))...)
 	secrets.Register(server)
 	workload.Register(server)
 	workloadapi.RegisterReflection(server)

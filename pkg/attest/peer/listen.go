@@ -24,7 +24,9 @@ import (
 )
 
 // Default limits of a listener. A connection costs two descriptors; the usual
-// hard limit of a service is some ten thousand times that.
+// hard limit of a service is some ten thousand times that. Where a process may
+// have fewer, the limits are lower, so that a connection above them is refused,
+// with the reason in the log, and not left waiting for a descriptor.
 const (
 	DefaultMaxConns       = 8192
 	DefaultMaxConnsPerUID = 4096
@@ -79,10 +81,10 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 		o.Mode = 0o666
 	}
 	if o.MaxConns <= 0 {
-		o.MaxConns = DefaultMaxConns
+		o.MaxConns = maxConns()
 	}
 	if o.MaxConnsPerUID <= 0 {
-		o.MaxConnsPerUID = DefaultMaxConnsPerUID
+		o.MaxConnsPerUID = min(DefaultMaxConnsPerUID, max(1, o.MaxConns/2))
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -116,6 +118,20 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 			"since", "linux 6.5")
 	}
 	return l, nil
+}
+
+// spareDescriptors are not for connections: files, connections to others, and
+// what attestation opens for a moment.
+const spareDescriptors = 192
+
+// maxConns returns how many connections the descriptors of this process allow.
+func maxConns() int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil || l.Cur > 2*DefaultMaxConns+spareDescriptors {
+		return DefaultMaxConns
+	}
+	all := int(l.Cur) //nolint:gosec // it is small, see above
+	return max(8, min((all-spareDescriptors)/2, DefaultMaxConns))
 }
 
 // Addr returns the path.

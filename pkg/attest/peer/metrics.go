@@ -16,10 +16,11 @@ const (
 	reasonUnproven  reason = "unproven"
 	reasonUIDLimit  reason = "uid_limit"
 	reasonLimit     reason = "limit"
+	reasonCalls     reason = "calls"
 	reasonError     reason = "error"
 )
 
-var reasons = []reason{reasonNamespace, reasonGone, reasonUnproven, reasonUIDLimit, reasonLimit, reasonError}
+var reasons = []reason{reasonNamespace, reasonGone, reasonUnproven, reasonUIDLimit, reasonLimit, reasonCalls, reasonError}
 
 type metrics struct {
 	connections prometheus.Gauge
@@ -40,7 +41,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m.connections = connections
 	refusals, err := register(reg, prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "meshid_agent_peer_refusals_total",
-		Help: "Connections to the agent's sockets that were refused at accept, by reason.",
+		Help: "Connections to the agent's sockets that were refused at accept, or later for too many calls, by reason.",
 	}, []string{"reason"}))
 	if err != nil {
 		return nil, err
