@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -174,11 +175,22 @@ func (v *validated) check(file *config.File) error {
 	return errors.Join(problems...)
 }
 
+// maxBundleBytes is the size of the largest trust bundle that is read.
+const maxBundleBytes = 1 << 20
+
 // readBundle reads the trust bundle from a PEM file of CA certificates.
 func readBundle(path string) ([]*x509.Certificate, error) {
-	data, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
+	}
+	defer f.Close() //nolint:errcheck // only read from
+	data, err := io.ReadAll(io.LimitReader(f, maxBundleBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxBundleBytes {
+		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxBundleBytes)
 	}
 	var roots []*x509.Certificate
 	for {
