@@ -7,10 +7,16 @@ import (
 	"testing"
 	"time"
 
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/meshid/meshid/pkg/agent"
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
+	"github.com/meshid/meshid/test/local"
 )
 
 // arrivals is a watcher that says when it has got something.
@@ -180,37 +186,84 @@ func BenchmarkIdle(b *testing.B) {
 	})
 }
 
+// memory reports what n streams, which open opens, cost the agent: its own pages
+// when they are open, and once it had time to give back what it does not need.
+func memory(b *testing.B, a *local.Agent, n float64, open func()) {
+	b.Helper()
+	_, before := resident(b, a.PID())
+	busy := goroutines(b, a.Metrics)
+	open()
+	all, own := resident(b, a.PID())
+	b.ReportMetric(all/(1<<20), "agent-MiB")
+	b.ReportMetric((own-before)/n/1024, "KiB/stream")
+	b.ReportMetric((goroutines(b, a.Metrics)-busy)/n, "goroutines/stream")
+	pause(b, 10*time.Second)
+	_, own = resident(b, a.PID())
+	b.ReportMetric((own-before)/n/1024, "settled-KiB/stream")
+	only(b)
+}
+
 // BenchmarkThousandStreams reports the memory and the goroutines of an agent with
-// 1,000 silent streams, each of a process and a connection of its own, opened as
-// Envoy does: all of one instance, or each with an identity of its own.
+// 1,000 silent streams: of 1,000 processes with a connection each, opened as Envoy
+// does, which are one workload instance or each one of its own; and of one proxy
+// for 1,000 identities, with 100 streams a connection.
 func BenchmarkThousandStreams(b *testing.B) {
+	const n = 1000
 	for _, kind := range []struct {
 		name string
 		step int
 	}{{"one-identity", 0}, {"1000-identities", 1}} {
-		b.Run(kind.name, func(b *testing.B) {
-			const n = 1000
+		b.Run("of-as-many-processes/"+kind.name, func(b *testing.B) {
 			for b.Loop() {
 				_, a := pair(b)
 				first := gather(b, a.Socket, 1, firstUser, 0, envoyNode)
 				first.release(b)
-				_, before := resident(b, a.PID())
-				busy := goroutines(b, a.Metrics)
-				c := gather(b, a.Socket, n, firstUser+1-(1-kind.step), kind.step, envoyNode)
-				c.release(b)
-				awaitStatus(b, a, "the streams", func(s *agent.Status) bool { return s.Streams == n+1 })
-				all, own := resident(b, a.PID())
-				b.ReportMetric(all/(1<<20), "agent-MiB")
-				b.ReportMetric((own-before)/n/1024, "KiB/stream")
-				pause(b, 10*time.Second) // what it does not need any more goes back
-				_, own = resident(b, a.PID())
-				b.ReportMetric((own-before)/n/1024, "settled-KiB/stream")
-				b.ReportMetric((goroutines(b, a.Metrics)-busy)/n, "goroutines/stream")
+				c := gather(b, a.Socket, n, firstUser+kind.step, kind.step, envoyNode)
+				memory(b, a, n, func() {
+					c.release(b)
+					awaitStatus(b, a, "the streams", func(s *agent.Status) bool { return s.Streams == n+1 })
+				})
 				c.leave()
 				first.leave()
 			}
-			only(b)
 		})
 	}
+	b.Run("of-one-process/1000-identities", func(b *testing.B) {
+		for b.Loop() {
+			ca, a := pair(b)
+			entries := make([]*entryv1.Entry, n)
+			for i := range entries {
+				entries[i] = &entryv1.Entry{Name: fmt.Sprint("id-", i), SpiffeId: fmt.Sprint("spiffe://example.org/id/", i), Workloads: "unix.uid == 0"}
+			}
+			apply(b, ca, entries...)
+			awaitStatus(b, a, "the entries", func(s *agent.Status) bool { return s.Entries == n+1 })
+			memory(b, a, n, func() {
+				for first := 0; first < n; first += 100 {
+					openStreams(b, a, entries[first:first+100])
+				}
+			})
+		}
+	})
 }
 
+// openStreams opens a stream for each entry's secret, all on one connection.
+func openStreams(b *testing.B, a *local.Agent, entries []*entryv1.Entry) {
+	b.Helper()
+	conn, err := grpc.NewClient("unix:"+a.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(b, err)
+	b.Cleanup(func() { _ = conn.Close() })
+	client := secretv3.NewSecretDiscoveryServiceClient(conn)
+	for _, e := range entries {
+		stream, err := client.StreamSecrets(b.Context())
+		must(b, err)
+		ask := &discoveryv3.DiscoveryRequest{
+			Node: &corev3.Node{Id: "proxy"}, ResourceNames: []string{e.GetSpiffeId()},
+			TypeUrl: "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
+		}
+		must(b, stream.Send(ask))
+		answer, err := stream.Recv()
+		must(b, err)
+		ask.VersionInfo, ask.ResponseNonce = answer.GetVersionInfo(), answer.GetNonce()
+		must(b, stream.Send(ask))
+	}
+}
