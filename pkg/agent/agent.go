@@ -131,6 +131,7 @@ type Agent struct {
 	entries  *identity.Set
 	epoch    string
 	revision uint64
+	rotated  uint64 // sequence of the last order to rotate that was carried out
 	bundle   *identity.Bundle
 	own      *ownIdentity // nil before the node is attested
 	reattest bool         // the CA does not accept own any more

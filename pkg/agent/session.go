@@ -47,6 +47,8 @@ const (
 	callTimeout    = 15 * time.Second
 	// maxChallenges bounds those of one attestation.
 	maxChallenges = 16
+	// maxMessage bounds what the CA may send at once: a snapshot of all entries.
+	maxMessage = 64 << 20
 	// stable is how long a session lasts before its end counts as the first
 	// failure again.
 	stable = 30 * time.Second
@@ -211,6 +213,7 @@ func (a *Agent) dial(own *ownIdentity, anchors *trust) (*grpc.ClientConn, error)
 			MinConnectTimeout: 4 * time.Second,
 		}),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithUserAgent("meshid-agent/" + a.cfg.Version),
 	}, a.cfg.DialOptions...)
 	conn, err := grpc.NewClient(target, options...)
@@ -430,7 +433,7 @@ func (a *Agent) setBundle(b *identity.Bundle) {
 func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	a.mu.Lock()
 	bundle := a.bundle
-	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision}
+	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision, Rotated: a.rotated}
 	if bundle != nil {
 		hello.BundleSequence = bundle.Sequence
 	}

@@ -44,8 +44,9 @@ type Snapshot struct {
 	Bundle *Bundle
 	// Federated are the bundles of other trust domains, by name; may be nil.
 	Federated map[spiffeid.TrustDomain]*Bundle
-	// Withdrawn are identities that this instance had and has lost: they are
-	// to be made useless wherever they were delivered.
+	// Withdrawn are identities that this instance had and has no right to any
+	// more: they are to be made useless wherever they were delivered. One that
+	// has merely expired is not among them.
 	Withdrawn []spiffeid.ID
 	// Denied is set when the instance was attested and no entry gives it an
 	// identity. It is false while identities are still on their way.

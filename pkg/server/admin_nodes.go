@@ -355,8 +355,9 @@ func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.Rota
 		s.log.ErrorContext(ctx, "intermediate cannot be replaced", "err", err)
 		return nil, fail(kindUnavailable, "the intermediate was not replaced: the CA's log says why", err)
 	}
+	order := s.orders.add(time.Now(), old, within)
 	for _, session := range s.hub.all() {
-		session.order(&nodev1.Rotate{Authority: old, Within: within})
+		session.order(order)
 	}
 	s.log.InfoContext(ctx, "intermediate replaced", "actor", c.actor, "authority", fresh.ID, "request_id", c.requestID)
 	return &adminv1.RotateIntermediateResponse{Authority: authorityProto(fresh)}, nil
@@ -373,8 +374,9 @@ func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRe
 		return nil, err
 	}
 	resp := new(adminv1.RenewSVIDsResponse)
+	order := a.s.orders.add(time.Now(), "", within)
 	for _, session := range a.s.hub.all() {
-		session.order(&nodev1.Rotate{Within: within})
+		session.order(order)
 		resp.Nodes++
 	}
 	a.s.log.InfoContext(ctx, "renewal of all svids ordered", "actor", c.actor, "nodes", resp.GetNodes(), "request_id", c.requestID)
@@ -382,11 +384,12 @@ func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRe
 }
 
 // rotateWithin checks over which time renewals are to be spread.
-func rotateWithin(d *durationpb.Duration) (*durationpb.Duration, error) {
-	if within := d.AsDuration(); within < 0 || within > maxRotateWithin {
-		return nil, fail(kindInvalid, fmt.Sprintf("within is %s: write 0 to %s", within, maxRotateWithin), nil)
+func rotateWithin(d *durationpb.Duration) (time.Duration, error) {
+	within := d.AsDuration()
+	if within < 0 || within > maxRotateWithin {
+		return 0, fail(kindInvalid, fmt.Sprintf("within is %s: write 0 to %s", within, maxRotateWithin), nil)
 	}
-	return d, nil
+	return within, nil
 }
 
 // GetStatus implements adminv1.AdminServiceServer.

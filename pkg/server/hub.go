@@ -191,7 +191,7 @@ func (s *session) order(r *nodev1.Rotate) {
 	s.mu.Lock()
 	if s.rotate == nil || s.rotate.GetAuthority() != "" {
 		if s.rotate != nil && s.rotate.GetAuthority() != r.GetAuthority() {
-			r = &nodev1.Rotate{Within: r.GetWithin()} // two authorities at once: all
+			r = &nodev1.Rotate{Within: r.GetWithin(), Sequence: r.GetSequence()} // two authorities at once: all
 		}
 		s.rotate = r
 	}

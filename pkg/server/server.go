@@ -165,6 +165,7 @@ type Server struct {
 	metrics   *metrics
 	registry  *registry.Registry
 	hub       *hub
+	orders    orders
 	conns     *connections
 	verifiers map[string]attest.NodeVerifier
 	refusals  *refusalLog

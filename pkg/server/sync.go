@@ -107,6 +107,10 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 			return fail(kindInvalid, "the agent's version is too long", nil)
 		}
 		session.hello = hello.Hello
+		// An order that came before Hello is among them.
+		if missed := s.orders.missed(time.Now(), c.node.AttestedAt, hello.Hello.GetRotated()); missed != nil {
+			session.rotate = missed
+		}
 		session.poke()
 	case *nodev1.SyncRequest_Applied:
 		session.force.revision = m.Applied.GetRevision()

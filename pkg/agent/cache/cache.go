@@ -862,8 +862,11 @@ func (c *Cache) publish(now time.Time, w *workload) {
 			w.lose(s.ID)
 		}
 	}
+	// What has merely expired is not withdrawn: the workload is entitled to it
+	// still, its verifiers see that it is expired by clocks of their own, and this
+	// machine's clock may be wrong.
 	w.lost = slices.DeleteFunc(w.lost, func(id spiffeid.ID) bool {
-		return slices.ContainsFunc(next.SVIDs, func(s *identity.SVID) bool { return s.ID == id })
+		return slices.ContainsFunc(w.slots, func(s *slot) bool { return s.identity.ID == id })
 	})
 	next.Withdrawn = slices.Clone(w.lost)
 	if w.last != nil && same(w.last, next) {

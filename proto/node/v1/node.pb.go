@@ -745,8 +745,11 @@ type Hello struct {
 	Revision uint64 `protobuf:"varint,3,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Sequence of the bundle in use.
 	BundleSequence uint64 `protobuf:"varint,4,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The largest sequence of a Rotate that was carried out since the agent
+	// started; orders after it are sent again.
+	Rotated       uint64 `protobuf:"varint,5,opt,name=rotated,proto3" json:"rotated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -803,6 +806,13 @@ func (x *Hello) GetRevision() uint64 {
 func (x *Hello) GetBundleSequence() uint64 {
 	if x != nil {
 		return x.BundleSequence
+	}
+	return 0
+}
+
+func (x *Hello) GetRotated() uint64 {
+	if x != nil {
+		return x.Rotated
 	}
 	return 0
 }
@@ -1386,7 +1396,9 @@ type Rotate struct {
 	// means every X.509-SVID of the node.
 	Authority string `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
 	// Spread the renewals over this time.
-	Within        *durationpb.Duration `protobuf:"bytes,2,opt,name=within,proto3" json:"within,omitempty"`
+	Within *durationpb.Duration `protobuf:"bytes,2,opt,name=within,proto3" json:"within,omitempty"`
+	// Grows with each order.
+	Sequence      uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1433,6 +1445,13 @@ func (x *Rotate) GetWithin() *durationpb.Duration {
 		return x.Within
 	}
 	return nil
+}
+
+func (x *Rotate) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
 }
 
 // Inspect asks what the agent would attest of a process, for `ca entry explain`.
@@ -1960,12 +1979,13 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"bundleAcks\x12I\n" +
 	"\x0finstances_ended\x18\x04 \x01(\v2\x1e.meshid.node.v1.InstancesEndedH\x00R\x0einstancesEnded\x129\n" +
 	"\tinspected\x18\x05 \x01(\v2\x19.meshid.node.v1.InspectedH\x00R\tinspectedB\t\n" +
-	"\amessage\"\x87\x01\n" +
+	"\amessage\"\xa1\x01\n" +
 	"\x05Hello\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12'\n" +
-	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\"N\n" +
+	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x18\n" +
+	"\arotated\x18\x05 \x01(\x04R\arotated\"N\n" +
 	"\aApplied\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\"f\n" +
@@ -2004,10 +2024,11 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\aremoved\x18\x04 \x03(\tR\aremoved\"9\n" +
 	"\aEvicted\x12\x16\n" +
 	"\x06banned\x18\x01 \x01(\bR\x06banned\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"Y\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"u\n" +
 	"\x06Rotate\x12\x1c\n" +
 	"\tauthority\x18\x01 \x01(\tR\tauthority\x121\n" +
-	"\x06within\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06within\"5\n" +
+	"\x06within\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06within\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\"5\n" +
 	"\aInspect\x12\x18\n" +
 	"\arequest\x18\x01 \x01(\x04R\arequest\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\"?\n" +
