@@ -1,14 +1,11 @@
-# Everything starts here; `make help` lists the targets. What a target needs is
-# installed by it: Debian packages, Envoy (into .cache/), tools (into bin/).
+# Everything starts here; `make help` lists the targets. Each installs what it needs: Debian packages, Envoy (into .cache/), tools (into bin/).
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
 PACKAGES := protobuf-compiler openssl procps gcc libc6-dev
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
-# gRPC without golang.org/x/net/trace: with that page's templates linked, the
-# linker keeps every method of every type, a quarter of each program.
-export GOFLAGS ?= -tags=grpcnotrace
+export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
 
 .DEFAULT_GOAL := all
 .PHONY: all help build release vet quick up demo test race lint fuzz bench e2e generate install clean
@@ -65,8 +62,8 @@ lint: ## golangci-lint, with the rules of .golangci.yml
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	scripts/each-fuzz-target $(FUZZTIME)
 
-bench: ## the benchmarks
-	go test -run '^$$' -bench . -benchmem ./...
+bench: ## the benchmarks; docs/performance.md says what they should be
+	scripts/install-envoy && $(ROOT) go test -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 generate: ## Go from .proto files, and what is generated into docs/ and deploy/
 	scripts/install-packages protobuf-compiler libprotobuf-dev

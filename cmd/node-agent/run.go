@@ -29,11 +29,6 @@ import (
 // shutdownTimeout bounds how long streams may stay open when the agent stops.
 const shutdownTimeout = time.Second
 
-// denyAfter is how long a process without an identity waits in the Workload API
-// before it is told so: one whose entry is made meanwhile has its identity at
-// once, and a person who asks for an identity that is not there waits no longer.
-const denyAfter = 5 * time.Second
-
 func newRunCommand() *cobra.Command {
 	var path string
 	var log cli.LogFlags
