@@ -33,7 +33,7 @@ type madeOrder struct {
 func (o *orders) add(now time.Time, authority string, within time.Duration) *nodev1.Rotate {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.last = max(o.last+1, uint64(now.UnixNano())) //nolint:gosec // after 1970
+	o.last = max(o.last+1, uint64(now.UnixNano()))
 	r := &nodev1.Rotate{Authority: authority, Within: durationpb.New(within), Sequence: o.last}
 	if len(o.list) == maxOrders {
 		// The two oldest become one that is as wide as both.

@@ -130,7 +130,7 @@ func maxConns() int {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil || l.Cur > 2*DefaultMaxConns+spareDescriptors {
 		return DefaultMaxConns
 	}
-	all := int(l.Cur) //nolint:gosec // it is small, see above
+	all := int(l.Cur)
 	return max(8, min((all-spareDescriptors)/2, DefaultMaxConns))
 }
 
