@@ -134,7 +134,7 @@ func (c *caller) dial(ctx context.Context) (net.Conn, error) {
 	defer c.mu.Unlock()
 	if deadline, ok := ctx.Deadline(); ok {
 		_ = c.control.SetDeadline(deadline)
-		defer c.control.SetDeadline(time.Time{}) //nolint:errcheck // it is a socket
+		defer c.control.SetDeadline(time.Time{})
 	}
 	if _, err := c.control.Write([]byte(c.socket)); err != nil {
 		return nil, err
@@ -226,10 +226,11 @@ func (c *caller) have(t testing.TB, ids ...string) []*x509svid.SVID {
 
 // header is what every call must carry.
 func header(ctx context.Context, values ...string) context.Context {
+	pairs := make([]string, 0, 2*len(values))
 	for _, v := range values {
-		ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", v)
+		pairs = append(pairs, "workload.spiffe.io", v)
 	}
-	return ctx
+	return metadata.AppendToOutgoingContext(ctx, pairs...)
 }
 
 // call calls a method of the Workload API and returns how it ends, or nil when
@@ -268,6 +269,23 @@ func (c *caller) streamOver(t testing.TB, conn *grpc.ClientConn) svidStream {
 		t.Fatal(err)
 	}
 	return svidStream{s}
+}
+
+// ids asks once, and does not wait for an agent that is not there.
+func (c *caller) ids(ctx context.Context) ([]string, error) {
+	conn, err := grpc.NewClient("passthrough:///agent", c.dialOptions()...)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithCancel(header(ctx, "true"))
+	defer cancel()
+	s, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	if err != nil {
+		return nil, err
+	}
+	m, err := s.Recv()
+	return idsOf(m), err
 }
 
 // next returns the next message.

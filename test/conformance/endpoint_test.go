@@ -197,6 +197,7 @@ func TestSpec_D10_NotReadyThenReady(t *testing.T) {
 
 // TestSpec_D11_SocketFile: who may reach it, and what is in its place before.
 func TestSpec_D11_SocketFile(t *testing.T) {
+	t.Parallel()
 	w := alone(t, local.CAOptions{})
 	uid := newUser()
 	w.apply(t, entry("d11", uid))
@@ -374,7 +375,7 @@ func TestSpec_D14_Garbage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_ = s.SendMsg(&descriptorpb.FileDescriptorProto{Name: proto.String(strings.Repeat("x", 4<<20))}) // Recv says why it failed
+	_ = s.SendMsg(&descriptorpb.FileDescriptorProto{Name: new(strings.Repeat("x", 4<<20))}) // Recv says why it failed
 	if err := s.RecvMsg(&descriptorpb.FileDescriptorProto{}); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("large message: %v", err)
 	}

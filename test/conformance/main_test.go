@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,6 +40,10 @@ func TestMain(m *testing.M) {
 
 // td is the trust domain of all CAs here that do not say otherwise.
 const td = local.TrustDomain
+
+// denySoon has an agent tell a caller without an identity so at once, and not hold
+// it for half a minute.
+const denySoon = "workload_api: {deny_after: 10ms}\n"
 
 // world is a CA with one node agent.
 type world struct {
@@ -68,7 +73,7 @@ func shared(t *testing.T) *world {
 		common.keeper = newKeeper()
 		common.keeper.try(func() {
 			common.world.ca = local.StartCA(common.keeper, local.CAOptions{})
-			common.world.agent = common.world.ca.StartAgent(common.keeper, "shared", local.AgentOptions{})
+			common.world.agent = common.world.ca.StartAgent(common.keeper, "shared", local.AgentOptions{Config: denySoon})
 		})
 	})
 	if err := common.keeper.failed(); err != nil {
@@ -85,12 +90,12 @@ func shared(t *testing.T) *world {
 	return &common.world
 }
 
-// alone returns a world of the test's own.
+// alone returns a world of the test's own, which runs in parallel with others.
 func alone(t *testing.T, o local.CAOptions) *world {
 	t.Helper()
 	require.Root(t)
 	w := &world{ca: local.StartCA(t, o)}
-	w.agent = w.ca.StartAgent(t, "alone", local.AgentOptions{})
+	w.agent = w.ca.StartAgent(t, "alone", local.AgentOptions{Config: denySoon})
 	return w
 }
 
@@ -139,8 +144,8 @@ func (k *keeper) failed() error {
 
 func (k *keeper) end() {
 	k.cancel()
-	for i := len(k.cleanups) - 1; i >= 0; i-- {
-		k.cleanups[i]()
+	for _, f := range slices.Backward(k.cleanups) {
+		f()
 	}
 }
 
@@ -193,7 +198,7 @@ func (w *world) tryApply(t *testing.T, entries ...*entryv1.Entry) error {
 	t.Cleanup(func() {
 		for _, e := range entries {
 			// It may be deleted already, or the CA be gone.
-			_, _ = w.ca.Admin.DeleteEntries(context.Background(), &adminv1.DeleteEntriesRequest{Names: []string{e.GetName()}}) //nolint:usetesting // the test has ended
+			_, _ = w.ca.Admin.DeleteEntries(context.Background(), &adminv1.DeleteEntriesRequest{Names: []string{e.GetName()}})
 		}
 	})
 	return nil
