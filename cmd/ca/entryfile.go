@@ -40,11 +40,13 @@ func (e *entryYAML) proto() *entryv1.Entry {
 	return p
 }
 
+const maxProblems = 50
+
 // readEntries reads registration entries from a file, from all *.yaml files of
 // a folder, or from stdin for "-". Each file holds a list of entries, or one
 // entry a document. With a trust domain, the entries are compiled too, and what
 // is wrong is reported with its place in the file; all mistakes are returned
-// together.
+// together, those of maxProblems entries at most.
 func readEntries(path string, stdin io.Reader, td spiffeid.TrustDomain) ([]*entryv1.Entry, error) {
 	sources, err := entrySources(path, stdin)
 	if err != nil {
@@ -75,6 +77,9 @@ func readEntries(path string, stdin io.Reader, td spiffeid.TrustDomain) ([]*entr
 				entries = append(entries, e)
 			}
 		}
+	}
+	if n := len(problems); n > maxProblems {
+		problems = append(problems[:maxProblems], fmt.Errorf("and %d more entries with mistakes", n-maxProblems))
 	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err

@@ -27,8 +27,12 @@ import (
 // MaxBytes is the size of the largest file that is read.
 const MaxBytes = 8 << 20
 
-// maxDepth bounds how deeply a file may be nested.
-const maxDepth = 64
+// maxDepth bounds how deeply a file may be nested, maxDocuments how many
+// documents it may hold: the parser's time grows with the square of that.
+const (
+	maxDepth     = 64
+	maxDocuments = 10_000
+)
 
 // Error is a mistake in a file. Line and Column are 1-based; 0 if the mistake
 // is that something is missing from the file as a whole.
@@ -121,11 +125,16 @@ func ParseAll(name string, data []byte) ([]*File, error) {
 	return files, nil
 }
 
-// shallow refuses, before it is parsed, what is nested too deeply: the parser
-// recurses.
+// shallow refuses, before it is parsed, what is nested too deeply, since the
+// parser recurses, and what is cut into too many documents.
 func shallow(name string, data []byte) error {
-	depth := 0
+	depth, documents := 0, 0
 	for i, line := range bytes.Split(data, []byte("\n")) {
+		if bytes.HasPrefix(line, []byte("---")) {
+			if documents++; documents > maxDocuments {
+				return &Error{File: name, Line: i + 1, Column: 1, Message: fmt.Sprintf("more than %d documents; write lists, or several files", maxDocuments)}
+			}
+		}
 		indent := len(line) - len(bytes.TrimLeft(line, " -?:\t"))
 		for _, c := range line {
 			switch c {

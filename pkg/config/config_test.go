@@ -139,6 +139,7 @@ func TestV_I4_HugeOrDeep(t *testing.T) {
 		"deep braces": []byte(strings.Repeat("{a: ", 10_000)),
 		"deep list":   []byte(strings.Repeat("- ", 100_000)),
 		"deep keys":   []byte(strings.Repeat("? ", 100_000)),
+		"documents":   []byte(strings.Repeat("---\na: b\n", maxDocuments+1)),
 	} {
 		if _, err := Parse(name, data); err == nil {
 			t.Errorf("%s: accepted", name)

@@ -155,7 +155,8 @@ func (a *adminService) DeleteToken(ctx context.Context, req *adminv1.DeleteToken
 	}
 	switch len(found) {
 	case 0:
-		return nil, fail(kindNotFound, fmt.Sprintf("there is no unused token %q", truncate(req.GetId())), nil)
+		// What was asked for is not repeated: it may be a token itself.
+		return nil, fail(kindNotFound, "there is no unused token with this id: `ca token list` shows them", nil)
 	case 1:
 	default:
 		return nil, fail(kindConflict, fmt.Sprintf("%d tokens are named %q", len(found), req.GetId()), nil)

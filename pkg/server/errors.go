@@ -57,6 +57,10 @@ func fail(k kind, text string, cause error) *failure {
 	return &failure{kind: k, text: text, cause: cause}
 }
 
+// maxViolations bounds what is told of a request's mistakes, which travel in its
+// trailers.
+const maxViolations = 100
+
 // statusOf maps an error to what goes out: the kind's code, a text that names no
 // inner part, and the request's id, under which the log and the ledger have the
 // rest. It is the only place where codes are chosen.
@@ -82,6 +86,9 @@ func statusOf(err error, requestID string) *status.Status {
 	bad := new(errdetails.BadRequest)
 	for _, e := range f.entries {
 		for _, field := range e.Fields {
+			if len(bad.FieldViolations) == maxViolations {
+				break
+			}
 			bad.FieldViolations = append(bad.FieldViolations, &errdetails.BadRequest_FieldViolation{
 				Field:       violationField(e.Entry, field),
 				Description: violationText(field),
@@ -126,6 +133,7 @@ func (k kind) code() codes.Code {
 // violationField names a field of an entry as "entry.field:line:column"; line
 // and column are left out where there are none.
 func violationField(entry string, f identity.FieldError) string {
+	entry = truncate(entry) // it may be what is wrong
 	if f.Line == 0 {
 		return entry + "." + f.Field
 	}
