@@ -629,7 +629,7 @@ func TestWeeksOfRotation(t *testing.T) {
 				}
 			}
 			life := signed.NotAfter.Sub(now)
-			if early, late := now.Add(life*45/100), now.Add(life*55/100); signed.RenewAt.Before(early) || signed.RenewAt.After(late) {
+			if early, late := now.Add(life*35/100), now.Add(life*65/100); signed.RenewAt.Before(early) || signed.RenewAt.After(late) {
 				t.Fatalf("renew at %s, not between %s and %s", signed.RenewAt, early, late)
 			}
 			if _, err := f.ServerCertificate(); err != nil {

@@ -78,8 +78,8 @@ type Request struct {
 type Signed struct {
 	Draft               *ledger.Draft
 	NotBefore, NotAfter time.Time
-	// RenewAt is when it should be replaced: at half of its life, spread by a
-	// tenth of that to either side, so that what was issued together is not
+	// RenewAt is when it should be replaced: at half of its life, spread by
+	// renewJitter to either side, so that what was issued together is not
 	// renewed together.
 	RenewAt time.Time
 	// Serial is the big-endian serial number.
@@ -224,10 +224,17 @@ func (c *CA) choose(a *authority, now time.Time, ttl time.Duration) (notBefore, 
 	return later(notBefore, a.notBefore), notAfter, shrunk, nil
 }
 
-// renewAt is half of the life from now on, give or take a tenth of that.
+// renewJitter is how far, in parts of half of the life, a renewal may lie to
+// either side of it. What was issued at one instant, such as after an outage, is
+// then renewed over 0.3 lives, at 1.7 times the rate of a fleet whose renewals
+// are spread evenly; and after a few lives they are.
+const renewJitter = 0.3
+
+// renewAt is half of the life from now on, give or take renewJitter of that.
 func renewAt(now, notAfter time.Time) time.Time {
 	half := float64(notAfter.Sub(now)) / 2
-	return now.Round(0).Add(time.Duration(half * (0.9 + 0.2*mathrand.Float64()))) //nolint:gosec // spreading load needs no secrecy
+	spread := 1 + renewJitter*(2*mathrand.Float64()-1) //nolint:gosec // spreading load needs no secrecy
+	return now.Round(0).Add(time.Duration(half * spread))
 }
 
 // check reads back what was signed and verifies the signature over it. In this

@@ -3,6 +3,7 @@ package house
 import (
 	"bytes"
 	"go/ast"
+	"go/token"
 	"os"
 	"path"
 	"path/filepath"
@@ -391,5 +392,26 @@ func TestWhat(t *testing.T) {
 		if got := (Case{Function: name}).what(); got != want {
 			t.Errorf("%s: got %q, want %q", name, got, want)
 		}
+	}
+}
+
+// TestV_D5_MountTablesAreNeverRead: whoever has a mount namespace of his own can
+// bind what he likes, also a foreign cgroup. No part of attestation reads a mount
+// table.
+func TestV_D5_MountTablesAreNeverRead(t *testing.T) {
+	for _, f := range parse(t) {
+		if f.Test() || !strings.HasPrefix(f.Path, "pkg/") {
+			continue
+		}
+		ast.Inspect(f.File, func(n ast.Node) bool {
+			if l, ok := n.(*ast.BasicLit); ok && l.Kind == token.STRING {
+				for _, table := range []string{"mountinfo", "mounts", "mountstats"} {
+					if strings.Contains(l.Value, table) {
+						t.Errorf("%s: names %s", f.Position(l.Pos()), table)
+					}
+				}
+			}
+			return true
+		})
 	}
 }
