@@ -329,7 +329,7 @@ func writeExplanation(w io.Writer, answer *adminv1.ExplainResponse) error {
 		fmt.Fprintf(w, "instance %s\n", answer.GetInstance())
 	}
 	if answer.GetWorkload() != nil {
-		attributes, err := cli.MarshalJSON(answer.GetWorkload())
+		attributes, err := cli.MarshalSet(answer.GetWorkload())
 		if err != nil {
 			return err
 		}

@@ -100,7 +100,11 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 	fmt.Fprintf(w, "node            %s\nconnection      %s\n", s.NodeID, connection)
 	fmt.Fprintf(w, "agent's SVID    expires %s, renewed %s\n", cli.Until(now, s.NotAfter), cli.Until(now, s.RenewAt))
 	fmt.Fprintf(w, "entries         %d at revision %d; bundle sequence %d acknowledged by %d of %d streams\n", s.Entries, s.Revision, s.BundleSequence, s.Acknowledged, s.Streams)
-	fmt.Fprintf(w, "outage budget   %s\n", s.OutageBudget)
+	budget := "no SVIDs are live"
+	if s.OutageBudget != "" {
+		budget = s.OutageBudget + " until the first SVID would expire"
+	}
+	fmt.Fprintf(w, "outage budget   %s\n", budget)
 	for _, c := range s.Conditions {
 		if c.Severity == health.OK {
 			continue
@@ -111,8 +115,8 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 	var rows [][]string
 	for _, i := range s.Instances {
 		name := i.Instance
-		if kind, id, ok := strings.Cut(name, ":"); ok && len(id) > 24 {
-			name = kind + ":" + id[:12]
+		if id, ok := strings.CutPrefix(name, "docker:"); ok && len(id) > 12 {
+			name = "docker:" + id[:12] // as the docker command shows it
 		}
 		if len(i.Identities) == 0 {
 			rows = append(rows, []string{name, "(no entry matches)", "-", "-", fmt.Sprint(i.Streams), "-"})

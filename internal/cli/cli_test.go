@@ -21,6 +21,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/health"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
@@ -87,6 +88,10 @@ func TestJSON(t *testing.T) {
 	}
 	line, err := MarshalJSON(&adminv1.GetBundleResponse{Roots: [][]byte{{1}, {2, 3}}})
 	if err != nil || !bytes.Contains(line, []byte(`["01","0203"]`)) {
+		t.Errorf("%s, %v", line, err)
+	}
+	line, err = MarshalSet(&attributesv1.Workload{Unix: &attributesv1.Unix{Uid: 1000, Groups: []int64{4, 27}}})
+	if want := `{"unix":{"groups":[4,27],"uid":1000}}`; err != nil || string(line) != want {
 		t.Errorf("%s, %v", line, err)
 	}
 	line, err = MarshalJSON(&ledgerv1.Record{Certificate: &ledgerv1.Certificate{Serial: []byte{7}}})

@@ -13,8 +13,8 @@ import (
 )
 
 // JSON writes v, indented. A protobuf message has its field names as they are
-// in the .proto file, and bytes as lower-case hexadecimal, as serials and
-// fingerprints are written everywhere else.
+// in the .proto file, numbers as numbers, and bytes as lower-case hexadecimal,
+// as serials and fingerprints are written everywhere else.
 func JSON(w io.Writer, v any) error {
 	var data []byte
 	var err error
@@ -36,8 +36,13 @@ func JSON(w io.Writer, v any) error {
 }
 
 // MarshalJSON renders a message as JSON does, on one line.
-func MarshalJSON(m proto.Message) ([]byte, error) {
-	data, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+func MarshalJSON(m proto.Message) ([]byte, error) { return marshal(m, true) }
+
+// MarshalSet is MarshalJSON without the fields that are not set.
+func MarshalSet(m proto.Message) ([]byte, error) { return marshal(m, false) }
+
+func marshal(m proto.Message, unset bool) ([]byte, error) {
+	data, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: unset}.Marshal(m)
 	if err != nil {
 		return nil, err
 	}
@@ -47,12 +52,14 @@ func MarshalJSON(m proto.Message) ([]byte, error) {
 	if err := d.Decode(&tree); err != nil {
 		return nil, err
 	}
-	toHex(m.ProtoReflect().Descriptor(), tree)
+	readable(m.ProtoReflect().Descriptor(), tree)
 	return json.Marshal(tree)
 }
 
-// toHex rewrites the bytes fields of a message in its JSON tree.
-func toHex(d protoreflect.MessageDescriptor, tree any) {
+// readable rewrites the fields of a message in its JSON tree: bytes to
+// hexadecimal, and 64-bit integers, which are strings in protobuf's JSON, to
+// numbers.
+func readable(d protoreflect.MessageDescriptor, tree any) {
 	object, ok := tree.(map[string]any)
 	if !ok {
 		return
@@ -67,34 +74,39 @@ func toHex(d protoreflect.MessageDescriptor, tree any) {
 		case f.IsMap():
 			if m, ok := v.(map[string]any); ok && f.MapValue().Message() != nil {
 				for _, e := range m {
-					toHex(f.MapValue().Message(), e)
+					readable(f.MapValue().Message(), e)
 				}
 			}
 		case f.Kind() == protoreflect.BytesKind:
-			object[string(f.Name())] = hexAll(v)
+			object[string(f.Name())] = each(v, func(s string) any {
+				raw, err := base64.StdEncoding.DecodeString(s)
+				if err != nil {
+					return s
+				}
+				return hex.EncodeToString(raw)
+			})
+		case f.Kind() == protoreflect.Int64Kind || f.Kind() == protoreflect.Uint64Kind:
+			object[string(f.Name())] = each(v, func(s string) any { return json.Number(s) })
 		case f.IsList() && f.Message() != nil:
 			if l, ok := v.([]any); ok {
 				for _, e := range l {
-					toHex(f.Message(), e)
+					readable(f.Message(), e)
 				}
 			}
 		case f.Message() != nil:
-			toHex(f.Message(), v)
+			readable(f.Message(), v)
 		}
 	}
 }
 
-func hexAll(v any) any {
+// each replaces a string, or those of a list.
+func each(v any, replace func(string) any) any {
 	switch v := v.(type) {
 	case string:
-		raw, err := base64.StdEncoding.DecodeString(v)
-		if err != nil {
-			return v
-		}
-		return hex.EncodeToString(raw)
+		return replace(v)
 	case []any:
 		for i := range v {
-			v[i] = hexAll(v[i])
+			v[i] = each(v[i], replace)
 		}
 	}
 	return v
