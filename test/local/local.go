@@ -287,6 +287,8 @@ type AgentOptions struct {
 	Address string
 	// Labels of the node.
 	Labels map[string]string
+	// NodeAttestation replaces the join token: the value of node_attestation.
+	NodeAttestation string
 	// Wrap stands before the program's own arguments.
 	Wrap []string
 }
@@ -307,11 +309,14 @@ func (c *CA) LaunchAgent(t testing.TB, node string, o AgentOptions) *Agent {
 		Dir: dir, Socket: filepath.Join(dir, "agent.sock"), AdminSocket: filepath.Join(dir, "admin.sock"),
 		Metrics: FreeAddress(t),
 	}
-	token, err := c.Admin.CreateToken(t.Context(), &adminv1.CreateTokenRequest{NodeName: node, Labels: o.Labels})
-	if err != nil {
-		t.Fatal(err)
+	if o.NodeAttestation == "" {
+		token, err := c.Admin.CreateToken(t.Context(), &adminv1.CreateTokenRequest{NodeName: node, Labels: o.Labels})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.NodeID = token.GetNodeId()
+		o.NodeAttestation = fmt.Sprintf("{join_token: {token_file: %s}}", writeFile(t, dir, "token", token.GetToken()))
 	}
-	a.NodeID = token.GetNodeId()
 	if o.Address == "" {
 		o.Address = c.Listen
 	}
@@ -321,9 +326,9 @@ data_dir: %s
 socket: %s
 admin_socket: %s
 metrics_listen: '%s'
-node_attestation: {join_token: {token_file: %s}}
+node_attestation: %s
 %s`, TrustDomain, o.Address, writeFile(t, dir, "bundle.pem", c.MustCommand(t, "bundle", "show")), filepath.Join(dir, "agent"),
-		a.Socket, a.AdminSocket, a.Metrics, writeFile(t, dir, "token", token.GetToken()), o.Config)
+		a.Socket, a.AdminSocket, a.Metrics, o.NodeAttestation, o.Config)
 	a.Process = Run(t, append(o.Wrap, filepath.Join(Binaries(t), "node-agent"), "run", "--config", writeFile(t, dir, "agent.yaml", config))...)
 	return a
 }
