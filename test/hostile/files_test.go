@@ -219,7 +219,7 @@ func TestV_K5_MemoryIsPrivate(t *testing.T) {
 	}
 	// What is in /proc of a process that may be dumped belongs to its user, who may
 	// read its memory; else to root. So it is looked at as another user.
-	dir, err := os.MkdirTemp("", "meshid")
+	dir, err := os.MkdirTemp("", "meshid") //nolint:usetesting // the path of a Unix socket is short
 	must(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	must(t, os.Chown(dir, int(alice), int(alice)))

@@ -74,7 +74,7 @@ var program struct {
 func programPath(t testing.TB) string {
 	t.Helper()
 	program.once.Do(func() {
-		if program.dir, program.err = os.MkdirTemp("", "meshid-hostile"); program.err != nil {
+		if program.dir, program.err = os.MkdirTemp("", "meshid-hostile"); program.err != nil { //nolint:usetesting // it is for all tests
 			return
 		}
 		self, err := os.Open("/proc/self/exe")

@@ -341,7 +341,10 @@ func TestV_J4_Canaries(t *testing.T) {
 	}
 	for _, args := range [][]string{
 		{"ledger", "tail", "--dir", filepath.Join(ca.DataDir, "ledger"), "-n", "1000", "-o", "json"},
-		{"token", "list", "-o", "json"}, {"node", "list", "-o", "json"}, {"status"}, {"authority", "list", "-o", "json"},
+		{"token", "list", "-o", "json"},
+		{"node", "list", "-o", "json"},
+		{"status"},
+		{"authority", "list", "-o", "json"},
 	} {
 		places["ca "+args[0]] = []byte(ca.MustCommand(t, args...))
 	}

@@ -92,7 +92,10 @@ func field(name, value string) []byte {
 func request(method string) []byte {
 	b := []byte{0x83, 0x86} // :method POST, :scheme http
 	for _, f := range [][2]string{
-		{":path", method}, {":authority", "localhost"}, {"content-type", "application/grpc"}, {"te", "trailers"},
+		{":path", method},
+		{":authority", "localhost"},
+		{"content-type", "application/grpc"},
+		{"te", "trailers"},
 		{"workload.spiffe.io", "true"},
 	} {
 		b = append(b, field(f[0], f[1])...)
