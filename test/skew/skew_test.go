@@ -165,6 +165,28 @@ func validAt(now time.Time) func(*x509.Certificate) bool {
 	return func(c *x509.Certificate) bool { return !now.Before(c.NotBefore) && now.Before(c.NotAfter) }
 }
 
+// stay is a workload that is there until the test ends.
+func stay(t *testing.T, a *local.Agent) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = workloadapi.WatchX509Context(ctx, ignore{}, workloadapi.WithAddr(a.Address())) // ends with ctx
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
+}
+
+// ignore is a watcher that wants to be there only.
+type ignore struct{}
+
+func (ignore) OnX509ContextUpdate(*workloadapi.X509Context) {}
+
+func (ignore) OnX509ContextWatchError(error) {}
+
 // renewed says whether a certificate is another than an older one, and valid.
 func renewed(c *clock, old *x509svid.SVID) func(*x509.Certificate) bool {
 	return func(leaf *x509.Certificate) bool {
@@ -272,6 +294,7 @@ func TestV_F46_AgentAnHourWrong(t *testing.T) {
 			ca := local.StartCA(t, local.CAOptions{})
 			ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0, ttl: "+r.ttl+"}\n")
 			a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.wrap()})
+			stay(t, a)
 			old := fetch(t, a, "the first X.509-SVID", validAt(time.Now()))
 			c.step(t, r.by)
 			_, err := ca.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{Within: durationpb.New(time.Millisecond)})
