@@ -47,7 +47,7 @@ var buildClient = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // see above
+	if err := os.Chmod(dir, 0o755); err != nil { // see above
 		return "", err
 	}
 	cmd := exec.Command("go", "build", "-o", dir+"/", "./test/bench/client")
@@ -76,7 +76,7 @@ func only(b *testing.B) { b.ReportMetric(0, "ns/op") }
 func processorTime(b testing.TB, pid int) time.Duration {
 	b.Helper()
 	var t unix.Timespec
-	must(b, unix.ClockGettime(int32(^pid<<3|2), &t)) //nolint:gosec // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
+	must(b, unix.ClockGettime(int32(^pid<<3|2), &t)) // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
 	return time.Duration(t.Nano())
 }
 
@@ -116,9 +116,9 @@ func resident(b testing.TB, pid int) (all, own float64) {
 // goroutines returns how many goroutines a program has, from its metrics.
 func goroutines(b testing.TB, address string) float64 {
 	b.Helper()
-	response, err := http.Get("http://" + address + "/metrics") //nolint:noctx,gosec // ours, on loopback
+	response, err := http.Get("http://" + address + "/metrics") // ours, on loopback
 	must(b, err)
-	defer response.Body.Close() //nolint:errcheck // it was read
+	defer response.Body.Close() // it was read
 	lines := bufio.NewScanner(response.Body)
 	for lines.Scan() {
 		if v, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
@@ -148,9 +148,9 @@ func status(b testing.TB, a *local.Agent) *agent.Status {
 	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", a.AdminSocket)
 	}}}
-	response, err := c.Get("http://agent/status") //nolint:noctx // bounded by the test's own time
+	response, err := c.Get("http://agent/status") // bounded by the test's own time
 	must(b, err)
-	defer response.Body.Close() //nolint:errcheck // it was read
+	defer response.Body.Close() // it was read
 	s := &agent.Status{}
 	must(b, json.NewDecoder(response.Body).Decode(s))
 	return s
@@ -242,7 +242,7 @@ func gather(b testing.TB, socket string, n, user, step, nodeBytes int) *crowd {
 	for i := range n {
 		cmd := exec.Command(filepath.Join(dir, "client"), socket, "default", strconv.Itoa(nodeBytes))
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = gateIn, outIn, os.Stderr
-		id := uint32(user + i*step) //nolint:gosec // some hundred thousand
+		id := uint32(user + i*step) // some hundred thousand
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: id, Gid: id}, Pdeathsig: syscall.SIGKILL}
 		cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off"}
 		must(b, cmd.Start())

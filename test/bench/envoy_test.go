@@ -104,11 +104,11 @@ func newTap(b testing.TB, agentSocket string) *tap {
 	dir, err := os.MkdirTemp("", "tap") //nolint:usetesting // short, for a socket
 	must(b, err)
 	b.Cleanup(func() { _ = os.RemoveAll(dir) })
-	must(b, os.Chmod(dir, 0o755)) //nolint:gosec // Envoy is another user
+	must(b, os.Chmod(dir, 0o755)) // Envoy is another user
 	t := &tap{socket: filepath.Join(dir, "s"), sent: make(chan time.Time, 1024)}
 	l, err := (&net.ListenConfig{}).Listen(b.Context(), "unix", t.socket)
 	must(b, err)
-	must(b, os.Chmod(t.socket, 0o666)) //nolint:gosec // as above
+	must(b, os.Chmod(t.socket, 0o666)) // as above
 	b.Cleanup(func() { _ = l.Close() })
 	go func() {
 		for {

@@ -52,10 +52,10 @@ func attestNode(b testing.TB, ca *local.CA, name string) *node {
 	evidence, err := jointoken.NewAttester(token.GetToken()).Evidence(b.Context(), nil)
 	must(b, err)
 	key, csr := request(b)
-	//nolint:gosec // the CA is ours, and who it is does not matter to its speed
+	// the CA is ours, and who it is does not matter to its speed
 	first, err := grpc.NewClient(ca.Listen, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})))
 	must(b, err)
-	defer first.Close() //nolint:errcheck // nothing is lost
+	defer first.Close() // nothing is lost
 	stream, err := nodev1.NewNodeServiceClient(first).Attest(b.Context())
 	must(b, err)
 	must(b, stream.Send(&nodev1.AttestRequest{Step: &nodev1.AttestRequest_Start{
@@ -63,7 +63,7 @@ func attestNode(b testing.TB, ca *local.CA, name string) *node {
 	}}))
 	answer, err := stream.Recv()
 	must(b, err)
-	//nolint:gosec // as above
+	// as above
 	conn, err := grpc.NewClient(ca.Listen, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
 		InsecureSkipVerify: true, MinVersion: tls.VersionTLS13,
 		Certificates: []tls.Certificate{{Certificate: answer.GetIdentity().GetChain(), PrivateKey: key}},
