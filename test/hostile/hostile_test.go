@@ -10,12 +10,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -36,8 +38,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "as" {
 		os.Exit(child(os.Args[2], os.Args[3:])) //nolint:forbidigo // this process is no test
 	}
+	flag.Parse()
+	if set := flag.Lookup("test.parallel"); set.Value.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		_ = set.Value.Set(strconv.Itoa(max(4, runtime.GOMAXPROCS(0)))) // most of them wait for a deadline
+	}
 	code := local.Main(m)
-	if dir := program.dir; dir != "" {
+	if dir := programs.dir; dir != "" {
 		_ = os.RemoveAll(dir) // a leftover in the temporary folder harms nobody
 	}
 	os.Exit(code) //nolint:forbidigo // TestMain is this package's main
@@ -64,41 +70,48 @@ func child(name string, args []string) int {
 	return 0
 }
 
-// program is a copy of the test's program that other users may run.
-var program struct {
-	once sync.Once
-	dir  string
-	err  error
+// programs are copies of programs that other users may run.
+var programs struct {
+	mu  sync.Mutex // guards what follows
+	dir string
 }
 
-func programPath(t testing.TB) string {
+// forAll copies a program to where all users may run it, once.
+func forAll(t testing.TB, name, from string) string {
 	t.Helper()
-	program.once.Do(func() {
-		if program.dir, program.err = os.MkdirTemp("", "meshid-hostile"); program.err != nil { //nolint:usetesting // it is for all tests
-			return
-		}
-		self, err := os.Open("/proc/self/exe")
-		if err != nil {
-			program.err = err
-			return
-		}
-		defer self.Close()
-		out, err := os.OpenFile(filepath.Join(program.dir, "child"), os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o755)
-		if err != nil {
-			program.err = err
-			return
-		}
-		_, err = io.Copy(out, self)
-		program.err = errors.Join(err, out.Close(), os.Chmod(program.dir, 0o755))
-	})
-	must(t, program.err)
-	return filepath.Join(program.dir, "child")
+	programs.mu.Lock()
+	defer programs.mu.Unlock()
+	if programs.dir == "" {
+		dir, err := os.MkdirTemp("", "meshid-hostile") //nolint:usetesting // it is for all tests
+		must(t, err)
+		must(t, os.Chmod(dir, 0o755))
+		programs.dir = dir
+	}
+	path := filepath.Join(programs.dir, name)
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	in, err := os.Open(from)
+	must(t, err)
+	defer in.Close()
+	out, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
+	must(t, err)
+	_, err = io.Copy(out, in)
+	must(t, errors.Join(err, out.Chmod(0o755), out.Close()))
+	must(t, os.Rename(path+".new", path))
+	return path
 }
 
 // as returns a command that runs one of the children as a user.
 func as(t testing.TB, uid uint32, name string, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), programPath(t), append([]string{"as", name}, args...)...)
+	return user(t, uid, forAll(t, "child", "/proc/self/exe"), append([]string{"as", name}, args...)...)
+}
+
+// user returns a command that runs a program as a user.
+func user(t testing.TB, uid uint32, path string, args ...string) *exec.Cmd {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), path, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid, NoSetGroups: true}}
 	cmd.Env, cmd.Dir = []string{}, "/"
 	return cmd

@@ -343,6 +343,7 @@ func TestV_I3_RequestSizes(t *testing.T) {
 func TestV_D18_HTTP1(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
+	var all sync.WaitGroup
 	for _, path := range []string{w.agent.Socket, w.ca.AdminSocket} {
 		for _, request := range []string{
 			"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -355,24 +356,29 @@ func TestV_D18_HTTP1(t *testing.T) {
 			_, err := c.Write([]byte(request))
 			must(t, err)
 			must(t, c.SetReadDeadline(time.Now().Add(20*time.Second)))
-			answer, err := io.ReadAll(c)
-			var timeout net.Error
-			if errors.As(err, &timeout) && timeout.Timeout() {
-				t.Errorf("%s: %q leaves the connection open", path, request)
-			}
-			if strings.Contains(string(answer), " 200 ") {
-				t.Errorf("%s: %q is answered with %q", path, request, answer)
-			}
+			all.Go(func() {
+				answer, err := io.ReadAll(c)
+				var timeout net.Error
+				if errors.As(err, &timeout) && timeout.Timeout() {
+					t.Errorf("%s: %q leaves the connection open", path, request)
+				}
+				if strings.Contains(string(answer), " 200 ") {
+					t.Errorf("%s: %q is answered with %q", path, request, answer)
+				}
+			})
 		}
 	}
 	// The agent's admin socket is HTTP/1: half a request and a large one end.
 	for _, request := range []string{"GET /status HTTP/1.1\r\nHost: x", "GET /status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("y", 1<<20) + "\r\n\r\n"} {
 		c := dialUnix(t, w.agent.AdminSocket)
 		_, _ = c.Write([]byte(request)) // it may be closed early
-		if !closedWithin(c, 20*time.Second) {
-			t.Errorf("%.40q leaves the connection open", request)
-		}
+		all.Go(func() {
+			if !closedWithin(c, 20*time.Second) {
+				t.Errorf("%.40q leaves the connection open", request)
+			}
+		})
 	}
+	all.Wait()
 	w.sound(t)
 }
 
@@ -578,13 +584,14 @@ func TestV_I8_Churn(t *testing.T) {
 	w.ca.Apply(t, entries+"- {name: many, spiffe_id: 'spiffe://example.org/u/{string(unix.uid)}', workloads: unix.uid >= 24000 && unix.uid < 25000, accept_weak: true}\n")
 	fetchAs(t, 24999, w.agent)
 	before := footprintOf(t, w.agent.PID(), w.agent.Metrics)
+	program := forAll(t, "node-agent", filepath.Join(local.Binaries(t), "node-agent"))
 	users := make(chan uint32)
 	var all sync.WaitGroup
 	for range 4 {
 		all.Go(func() {
 			for uid := range users {
-				out, err := as(t, uid, "fetch", w.agent.Socket).CombinedOutput()
-				if want := fmt.Sprintf("spiffe://example.org/u/%d ", uid); err != nil || !strings.HasPrefix(string(out), want) {
+				out, err := user(t, uid, program, "fetch", "--socket", w.agent.Socket, "--timeout", "30s").CombinedOutput()
+				if want := fmt.Sprintf("spiffe://example.org/u/%d\n", uid); err != nil || !strings.HasPrefix(string(out), want) {
 					t.Errorf("user %d: %v: %s", uid, err, out)
 				}
 			}

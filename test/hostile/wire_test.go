@@ -146,7 +146,7 @@ func closedWithin(c net.Conn, d time.Duration) bool {
 // has had enough, and returns how many bytes it took.
 func pour(c net.Conn, what func(n int) []byte, limit int) (poured int, refused bool) {
 	for n := 0; poured < limit; n++ {
-		if err := c.SetWriteDeadline(time.Now().Add(2 * time.Second)); err != nil {
+		if err := c.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
 			return poured, true
 		}
 		k, err := c.Write(what(n))

@@ -231,9 +231,10 @@ func (c *CA) AwaitReady(t testing.TB) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
+	ended := c.Done() // of this run: there may be another before the goroutine ends
 	go func() {
 		select {
-		case <-c.Done():
+		case <-ended:
 			cancel()
 		case <-ctx.Done():
 		}
