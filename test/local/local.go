@@ -41,6 +41,9 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // workloads of other users run them
+		return "", err
+	}
 	cmd := exec.Command("go", "build", "-o", dir+"/", "./cmd/...") //nolint:gosec // the arguments are ours
 	cmd.Dir = require.Repository()
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")

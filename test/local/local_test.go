@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -64,5 +65,30 @@ func TestFromNothingToAnIdentity(t *testing.T) {
 	}
 	if err := syscall.Kill(a.PID(), 0); err == nil {
 		t.Error("the agent is still there")
+	}
+}
+
+// Whoever holds the identity of an entry that says admin operates the CA over
+// the network; another workload does not.
+func TestAdminOverMutualTLS(t *testing.T) {
+	require.Root(t)
+	ca := StartCA(t, CAOptions{})
+	ca.Apply(t, `
+- {name: operator, spiffe_id: 'spiffe://example.org/operator', workloads: unix.uid == 0, admin: true}
+- {name: other, spiffe_id: 'spiffe://example.org/other', workloads: unix.uid == 4711}
+`)
+	a := ca.StartAgent(t, "web-1", AgentOptions{})
+	remote := func(uid uint32) (string, error) {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(Binaries(t), "ca"), "node", "list", "--ca", ca.Listen)
+		cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+a.Address(), "MESHID_ADMIN_SOCKET=/nowhere")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := remote(0); err != nil || !strings.Contains(out, a.NodeID) {
+		t.Errorf("the operator: %v\n%s", err, out)
+	}
+	if out, err := remote(4711); err == nil || strings.Contains(out, a.NodeID) || !strings.Contains(out, "admin: true") {
+		t.Errorf("another workload: %v\n%s", err, out)
 	}
 }
