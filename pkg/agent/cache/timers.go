@@ -81,3 +81,54 @@ func (h *timers) Pop() any {
 	o.place().index = 0
 	return o
 }
+
+// Tick does what is due. Every method that is given a time does so too.
+func (c *Cache) Tick(now time.Time) {
+	c.rebase(now)
+	for len(c.timers) > 0 && !c.timers[0].deadline().after(now) {
+		switch o := c.timers[0].(type) {
+		case *slot:
+			c.fire(now, o)
+		case *workload:
+			c.drop(o)
+		}
+	}
+	if !c.until.IsZero() && !deadline(c.until).after(now) {
+		c.until = time.Time{}
+		for _, name := range sortedKeys(c.restored) {
+			c.abandon(name, c.restored[name])
+		}
+		c.restored = make(map[string][]Restored)
+	}
+}
+
+// rebase keeps deadlines right when the wall clock is set, or ran on while the
+// machine slept: whichever of the two clocks says that a deadline has come is
+// believed.
+func (c *Cache) rebase(now time.Time) {
+	if c.clock.IsZero() {
+		c.clock = now
+		return
+	}
+	step := now.Round(0).Sub(c.clock.Round(0)) - now.Sub(c.clock)
+	if step.Abs() < time.Second {
+		return
+	}
+	c.clock = now
+	soonest := func(t time.Time) time.Time {
+		return now.Add(min(t.Sub(now), t.Round(0).Sub(now.Round(0))))
+	}
+	for _, i := range c.instances {
+		for _, s := range i.slots {
+			if !s.due.IsZero() {
+				s.due = soonest(s.due)
+			}
+			c.arm(s)
+		}
+		for _, w := range i.workloads {
+			if w.armed() {
+				c.timers.set(w, soonest(w.at))
+			}
+		}
+	}
+}
