@@ -17,6 +17,7 @@ package attributesv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -516,11 +517,67 @@ func (x *Docker) GetImageLabels() map[string]string {
 	return nil
 }
 
+// Process names one process of a node for the record. It is no fact that a rule
+// could be about: a number is nobody's for long.
+type Process struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As the node itself numbers it.
+	Pid int64 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
+	// When the process began; with pid, it names the process for good.
+	StartTime     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Process) Reset() {
+	*x = Process{}
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Process) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Process) ProtoMessage() {}
+
+func (x *Process) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Process.ProtoReflect.Descriptor instead.
+func (*Process) Descriptor() ([]byte, []int) {
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Process) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Process) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
+}
+
 var File_proto_attributes_v1_attributes_proto protoreflect.FileDescriptor
 
 const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\n" +
-	"$proto/attributes/v1/attributes.proto\x12\x14meshid.attributes.v1\"\xa2\x02\n" +
+	"$proto/attributes/v1/attributes.proto\x12\x14meshid.attributes.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x02\n" +
 	"\x04Node\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12>\n" +
@@ -572,7 +629,11 @@ const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10ImageLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B;Z9github.com/meshid/meshid/proto/attributes/v1;attributesv1b\x06proto3"
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
+	"\aProcess\x12\x10\n" +
+	"\x03pid\x18\x01 \x01(\x03R\x03pid\x129\n" +
+	"\n" +
+	"start_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTimeB;Z9github.com/meshid/meshid/proto/attributes/v1;attributesv1b\x06proto3"
 
 var (
 	file_proto_attributes_v1_attributes_proto_rawDescOnce sync.Once
@@ -586,37 +647,40 @@ func file_proto_attributes_v1_attributes_proto_rawDescGZIP() []byte {
 	return file_proto_attributes_v1_attributes_proto_rawDescData
 }
 
-var file_proto_attributes_v1_attributes_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_proto_attributes_v1_attributes_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_proto_attributes_v1_attributes_proto_goTypes = []any{
-	(*Node)(nil),      // 0: meshid.attributes.v1.Node
-	(*JoinToken)(nil), // 1: meshid.attributes.v1.JoinToken
-	(*X509PoP)(nil),   // 2: meshid.attributes.v1.X509PoP
-	(*Workload)(nil),  // 3: meshid.attributes.v1.Workload
-	(*Values)(nil),    // 4: meshid.attributes.v1.Values
-	(*Unix)(nil),      // 5: meshid.attributes.v1.Unix
-	(*Docker)(nil),    // 6: meshid.attributes.v1.Docker
-	nil,               // 7: meshid.attributes.v1.Node.LabelsEntry
-	nil,               // 8: meshid.attributes.v1.Workload.ExtEntry
-	nil,               // 9: meshid.attributes.v1.Values.ValuesEntry
-	nil,               // 10: meshid.attributes.v1.Docker.LabelsEntry
-	nil,               // 11: meshid.attributes.v1.Docker.ImageLabelsEntry
+	(*Node)(nil),                  // 0: meshid.attributes.v1.Node
+	(*JoinToken)(nil),             // 1: meshid.attributes.v1.JoinToken
+	(*X509PoP)(nil),               // 2: meshid.attributes.v1.X509PoP
+	(*Workload)(nil),              // 3: meshid.attributes.v1.Workload
+	(*Values)(nil),                // 4: meshid.attributes.v1.Values
+	(*Unix)(nil),                  // 5: meshid.attributes.v1.Unix
+	(*Docker)(nil),                // 6: meshid.attributes.v1.Docker
+	(*Process)(nil),               // 7: meshid.attributes.v1.Process
+	nil,                           // 8: meshid.attributes.v1.Node.LabelsEntry
+	nil,                           // 9: meshid.attributes.v1.Workload.ExtEntry
+	nil,                           // 10: meshid.attributes.v1.Values.ValuesEntry
+	nil,                           // 11: meshid.attributes.v1.Docker.LabelsEntry
+	nil,                           // 12: meshid.attributes.v1.Docker.ImageLabelsEntry
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
 }
 var file_proto_attributes_v1_attributes_proto_depIdxs = []int32{
-	7,  // 0: meshid.attributes.v1.Node.labels:type_name -> meshid.attributes.v1.Node.LabelsEntry
+	8,  // 0: meshid.attributes.v1.Node.labels:type_name -> meshid.attributes.v1.Node.LabelsEntry
 	1,  // 1: meshid.attributes.v1.Node.join_token:type_name -> meshid.attributes.v1.JoinToken
 	2,  // 2: meshid.attributes.v1.Node.x509pop:type_name -> meshid.attributes.v1.X509PoP
 	5,  // 3: meshid.attributes.v1.Workload.unix:type_name -> meshid.attributes.v1.Unix
 	6,  // 4: meshid.attributes.v1.Workload.docker:type_name -> meshid.attributes.v1.Docker
-	8,  // 5: meshid.attributes.v1.Workload.ext:type_name -> meshid.attributes.v1.Workload.ExtEntry
-	9,  // 6: meshid.attributes.v1.Values.values:type_name -> meshid.attributes.v1.Values.ValuesEntry
-	10, // 7: meshid.attributes.v1.Docker.labels:type_name -> meshid.attributes.v1.Docker.LabelsEntry
-	11, // 8: meshid.attributes.v1.Docker.image_labels:type_name -> meshid.attributes.v1.Docker.ImageLabelsEntry
-	4,  // 9: meshid.attributes.v1.Workload.ExtEntry.value:type_name -> meshid.attributes.v1.Values
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	9,  // 5: meshid.attributes.v1.Workload.ext:type_name -> meshid.attributes.v1.Workload.ExtEntry
+	10, // 6: meshid.attributes.v1.Values.values:type_name -> meshid.attributes.v1.Values.ValuesEntry
+	11, // 7: meshid.attributes.v1.Docker.labels:type_name -> meshid.attributes.v1.Docker.LabelsEntry
+	12, // 8: meshid.attributes.v1.Docker.image_labels:type_name -> meshid.attributes.v1.Docker.ImageLabelsEntry
+	13, // 9: meshid.attributes.v1.Process.start_time:type_name -> google.protobuf.Timestamp
+	4,  // 10: meshid.attributes.v1.Workload.ExtEntry.value:type_name -> meshid.attributes.v1.Values
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_proto_attributes_v1_attributes_proto_init() }
@@ -630,7 +694,7 @@ func file_proto_attributes_v1_attributes_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_attributes_v1_attributes_proto_rawDesc), len(file_proto_attributes_v1_attributes_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

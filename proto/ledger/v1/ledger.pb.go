@@ -12,6 +12,7 @@ package ledgerv1
 
 import (
 	v1 "github.com/meshid/meshid/proto/attributes/v1"
+	v11 "github.com/meshid/meshid/proto/entry/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
@@ -45,24 +46,36 @@ const (
 	Event_EVENT_BAN Event = 5
 	// A ban was lifted.
 	Event_EVENT_UNBAN Event = 6
-	// A registration entry was created or changed.
+	// A registration entry was created or changed: diff and definition say how.
 	Event_EVENT_ENTRY_APPLIED Event = 7
-	// A registration entry was deleted.
+	// A registration entry was deleted; definition is what it was.
 	Event_EVENT_ENTRY_DELETED Event = 8
 	// A join token was made.
 	Event_EVENT_TOKEN_CREATED Event = 9
-	// A join token was used, with success or not.
+	// A join token was presented, and used up or refused. The attestation that it
+	// was presented for has a record of its own, with the same request id.
 	Event_EVENT_TOKEN_USED Event = 10
-	// An authority (root or intermediate) was made, activated or retired.
+	// An authority (root or intermediate) took the state that authority.state says.
 	Event_EVENT_AUTHORITY Event = 11
-	// The trust bundle changed.
+	// The trust bundle changed: bundle is what it is now.
 	Event_EVENT_BUNDLE Event = 12
 	// A workload instance ended; its keys were dropped by the agent.
 	Event_EVENT_INSTANCE_ENDED Event = 13
 	// The CA started, with this configuration.
 	Event_EVENT_STARTED Event = 14
 	// A join token was withdrawn before it was used.
-	Event_EVENT_TOKEN_DELETED Event = 15
+	Event_EVENT_TOKEN_DELETED Event = 15 // 16 is EVENT_CLOCK's; 17 and 18 are for quarantines and for CRLs.
+	// A registration entry is in force in this CA without having been applied
+	// here: it was there when the CA started, or another CA applied it. So each
+	// journal has every entry that its decisions rest on.
+	Event_EVENT_ENTRY_LOADED Event = 19
+	// A call of the admin API was refused; call names it.
+	Event_EVENT_CALL_REFUSED Event = 20
+	// An operator ordered X.509-SVIDs to be renewed before their time.
+	Event_EVENT_RENEWAL_ORDERED Event = 21
+	// The CA stopped in good order. One that starts without this before it had
+	// crashed.
+	Event_EVENT_STOPPED Event = 22
 )
 
 // Enum value maps for Event.
@@ -84,24 +97,32 @@ var (
 		13: "EVENT_INSTANCE_ENDED",
 		14: "EVENT_STARTED",
 		15: "EVENT_TOKEN_DELETED",
+		19: "EVENT_ENTRY_LOADED",
+		20: "EVENT_CALL_REFUSED",
+		21: "EVENT_RENEWAL_ORDERED",
+		22: "EVENT_STOPPED",
 	}
 	Event_value = map[string]int32{
-		"EVENT_UNSPECIFIED":    0,
-		"EVENT_ISSUE":          1,
-		"EVENT_ATTEST":         2,
-		"EVENT_RENEW_AGENT":    3,
-		"EVENT_EVICT":          4,
-		"EVENT_BAN":            5,
-		"EVENT_UNBAN":          6,
-		"EVENT_ENTRY_APPLIED":  7,
-		"EVENT_ENTRY_DELETED":  8,
-		"EVENT_TOKEN_CREATED":  9,
-		"EVENT_TOKEN_USED":     10,
-		"EVENT_AUTHORITY":      11,
-		"EVENT_BUNDLE":         12,
-		"EVENT_INSTANCE_ENDED": 13,
-		"EVENT_STARTED":        14,
-		"EVENT_TOKEN_DELETED":  15,
+		"EVENT_UNSPECIFIED":     0,
+		"EVENT_ISSUE":           1,
+		"EVENT_ATTEST":          2,
+		"EVENT_RENEW_AGENT":     3,
+		"EVENT_EVICT":           4,
+		"EVENT_BAN":             5,
+		"EVENT_UNBAN":           6,
+		"EVENT_ENTRY_APPLIED":   7,
+		"EVENT_ENTRY_DELETED":   8,
+		"EVENT_TOKEN_CREATED":   9,
+		"EVENT_TOKEN_USED":      10,
+		"EVENT_AUTHORITY":       11,
+		"EVENT_BUNDLE":          12,
+		"EVENT_INSTANCE_ENDED":  13,
+		"EVENT_STARTED":         14,
+		"EVENT_TOKEN_DELETED":   15,
+		"EVENT_ENTRY_LOADED":    19,
+		"EVENT_CALL_REFUSED":    20,
+		"EVENT_RENEWAL_ORDERED": 21,
+		"EVENT_STOPPED":         22,
 	}
 )
 
@@ -138,8 +159,10 @@ type Outcome int32
 const (
 	Outcome_OUTCOME_UNSPECIFIED Outcome = 0
 	Outcome_OUTCOME_SUCCESS     Outcome = 1
-	Outcome_OUTCOME_REFUSED     Outcome = 2
-	Outcome_OUTCOME_ERROR       Outcome = 3
+	// The rules, the request or the caller's rights did not allow it.
+	Outcome_OUTCOME_REFUSED Outcome = 2
+	// It was allowed, and could not be done: nothing was issued or changed.
+	Outcome_OUTCOME_ERROR Outcome = 3
 )
 
 // Enum value maps for Outcome.
@@ -185,12 +208,14 @@ func (Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{1}
 }
 
-// Kind says why a certificate was issued.
+// Kind says why a certificate was issued. Every certificate is for a new key, so
+// each kind but the first is a rekey too.
 type Kind int32
 
 const (
 	Kind_KIND_UNSPECIFIED Kind = 0
-	// The instance's first certificate for this identity.
+	// The instance's first certificate for this identity; the node's, when it
+	// attested.
 	Kind_KIND_FIRST Kind = 1
 	// The previous one had reached its renewal time.
 	Kind_KIND_RENEWAL Kind = 2
@@ -241,43 +266,84 @@ func (Kind) EnumDescriptor() ([]byte, []int) {
 	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{2}
 }
 
-// Record is one line of the ledger.
+// Record is one line of the ledger. A field that is absent was not known, or means
+// nothing for the event.
 type Record struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1.
-	Version uint32                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	// 1. It grows if a field ever changes its meaning; fields are added without.
+	Version uint32 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	// When it happened; of an issuance, when the request arrived.
 	Time    *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	Event   Event                  `protobuf:"varint,3,opt,name=event,proto3,enum=meshid.ledger.v1.Event" json:"event,omitempty"`
 	Outcome Outcome                `protobuf:"varint,4,opt,name=outcome,proto3,enum=meshid.ledger.v1.Outcome" json:"outcome,omitempty"`
 	// A closed, machine-readable reason of a refusal, such as "rule_not_matched".
 	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The reason for a person: for a refusal, the nearest miss.
-	Detail      string       `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
-	TrustDomain string       `protobuf:"bytes,7,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Detail      string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
+	TrustDomain string `protobuf:"bytes,7,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// Of the certificate that was issued, or would have been.
 	SpiffeId    string       `protobuf:"bytes,8,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	Certificate *Certificate `protobuf:"bytes,9,opt,name=certificate,proto3" json:"certificate,omitempty"`
-	Kind        Kind         `protobuf:"varint,10,opt,name=kind,proto3,enum=meshid.ledger.v1.Kind" json:"kind,omitempty"`
-	// Serial of the certificate that this one replaces.
+	// Why it was issued, as the agent says.
+	Kind Kind `protobuf:"varint,10,opt,name=kind,proto3,enum=meshid.ledger.v1.Kind" json:"kind,omitempty"`
+	// Serial of the certificate that this one replaces, as the agent says.
 	PreviousSerial []byte `protobuf:"bytes,11,opt,name=previous_serial,json=previousSerial,proto3" json:"previous_serial,omitempty"`
 	// The workload instance and its attributes as attested.
 	Instance string       `protobuf:"bytes,12,opt,name=instance,proto3" json:"instance,omitempty"`
 	Workload *v1.Workload `protobuf:"bytes,13,opt,name=workload,proto3" json:"workload,omitempty"`
-	// "agent" or "ca": who established the workload's attributes.
-	VerifiedBy string     `protobuf:"bytes,14,opt,name=verified_by,json=verifiedBy,proto3" json:"verified_by,omitempty"`
-	Node       *NodeRef   `protobuf:"bytes,15,opt,name=node,proto3" json:"node,omitempty"`
-	Entry      *EntryRef  `protobuf:"bytes,16,opt,name=entry,proto3" json:"entry,omitempty"`
-	Authority  *Authority `protobuf:"bytes,17,opt,name=authority,proto3" json:"authority,omitempty"`
+	// Who established the facts that the decision rests on: "agent" for a
+	// workload's attributes, "ca" for a node's and for the CA's own.
+	VerifiedBy string    `protobuf:"bytes,14,opt,name=verified_by,json=verifiedBy,proto3" json:"verified_by,omitempty"`
+	Node       *NodeRef  `protobuf:"bytes,15,opt,name=node,proto3" json:"node,omitempty"`
+	Entry      *EntryRef `protobuf:"bytes,16,opt,name=entry,proto3" json:"entry,omitempty"`
+	// The authority that signed the certificate; for EVENT_AUTHORITY, the one that
+	// the event is about.
+	Authority *Authority `protobuf:"bytes,17,opt,name=authority,proto3" json:"authority,omitempty"`
 	// Who asked, for administrative events: "uid:0", or a SPIFFE ID.
 	Actor string `protobuf:"bytes,18,opt,name=actor,proto3" json:"actor,omitempty"`
 	// The CA process that decided.
 	CaInstance string `protobuf:"bytes,19,opt,name=ca_instance,json=caInstance,proto3" json:"ca_instance,omitempty"`
-	RequestId  string `protobuf:"bytes,20,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// The same in all records of one request, in the CA's log, and in the error
+	// that the caller saw.
+	RequestId string `protobuf:"bytes,20,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// From the request's arrival to the moment the record was made.
 	Took *durationpb.Duration `protobuf:"bytes,21,opt,name=took,proto3" json:"took,omitempty"`
 	// For entry events: the change, as a unified diff of the entry's YAML.
 	Diff string `protobuf:"bytes,22,opt,name=diff,proto3" json:"diff,omitempty"`
-	// For token events: SHA-256 of the token.
-	TokenSha256   []byte `protobuf:"bytes,23,opt,name=token_sha256,json=tokenSha256,proto3" json:"token_sha256,omitempty"`
+	// For token events and attestations with a token: SHA-256 of the token.
+	TokenSha256 []byte `protobuf:"bytes,23,opt,name=token_sha256,json=tokenSha256,proto3" json:"token_sha256,omitempty"`
+	// The attestors whose facts are in workload, such as "unix" and "docker".
+	Attestors []string `protobuf:"bytes,24,rep,name=attestors,proto3" json:"attestors,omitempty"`
+	// The process that asked, if it was one process.
+	Process *v1.Process `protobuf:"bytes,25,opt,name=process,proto3" json:"process,omitempty"`
+	// For attestations: SHA-256 of the evidence that the agent sent first.
+	EvidenceSha256 []byte `protobuf:"bytes,26,opt,name=evidence_sha256,json=evidenceSha256,proto3" json:"evidence_sha256,omitempty"`
+	// The version of the CA that decided.
+	CaVersion string `protobuf:"bytes,27,opt,name=ca_version,json=caVersion,proto3" json:"ca_version,omitempty"`
+	// For refusals by an entry: its nearest miss.
+	Miss *Miss `protobuf:"bytes,28,opt,name=miss,proto3" json:"miss,omitempty"`
+	// For entry events: the complete entry. It and the attributes in the records of
+	// issuance are all that a decision rests on, so that each can be judged again
+	// from the ledger alone.
+	Definition *v11.Entry `protobuf:"bytes,29,opt,name=definition,proto3" json:"definition,omitempty"`
+	// For EVENT_STARTED.
+	Configuration *Configuration `protobuf:"bytes,30,opt,name=configuration,proto3" json:"configuration,omitempty"`
+	// For EVENT_CALL_REFUSED: the method, such as "ApplyEntries".
+	Call string `protobuf:"bytes,31,opt,name=call,proto3" json:"call,omitempty"`
+	// For EVENT_BUNDLE.
+	Bundle *Bundle `protobuf:"bytes,32,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// For EVENT_INSTANCE_ENDED: the certificates whose keys were dropped, by their
+	// serials.
+	Dropped []*Certificate `protobuf:"bytes,33,rep,name=dropped,proto3" json:"dropped,omitempty"`
+	// If present, this record stands for several refusals.
+	Summary *Summary `protobuf:"bytes,34,opt,name=summary,proto3" json:"summary,omitempty"`
+	// For EVENT_RENEWAL_ORDERED.
+	Order *Order `protobuf:"bytes,35,opt,name=order,proto3" json:"order,omitempty"`
+	// What the platform said about where the workload runs; absent if no platform
+	// was asked.
+	Placement *Placement `protobuf:"bytes,36,opt,name=placement,proto3" json:"placement,omitempty"`
+	// For EVENT_TOKEN_CREATED: when the token ends.
+	TokenExpires  *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -469,6 +535,104 @@ func (x *Record) GetDiff() string {
 func (x *Record) GetTokenSha256() []byte {
 	if x != nil {
 		return x.TokenSha256
+	}
+	return nil
+}
+
+func (x *Record) GetAttestors() []string {
+	if x != nil {
+		return x.Attestors
+	}
+	return nil
+}
+
+func (x *Record) GetProcess() *v1.Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *Record) GetEvidenceSha256() []byte {
+	if x != nil {
+		return x.EvidenceSha256
+	}
+	return nil
+}
+
+func (x *Record) GetCaVersion() string {
+	if x != nil {
+		return x.CaVersion
+	}
+	return ""
+}
+
+func (x *Record) GetMiss() *Miss {
+	if x != nil {
+		return x.Miss
+	}
+	return nil
+}
+
+func (x *Record) GetDefinition() *v11.Entry {
+	if x != nil {
+		return x.Definition
+	}
+	return nil
+}
+
+func (x *Record) GetConfiguration() *Configuration {
+	if x != nil {
+		return x.Configuration
+	}
+	return nil
+}
+
+func (x *Record) GetCall() string {
+	if x != nil {
+		return x.Call
+	}
+	return ""
+}
+
+func (x *Record) GetBundle() *Bundle {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+func (x *Record) GetDropped() []*Certificate {
+	if x != nil {
+		return x.Dropped
+	}
+	return nil
+}
+
+func (x *Record) GetSummary() *Summary {
+	if x != nil {
+		return x.Summary
+	}
+	return nil
+}
+
+func (x *Record) GetOrder() *Order {
+	if x != nil {
+		return x.Order
+	}
+	return nil
+}
+
+func (x *Record) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
+}
+
+func (x *Record) GetTokenExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TokenExpires
 	}
 	return nil
 }
@@ -787,11 +951,379 @@ func (x *Authority) GetBundleSequence() uint64 {
 	return 0
 }
 
+// Miss says why an entry gave no identity: the first of its rules and templates
+// that failed.
+type Miss struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "nodes", "workloads", "spiffe_id" or "dns_names[i]".
+	Field string `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// The part of the rule or template that failed, as it was written.
+	Term string `protobuf:"bytes,2,opt,name=term,proto3" json:"term,omitempty"`
+	// What the facts were instead.
+	Why           string `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Miss) Reset() {
+	*x = Miss{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Miss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Miss) ProtoMessage() {}
+
+func (x *Miss) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Miss.ProtoReflect.Descriptor instead.
+func (*Miss) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Miss) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *Miss) GetTerm() string {
+	if x != nil {
+		return x.Term
+	}
+	return ""
+}
+
+func (x *Miss) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+// Configuration is what a CA was started with.
+type Configuration struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SHA-256 of settings.
+	Digest []byte `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	// The settings in effect, defaults included, as YAML. No secret is in them:
+	// settings name the files that hold secrets.
+	Settings      string `protobuf:"bytes,2,opt,name=settings,proto3" json:"settings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Configuration) Reset() {
+	*x = Configuration{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Configuration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Configuration) ProtoMessage() {}
+
+func (x *Configuration) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
+func (*Configuration) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Configuration) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *Configuration) GetSettings() string {
+	if x != nil {
+		return x.Settings
+	}
+	return ""
+}
+
+// Bundle is the trust bundle of the trust domain.
+type Bundle struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Grows with each change.
+	Sequence      uint64       `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Roots         []*Authority `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Bundle) Reset() {
+	*x = Bundle{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Bundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Bundle) ProtoMessage() {}
+
+func (x *Bundle) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
+func (*Bundle) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Bundle) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Bundle) GetRoots() []*Authority {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+// Summary says how many refusals a record stands for: those like one that was
+// recorded in full are counted, so that nobody can fill the disk by being refused.
+type Summary struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Count uint64                 `protobuf:"varint,1,opt,name=count,proto3" json:"count,omitempty"`
+	// When the first of them was counted.
+	Since         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Summary) Reset() {
+	*x = Summary{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Summary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Summary) ProtoMessage() {}
+
+func (x *Summary) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Summary.ProtoReflect.Descriptor instead.
+func (*Summary) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Summary) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *Summary) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+// Order is an order to renew.
+type Order struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The authority whose certificates are to be replaced; empty for all.
+	Authority string `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	// The time over which the renewals are spread.
+	Within *durationpb.Duration `protobuf:"bytes,2,opt,name=within,proto3" json:"within,omitempty"`
+	// Nodes that were connected and got the order at once.
+	Nodes         uint32 `protobuf:"varint,3,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Order) Reset() {
+	*x = Order{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Order) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Order) ProtoMessage() {}
+
+func (x *Order) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Order.ProtoReflect.Descriptor instead.
+func (*Order) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Order) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *Order) GetWithin() *durationpb.Duration {
+	if x != nil {
+		return x.Within
+	}
+	return nil
+}
+
+func (x *Order) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+// Placement is what the platform said when it was asked whether the workload runs
+// on the node that asks for it.
+type Placement struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who was asked, such as "kubernetes".
+	Platform string `protobuf:"bytes,1,opt,name=platform,proto3" json:"platform,omitempty"`
+	// "confirmed", "denied", or "unknown" if the platform did not answer.
+	Verdict string `protobuf:"bytes,2,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// For a person: what the platform said.
+	Detail string `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"`
+	// The age of the answer is the record's time less this.
+	AsOf          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=as_of,json=asOf,proto3" json:"as_of,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Placement) Reset() {
+	*x = Placement{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Placement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Placement) ProtoMessage() {}
+
+func (x *Placement) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Placement.ProtoReflect.Descriptor instead.
+func (*Placement) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Placement) GetPlatform() string {
+	if x != nil {
+		return x.Platform
+	}
+	return ""
+}
+
+func (x *Placement) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *Placement) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Placement) GetAsOf() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AsOf
+	}
+	return nil
+}
+
 var File_proto_ledger_v1_ledger_proto protoreflect.FileDescriptor
 
 const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\n" +
-	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\"\x8d\a\n" +
+	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xb6\f\n" +
 	"\x06Record\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
@@ -819,7 +1351,24 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"request_id\x18\x14 \x01(\tR\trequestId\x12-\n" +
 	"\x04took\x18\x15 \x01(\v2\x19.google.protobuf.DurationR\x04took\x12\x12\n" +
 	"\x04diff\x18\x16 \x01(\tR\x04diff\x12!\n" +
-	"\ftoken_sha256\x18\x17 \x01(\fR\vtokenSha256\"\x94\x02\n" +
+	"\ftoken_sha256\x18\x17 \x01(\fR\vtokenSha256\x12\x1c\n" +
+	"\tattestors\x18\x18 \x03(\tR\tattestors\x127\n" +
+	"\aprocess\x18\x19 \x01(\v2\x1d.meshid.attributes.v1.ProcessR\aprocess\x12'\n" +
+	"\x0fevidence_sha256\x18\x1a \x01(\fR\x0eevidenceSha256\x12\x1d\n" +
+	"\n" +
+	"ca_version\x18\x1b \x01(\tR\tcaVersion\x12*\n" +
+	"\x04miss\x18\x1c \x01(\v2\x16.meshid.ledger.v1.MissR\x04miss\x126\n" +
+	"\n" +
+	"definition\x18\x1d \x01(\v2\x16.meshid.entry.v1.EntryR\n" +
+	"definition\x12E\n" +
+	"\rconfiguration\x18\x1e \x01(\v2\x1f.meshid.ledger.v1.ConfigurationR\rconfiguration\x12\x12\n" +
+	"\x04call\x18\x1f \x01(\tR\x04call\x120\n" +
+	"\x06bundle\x18  \x01(\v2\x18.meshid.ledger.v1.BundleR\x06bundle\x127\n" +
+	"\adropped\x18! \x03(\v2\x1d.meshid.ledger.v1.CertificateR\adropped\x123\n" +
+	"\asummary\x18\" \x01(\v2\x19.meshid.ledger.v1.SummaryR\asummary\x12-\n" +
+	"\x05order\x18# \x01(\v2\x17.meshid.ledger.v1.OrderR\x05order\x129\n" +
+	"\tplacement\x18$ \x01(\v2\x1b.meshid.ledger.v1.PlacementR\tplacement\x12?\n" +
+	"\rtoken_expires\x18% \x01(\v2\x1a.google.protobuf.TimestampR\ftokenExpires\"\x94\x02\n" +
 	"\vCertificate\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1f\n" +
@@ -847,7 +1396,29 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
 	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12'\n" +
-	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence*\xd7\x02\n" +
+	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\"B\n" +
+	"\x04Miss\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x12\x12\n" +
+	"\x04term\x18\x02 \x01(\tR\x04term\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\"C\n" +
+	"\rConfiguration\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\fR\x06digest\x12\x1a\n" +
+	"\bsettings\x18\x02 \x01(\tR\bsettings\"W\n" +
+	"\x06Bundle\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x121\n" +
+	"\x05roots\x18\x02 \x03(\v2\x1b.meshid.ledger.v1.AuthorityR\x05roots\"Q\n" +
+	"\aSummary\x12\x14\n" +
+	"\x05count\x18\x01 \x01(\x04R\x05count\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"n\n" +
+	"\x05Order\x12\x1c\n" +
+	"\tauthority\x18\x01 \x01(\tR\tauthority\x121\n" +
+	"\x06within\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06within\x12\x14\n" +
+	"\x05nodes\x18\x03 \x01(\rR\x05nodes\"\x8a\x01\n" +
+	"\tPlacement\x12\x1a\n" +
+	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
+	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xb5\x03\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -865,7 +1436,11 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\fEVENT_BUNDLE\x10\f\x12\x18\n" +
 	"\x14EVENT_INSTANCE_ENDED\x10\r\x12\x11\n" +
 	"\rEVENT_STARTED\x10\x0e\x12\x17\n" +
-	"\x13EVENT_TOKEN_DELETED\x10\x0f*_\n" +
+	"\x13EVENT_TOKEN_DELETED\x10\x0f\x12\x16\n" +
+	"\x12EVENT_ENTRY_LOADED\x10\x13\x12\x16\n" +
+	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
+	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +
+	"\rEVENT_STOPPED\x10\x16*_\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n" +
@@ -891,7 +1466,7 @@ func file_proto_ledger_v1_ledger_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_ledger_v1_ledger_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(Event)(0),                    // 0: meshid.ledger.v1.Event
 	(Outcome)(0),                  // 1: meshid.ledger.v1.Outcome
@@ -901,31 +1476,53 @@ var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(*NodeRef)(nil),               // 5: meshid.ledger.v1.NodeRef
 	(*EntryRef)(nil),              // 6: meshid.ledger.v1.EntryRef
 	(*Authority)(nil),             // 7: meshid.ledger.v1.Authority
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
-	(*v1.Workload)(nil),           // 9: meshid.attributes.v1.Workload
-	(*durationpb.Duration)(nil),   // 10: google.protobuf.Duration
-	(*v1.Node)(nil),               // 11: meshid.attributes.v1.Node
+	(*Miss)(nil),                  // 8: meshid.ledger.v1.Miss
+	(*Configuration)(nil),         // 9: meshid.ledger.v1.Configuration
+	(*Bundle)(nil),                // 10: meshid.ledger.v1.Bundle
+	(*Summary)(nil),               // 11: meshid.ledger.v1.Summary
+	(*Order)(nil),                 // 12: meshid.ledger.v1.Order
+	(*Placement)(nil),             // 13: meshid.ledger.v1.Placement
+	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
+	(*v1.Workload)(nil),           // 15: meshid.attributes.v1.Workload
+	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
+	(*v1.Process)(nil),            // 17: meshid.attributes.v1.Process
+	(*v11.Entry)(nil),             // 18: meshid.entry.v1.Entry
+	(*v1.Node)(nil),               // 19: meshid.attributes.v1.Node
 }
 var file_proto_ledger_v1_ledger_proto_depIdxs = []int32{
-	8,  // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
+	14, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
 	0,  // 1: meshid.ledger.v1.Record.event:type_name -> meshid.ledger.v1.Event
 	1,  // 2: meshid.ledger.v1.Record.outcome:type_name -> meshid.ledger.v1.Outcome
 	4,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
 	2,  // 4: meshid.ledger.v1.Record.kind:type_name -> meshid.ledger.v1.Kind
-	9,  // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
+	15, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
 	5,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
 	6,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
 	7,  // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
-	10, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
-	8,  // 10: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	8,  // 11: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	11, // 12: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
-	8,  // 13: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	16, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
+	17, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
+	8,  // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
+	18, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
+	9,  // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
+	10, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
+	4,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
+	11, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
+	12, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
+	13, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
+	14, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
+	14, // 20: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	14, // 21: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	19, // 22: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
+	14, // 23: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	7,  // 24: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
+	14, // 25: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
+	16, // 26: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
+	14, // 27: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_proto_ledger_v1_ledger_proto_init() }
@@ -939,7 +1536,7 @@ func file_proto_ledger_v1_ledger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_ledger_v1_ledger_proto_rawDesc), len(file_proto_ledger_v1_ledger_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   5,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1564,8 +1564,10 @@ type IssueItem struct {
 	Kind     IssueKind    `protobuf:"varint,5,opt,name=kind,proto3,enum=meshid.node.v1.IssueKind" json:"kind,omitempty"`
 	// Serial of the X.509-SVID that is replaced.
 	PreviousSerial []byte `protobuf:"bytes,6,opt,name=previous_serial,json=previousSerial,proto3" json:"previous_serial,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The process that asks, if it is one. It is recorded, and decides nothing.
+	Process       *v1.Process `protobuf:"bytes,7,opt,name=process,proto3" json:"process,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IssueItem) Reset() {
@@ -1636,6 +1638,13 @@ func (x *IssueItem) GetKind() IssueKind {
 func (x *IssueItem) GetPreviousSerial() []byte {
 	if x != nil {
 		return x.PreviousSerial
+	}
+	return nil
+}
+
+func (x *IssueItem) GetProcess() *v1.Process {
+	if x != nil {
+		return x.Process
 	}
 	return nil
 }
@@ -2033,14 +2042,15 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\arequest\x18\x01 \x01(\x04R\arequest\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\"?\n" +
 	"\fIssueRequest\x12/\n" +
-	"\x05items\x18\x01 \x03(\v2\x19.meshid.node.v1.IssueItemR\x05items\"\xe3\x01\n" +
+	"\x05items\x18\x01 \x03(\v2\x19.meshid.node.v1.IssueItemR\x05items\"\x9c\x02\n" +
 	"\tIssueItem\x12\x14\n" +
 	"\x05entry\x18\x01 \x01(\tR\x05entry\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x1a\n" +
 	"\binstance\x18\x03 \x01(\tR\binstance\x12:\n" +
 	"\bworkload\x18\x04 \x01(\v2\x1e.meshid.attributes.v1.WorkloadR\bworkload\x12-\n" +
 	"\x04kind\x18\x05 \x01(\x0e2\x19.meshid.node.v1.IssueKindR\x04kind\x12'\n" +
-	"\x0fprevious_serial\x18\x06 \x01(\fR\x0epreviousSerial\"F\n" +
+	"\x0fprevious_serial\x18\x06 \x01(\fR\x0epreviousSerial\x127\n" +
+	"\aprocess\x18\a \x01(\v2\x1d.meshid.attributes.v1.ProcessR\aprocess\"F\n" +
 	"\rIssueResponse\x125\n" +
 	"\aresults\x18\x01 \x03(\v2\x1b.meshid.node.v1.IssueResultR\aresults\"~\n" +
 	"\vIssueResult\x120\n" +
@@ -2124,6 +2134,7 @@ var file_proto_node_v1_node_proto_goTypes = []any{
 	(*v11.Entry)(nil),               // 30: meshid.entry.v1.Entry
 	(*v1.Node)(nil),                 // 31: meshid.attributes.v1.Node
 	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
+	(*v1.Process)(nil),              // 33: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
@@ -2151,25 +2162,26 @@ var file_proto_node_v1_node_proto_depIdxs = []int32{
 	22, // 22: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
 	29, // 23: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
 	0,  // 24: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	24, // 25: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	25, // 26: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	26, // 27: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	28, // 28: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	1,  // 29: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	32, // 30: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	2,  // 31: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	6,  // 32: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	9,  // 33: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	21, // 34: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	4,  // 35: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	7,  // 36: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	15, // 37: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	23, // 38: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	35, // [35:39] is the sub-list for method output_type
-	31, // [31:35] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	33, // 25: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	24, // 26: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	25, // 27: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	26, // 28: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	28, // 29: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	1,  // 30: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	32, // 31: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	2,  // 32: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	6,  // 33: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	9,  // 34: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	21, // 35: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	4,  // 36: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	7,  // 37: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	15, // 38: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	23, // 39: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	36, // [36:40] is the sub-list for method output_type
+	32, // [32:36] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
