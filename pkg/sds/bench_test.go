@@ -20,6 +20,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // The benchmarks speak to the server with a client of a few bytes, so that what is
@@ -172,14 +173,14 @@ func firstRequest(t testing.TB, names ...string) []byte {
 
 // benchRig is a server on a real socket with the real listener.
 type benchRig struct {
-	source *fakeSource
+	source *identitytest.Source
 	server *Server
 	socket string
 }
 
 func newBenchRig(b testing.TB, snapshot *identity.Snapshot) *benchRig {
 	b.Helper()
-	r := &benchRig{source: &fakeSource{snapshot: snapshot}, socket: filepath.Join(b.TempDir(), "s")}
+	r := &benchRig{source: identitytest.NewSource(snapshot), socket: filepath.Join(b.TempDir(), "s")}
 	var err error
 	if r.server, err = New(r.source, Options{}); err != nil {
 		b.Fatal(err)
@@ -216,8 +217,8 @@ func settledMemory() (bytes uint64, goroutines int) {
 func BenchmarkMemoryPerStream(b *testing.B) {
 	for _, perConn := range []int{50, 1} {
 		b.Run(fmt.Sprintf("streams_per_connection_%d", perConn), func(b *testing.B) {
-			a := newAuthority(b, "a.test")
-			r := newBenchRig(b, a.snapshot(1, a.svid("/x")))
+			a := identitytest.NewAuthority(b, "a.test")
+			r := newBenchRig(b, a.Snapshot(1, a.SVID("/x")))
 			first := firstRequest(b, nameDefault)
 			for b.Loop() {
 				const streams = 1000
@@ -259,8 +260,8 @@ func cpuTime(b *testing.B) time.Duration {
 // until its secret has come, with the SVID at hand: time, and processor time of
 // client and server together.
 func BenchmarkFirstSecret(b *testing.B) {
-	a := newAuthority(b, "a.test")
-	r := newBenchRig(b, a.snapshot(1, a.svid("/x")))
+	a := identitytest.NewAuthority(b, "a.test")
+	r := newBenchRig(b, a.Snapshot(1, a.SVID("/x")))
 	first := firstRequest(b, nameDefault)
 	start := cpuTime(b)
 	for b.Loop() {
@@ -275,8 +276,8 @@ func BenchmarkFirstSecret(b *testing.B) {
 // BenchmarkPush reports what it takes until 1,000 streams have a new SVID each and
 // have acknowledged it.
 func BenchmarkPush(b *testing.B) {
-	a := newAuthority(b, "a.test")
-	r := newBenchRig(b, a.snapshot(1, a.svid("/x")))
+	a := identitytest.NewAuthority(b, "a.test")
+	r := newBenchRig(b, a.Snapshot(1, a.SVID("/x")))
 	first := marshal(b, &discoveryv3.DiscoveryRequest{TypeUrl: TypeURL, ResourceNames: []string{nameDefault}})
 	const streams, perConn = 1000, 50
 	type ack struct{}
@@ -321,7 +322,7 @@ func BenchmarkPush(b *testing.B) {
 	wait()
 	start := cpuTime(b)
 	for b.Loop() {
-		r.source.publish(a.snapshot(1, a.svid("/x")))
+		r.source.Publish(a.Snapshot(1, a.SVID("/x")))
 		wait()
 	}
 	b.ReportMetric(float64((cpuTime(b)-start).Microseconds())/float64(b.N)/streams, "cpu-µs/stream")

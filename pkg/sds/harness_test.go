@@ -13,106 +13,20 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/prometheus/client_golang/prometheus"
-	dto "github.com/prometheus/client_model/go"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/meshid/meshid/pkg/attest/peer"
-	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
-
-// fakeSource gives all streams the same snapshots.
-type fakeSource struct {
-	mu       sync.Mutex // guards what follows
-	snapshot *identity.Snapshot
-	watches  map[*identity.Watch]bool
-	opened   int
-	closed   int
-	acks     []uint64
-	err      error
-	forUID   map[uint32]*identity.Snapshot
-}
-
-func (f *fakeSource) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.err != nil {
-		return nil, f.err
-	}
-	var w *identity.Watch
-	w = identity.NewWatch(func(sequence uint64) {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.acks = append(f.acks, sequence)
-	}, func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.closed++
-		delete(f.watches, w)
-	})
-	f.opened++
-	if f.watches == nil {
-		f.watches = make(map[*identity.Watch]bool)
-	}
-	f.watches[w] = true
-	snapshot := f.snapshot
-	if s, ok := f.forUID[p.UID]; ok {
-		snapshot = s
-	}
-	if snapshot != nil {
-		w.Publish(snapshot)
-	}
-	return w, nil
-}
-
-func (f *fakeSource) publish(s *identity.Snapshot) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.snapshot = s
-	for w := range f.watches {
-		w.Publish(s)
-	}
-}
-
-func (f *fakeSource) end(err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for w := range f.watches {
-		w.End(err)
-	}
-}
-
-func (f *fakeSource) acknowledged() []uint64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return append([]uint64(nil), f.acks...)
-}
-
-// fixedPeer makes each connection one of the process p.
-type fixedPeer struct{ p *peer.Peer }
-
-func (f fixedPeer) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return c, peer.AuthInfo{
-		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		Peer:           f.p,
-	}, nil
-}
-
-func (fixedPeer) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("not a client")
-}
-func (fixedPeer) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
-func (f fixedPeer) Clone() credentials.TransportCredentials { return f }
-func (fixedPeer) OverrideServerName(string) error           { return nil }
 
 // rig is a server on an in-memory connection.
 type rig struct {
 	t      testing.TB
-	source *fakeSource
+	source *identitytest.Source
 	server *Server
 	peer   *peer.Peer
 	grpc   *grpc.Server
@@ -123,7 +37,7 @@ type rig struct {
 	problems []string
 }
 
-func newRig(t testing.TB, source *fakeSource, o Options) *rig {
+func newRig(t testing.TB, source *identitytest.Source, o Options) *rig {
 	t.Helper()
 	r := &rig{t: t, source: source, peer: peer.ForTest(4242, 1000, 1000), reg: prometheus.NewRegistry()}
 	o.Registerer, o.Logger = r.reg, slog.New(slog.DiscardHandler)
@@ -136,7 +50,7 @@ func newRig(t testing.TB, source *fakeSource, o Options) *rig {
 	if r.server, err = New(source, o); err != nil {
 		t.Fatal(err)
 	}
-	r.grpc = grpc.NewServer(append(ServerOptions(), grpc.Creds(fixedPeer{r.peer}))...)
+	r.grpc = grpc.NewServer(append(ServerOptions(), grpc.Creds(identitytest.PeerCredentials(r.peer)))...)
 	r.server.Register(r.grpc)
 	listener := bufconn.Listen(1 << 20)
 	served := make(chan error, 1)
@@ -161,29 +75,7 @@ func newRig(t testing.TB, source *fakeSource, o Options) *rig {
 // value returns the value of a counter or gauge by name and label values.
 func (r *rig) value(name string, labels ...string) float64 {
 	r.t.Helper()
-	families, err := r.reg.Gather()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	for _, f := range families {
-		if f.GetName() != name {
-			continue
-		}
-	metric:
-		for _, m := range f.GetMetric() {
-			for i, l := range labels {
-				if m.GetLabel()[i].GetValue() != l {
-					continue metric
-				}
-			}
-			if f.GetType() == dto.MetricType_COUNTER {
-				return m.GetCounter().GetValue()
-			}
-			return m.GetGauge().GetValue()
-		}
-	}
-	r.t.Fatalf("no metric %s %v", name, labels)
-	return 0
+	return identitytest.Metric(r.t, r.reg, name, labels...)
 }
 
 // sotw is a raw client of a state-of-the-world stream.

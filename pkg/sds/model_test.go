@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // The model of a proxy: it keeps what it is sent, refuses what is bad, and answers
@@ -47,13 +48,13 @@ type modelWorld struct {
 }
 
 func newModelWorld(t testing.TB) *modelWorld {
-	a, b := newAuthority(t, "a.test"), newAuthority(t, "b.test")
-	next := newAuthority(t, "a.test")
-	x1, x2, y := a.svid("/x"), a.svid("/x"), a.svid("/y")
-	expired := a.svid("/x")
+	a, b := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
+	next := identitytest.NewAuthority(t, "a.test")
+	x1, x2, y := a.SVID("/x"), a.SVID("/x"), a.SVID("/y")
+	expired := a.SVID("/x")
 	expired.Chain[0].NotAfter = time.Now().Add(-time.Minute)
-	b1, b2, b3 := a.bundle(1), a.bundle(2, next), a.bundle(3, next)
-	foreign := map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)}
+	b1, b2, b3 := a.Bundle(1), a.Bundle(2, next), a.Bundle(3, next)
+	foreign := map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1)}
 	return &modelWorld{
 		names: []string{
 			nameDefault, nameRoot, nameAll, "spiffe://a.test/x", "spiffe://a.test/y", "spiffe://a.test/other",
@@ -71,7 +72,7 @@ func newModelWorld(t testing.TB) *modelWorld {
 			{Bundle: b2, Withdrawn: []spiffeid.ID{x1.ID, y.ID}, Denied: true},
 			{Bundle: b2, Denied: true},
 			{Bundle: b3, SVIDs: []*identity.SVID{expired}},
-			{Bundle: &identity.Bundle{TrustDomain: a.td, Sequence: 4}, SVIDs: []*identity.SVID{x1}},
+			{Bundle: &identity.Bundle{TrustDomain: a.TrustDomain, Sequence: 4}, SVIDs: []*identity.SVID{x1}},
 		},
 	}
 }
@@ -369,7 +370,7 @@ func TestV_H8_ModelOfTheProtocol(t *testing.T) {
 		runs = 1_000
 	}
 	world := newModelWorld(t)
-	server, err := New(&fakeSource{}, Options{})
+	server, err := New(identitytest.NewSource(nil), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -394,7 +395,7 @@ func TestV_H8_ModelOfTheProtocol(t *testing.T) {
 // a rule.
 func FuzzSDSRequests(f *testing.F) {
 	world := newModelWorld(f)
-	server, err := New(&fakeSource{}, Options{})
+	server, err := New(identitytest.NewSource(nil), Options{})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 func countCertificates(b []byte) int {
@@ -59,41 +60,41 @@ func TestKindOf(t *testing.T) {
 // Rules 2.12 of the server: what a proxy would accept and fail with later is not
 // sent.
 func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
-	root := newAuthority(t, "a.test")
-	inter := root.intermediate()
-	other := newAuthority(t, "a.test")
+	root := identitytest.NewAuthority(t, "a.test")
+	inter := root.Intermediate()
+	other := identitytest.NewAuthority(t, "a.test")
 	now := time.Now()
-	good := inter.svid("/x")
+	good := inter.SVID("/x")
 	for _, tc := range []struct {
 		name string
 		svid *identity.SVID
 		want withheld // "" if it is good
 	}{
 		{"good with intermediate", good, ""},
-		{"good from root", root.svid("/x"), ""},
-		{"another key", &identity.SVID{ID: good.ID, Chain: good.Chain, Key: newKey(t)}, withheldKey},
+		{"good from root", root.SVID("/x"), ""},
+		{"another key", &identity.SVID{ID: good.ID, Chain: good.Chain, Key: identitytest.NewKey(t)}, withheldKey},
 		{"no key", &identity.SVID{ID: good.ID, Chain: good.Chain}, withheldChain},
 		{"no chain", &identity.SVID{ID: good.ID, Key: good.Key}, withheldChain},
 		{"intermediate first", &identity.SVID{ID: good.ID, Chain: []*x509.Certificate{good.Chain[1], good.Chain[0]}, Key: good.Key}, withheldKey},
 		{"intermediate missing", &identity.SVID{ID: good.ID, Chain: good.Chain[:1], Key: good.Key}, withheldChain},
-		{"unrelated certificate in the chain", &identity.SVID{ID: good.ID, Chain: append(good.Chain[:2:2], other.cert), Key: good.Key}, withheldChain},
+		{"unrelated certificate in the chain", &identity.SVID{ID: good.ID, Chain: append(good.Chain[:2:2], other.Cert), Key: good.Key}, withheldChain},
 		{"hole in the chain", &identity.SVID{ID: good.ID, Chain: []*x509.Certificate{good.Chain[0], nil}, Key: good.Key}, withheldChain},
 		{"another ID", &identity.SVID{ID: spiffeid.RequireFromString("spiffe://a.test/y"), Chain: good.Chain, Key: good.Key}, withheldProfile},
-		{"root of another authority", other.svid("/x"), withheldChain},
-		{"another trust domain", newAuthority(t, "b.test").svid("/x"), withheldBundle},
-		{"two URIs", root.svid("/x", func(c *x509.Certificate) {
+		{"root of another authority", other.SVID("/x"), withheldChain},
+		{"another trust domain", identitytest.NewAuthority(t, "b.test").SVID("/x"), withheldBundle},
+		{"two URIs", root.SVID("/x", func(c *x509.Certificate) {
 			c.URIs = append(c.URIs, &url.URL{Scheme: "spiffe", Host: "a.test", Path: "/admin"})
 		}), withheldProfile},
-		{"no URI", root.svid("/x", func(c *x509.Certificate) { c.URIs, c.DNSNames = nil, []string{"x"} }), withheldProfile},
-		{"CA", root.svid("/x", func(c *x509.Certificate) { c.IsCA = true }), withheldProfile},
-		{"may sign certificates", root.svid("/x", func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign }), withheldProfile},
-		{"no digital signature", root.svid("/x", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment }), withheldProfile},
-		{"expired", root.svid("/x", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Second) }), withheldExpired},
-		{"not yet valid", root.svid("/x", func(c *x509.Certificate) { c.NotBefore = now.Add(time.Minute) }), withheldNotYetValid},
+		{"no URI", root.SVID("/x", func(c *x509.Certificate) { c.URIs, c.DNSNames = nil, []string{"x"} }), withheldProfile},
+		{"CA", root.SVID("/x", func(c *x509.Certificate) { c.IsCA = true }), withheldProfile},
+		{"may sign certificates", root.SVID("/x", func(c *x509.Certificate) { c.KeyUsage |= x509.KeyUsageCertSign }), withheldProfile},
+		{"no digital signature", root.SVID("/x", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment }), withheldProfile},
+		{"expired", root.SVID("/x", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Second) }), withheldExpired},
+		{"not yet valid", root.SVID("/x", func(c *x509.Certificate) { c.NotBefore = now.Add(time.Minute) }), withheldNotYetValid},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newCache()
-			s, refusal := c.leaf(tc.svid, root.bundle(1), now)
+			s, refusal := c.leaf(tc.svid, root.Bundle(1), now)
 			switch {
 			case tc.want == "" && refusal != nil:
 				t.Fatal(refusal)
@@ -109,7 +110,7 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 }
 
 func TestCacheLeaf_KeyTypes(t *testing.T) {
-	root := newAuthority(t, "a.test")
+	root := identitytest.NewAuthority(t, "a.test")
 	_, ed, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -123,8 +124,8 @@ func TestCacheLeaf_KeyTypes(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := newCache()
-	for _, v := range []*identity.SVID{root.svidOf(ed, "/x"), root.svidOf(rsaKey, "/x"), root.svidOf(p384, "/x")} {
-		s, refusal := c.leaf(v, root.bundle(1), time.Now())
+	for _, v := range []*identity.SVID{root.SVIDFor(ed, "/x"), root.SVIDFor(rsaKey, "/x"), root.SVIDFor(p384, "/x")} {
+		s, refusal := c.leaf(v, root.Bundle(1), time.Now())
 		if refusal != nil {
 			t.Fatal(refusal)
 		}
@@ -140,15 +141,15 @@ func TestCacheLeaf_KeyTypes(t *testing.T) {
 
 // A leaf is checked again when the bundle is another, or the time.
 func TestCacheLeaf_ChecksAgain(t *testing.T) {
-	root, next := newAuthority(t, "a.test"), newAuthority(t, "a.test")
-	v, now := root.svid("/x"), time.Now()
+	root, next := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "a.test")
+	v, now := root.SVID("/x"), time.Now()
 	c := newCache()
-	both := root.bundle(1, next)
+	both := root.Bundle(1, next)
 	first, refusal := c.leaf(v, both, now)
 	if refusal != nil {
 		t.Fatal(refusal)
 	}
-	if _, refusal := c.leaf(v, next.bundle(2), now); refusal == nil || refusal.reason != withheldChain {
+	if _, refusal := c.leaf(v, next.Bundle(2), now); refusal == nil || refusal.reason != withheldChain {
 		t.Fatalf("its root has gone: %v", refusal)
 	}
 	again, refusal := c.leaf(v, both, now)
@@ -158,7 +159,7 @@ func TestCacheLeaf_ChecksAgain(t *testing.T) {
 	if _, refusal := c.leaf(v, both, v.NotAfter()); refusal == nil || refusal.reason != withheldExpired {
 		t.Fatalf("it has expired: %v", refusal)
 	}
-	broken := &identity.Bundle{TrustDomain: root.td, Roots: []*x509.Certificate{nil, {}, v.Chain[0]}}
+	broken := &identity.Bundle{TrustDomain: root.TrustDomain, Roots: []*x509.Certificate{nil, {}, v.Chain[0]}}
 	if _, refusal := c.leaf(v, broken, now); refusal == nil || refusal.reason != withheldChain {
 		t.Fatalf("a bundle without a CA: %v", refusal)
 	}
@@ -170,8 +171,8 @@ func TestCacheLeaf_ChecksAgain(t *testing.T) {
 // Each secret is encoded once, whatever the number of streams and names, and what
 // differs between names is the name.
 func TestSecretIsShared(t *testing.T) {
-	root := newAuthority(t, "a.test")
-	v, b, now := root.svid("/x"), root.bundle(1), time.Now()
+	root := identitytest.NewAuthority(t, "a.test")
+	v, b, now := root.SVID("/x"), root.Bundle(1), time.Now()
 	c := newCache()
 	one, _ := c.leaf(v, b, now)
 	two, _ := c.leaf(v, b, now)
@@ -216,12 +217,12 @@ func TestSecretIsShared(t *testing.T) {
 
 // TestV_I5_CacheForgets: what the agent has dropped, keys included, is dropped here.
 func TestV_I5_CacheForgets(t *testing.T) {
-	root := newAuthority(t, "a.test")
+	root := identitytest.NewAuthority(t, "a.test")
 	c := newCache()
-	b := root.bundle(1)
-	kept := root.svid("/kept")
+	b := root.Bundle(1)
+	kept := root.SVID("/kept")
 	for range 50 {
-		if _, refusal := c.leaf(root.svid("/x"), b, time.Now()); refusal != nil {
+		if _, refusal := c.leaf(root.SVID("/x"), b, time.Now()); refusal != nil {
 			t.Fatal(refusal)
 		}
 	}
@@ -304,10 +305,10 @@ func uriStrings(c *x509.Certificate) []string {
 // Versions are hashes of the contents: another server, or this one after a
 // restart, makes the same.
 func TestSpec_S08_VersionsAreStable(t *testing.T) {
-	root := newAuthority(t, "a.test")
-	v, now := root.svid("/x"), time.Now()
+	root := identitytest.NewAuthority(t, "a.test")
+	v, now := root.SVID("/x"), time.Now()
 	copied := *v
-	b1, b2 := root.bundle(1), root.bundle(7)
+	b1, b2 := root.Bundle(1), root.Bundle(7)
 	one, _ := newCache().leaf(v, b1, now)
 	two, _ := newCache().leaf(&copied, b2, now)
 	if one.version != two.version {
@@ -318,14 +319,14 @@ func TestSpec_S08_VersionsAreStable(t *testing.T) {
 	if r1.version != r2.version {
 		t.Error("the same bundle has two versions")
 	}
-	other, _ := newCache().leaf(root.svid("/x"), b1, now)
+	other, _ := newCache().leaf(root.SVID("/x"), b1, now)
 	if other.version == one.version {
 		t.Error("two SVIDs have the same version")
 	}
 	federated := map[spiffeid.TrustDomain]*identity.Bundle{}
 	for _, td := range []string{"b.test", "c.test", "d.test"} {
-		f := newAuthority(t, td)
-		federated[f.td] = f.bundle(1)
+		f := identitytest.NewAuthority(t, td)
+		federated[f.TrustDomain] = f.Bundle(1)
 	}
 	versions := make(map[string]bool)
 	for range 20 {
@@ -343,11 +344,11 @@ func TestSpec_S08_VersionsAreStable(t *testing.T) {
 // TestV_F54_OneBadDomainIsIsolated: a federated bundle that is not good costs
 // only its own trust domain, the local one is never left out.
 func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
-	a, b, c := newAuthority(t, "a.test"), newAuthority(t, "b.test"), newAuthority(t, "c.test")
-	empty := &identity.Bundle{TrustDomain: c.td, Sequence: 1}
+	a, b, c := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test"), identitytest.NewAuthority(t, "c.test")
+	empty := &identity.Bundle{TrustDomain: c.TrustDomain, Sequence: 1}
 	all, refusal := newCache().all(&identity.Snapshot{
-		Bundle:    a.bundle(1),
-		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1), c.td: empty},
+		Bundle:    a.Bundle(1),
+		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1), c.TrustDomain: empty},
 	})
 	if refusal != nil {
 		t.Fatal(refusal)
@@ -358,8 +359,8 @@ func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
 	// A bundle that says that it is of another domain than the one it is filed
 	// under, or that pretends to be the local one.
 	all, refusal = newCache().all(&identity.Snapshot{
-		Bundle:    a.bundle(1),
-		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.td: c.bundle(1), a.td: a.bundle(2, c), c.td: nil},
+		Bundle:    a.Bundle(1),
+		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: c.Bundle(1), a.TrustDomain: a.Bundle(2, c), c.TrustDomain: nil},
 	})
 	if refusal != nil {
 		t.Fatal(refusal)
@@ -368,8 +369,8 @@ func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
 		t.Error(diff)
 	}
 	if _, refusal = newCache().all(&identity.Snapshot{
-		Bundle:    &identity.Bundle{TrustDomain: a.td},
-		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)},
+		Bundle:    &identity.Bundle{TrustDomain: a.TrustDomain},
+		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1)},
 	}); refusal == nil {
 		t.Error("ALL without the local trust domain")
 	}
@@ -377,9 +378,9 @@ func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
 	federated := map[spiffeid.TrustDomain]*identity.Bundle{}
 	for i := range 200 {
 		td := spiffeid.RequireTrustDomainFromString("d" + strings.Repeat("x", i))
-		federated[td] = &identity.Bundle{TrustDomain: td, Roots: []*x509.Certificate{a.cert, b.cert, c.cert}}
+		federated[td] = &identity.Bundle{TrustDomain: td, Roots: []*x509.Certificate{a.Cert, b.Cert, c.Cert}}
 	}
-	all, refusal = newCache().all(&identity.Snapshot{Bundle: a.bundle(1), Federated: federated})
+	all, refusal = newCache().all(&identity.Snapshot{Bundle: a.Bundle(1), Federated: federated})
 	if refusal != nil {
 		t.Fatal(refusal)
 	}
@@ -390,12 +391,12 @@ func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
 
 // TestNewTrustDomain_TakesOnlyCAs: a leaf as an anchor would vouch for itself.
 func TestNewTrustDomain_TakesOnlyCAs(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	leaf := a.svid("/x").Chain[0]
-	if _, err := newTrustDomain(&identity.Bundle{TrustDomain: a.td, Roots: []*x509.Certificate{leaf, nil, {}}}); err == nil {
+	a := identitytest.NewAuthority(t, "a.test")
+	leaf := a.SVID("/x").Chain[0]
+	if _, err := newTrustDomain(&identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{leaf, nil, {}}}); err == nil {
 		t.Error("a bundle without a CA was encoded")
 	}
-	d, err := newTrustDomain(&identity.Bundle{TrustDomain: a.td, Roots: []*x509.Certificate{leaf, a.cert, a.cert, nil}})
+	d, err := newTrustDomain(&identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{leaf, a.Cert, a.Cert, nil}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -431,8 +432,8 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 		rounds = 5_000
 	}
 	pool := []*x509.Certificate{
-		newAuthority(t, "a.test").cert, newAuthority(t, "b.test").cert,
-		newAuthority(t, "a.test").svid("/x").Chain[0], nil,
+		identitytest.NewAuthority(t, "a.test").Cert, identitytest.NewAuthority(t, "b.test").Cert,
+		identitytest.NewAuthority(t, "a.test").SVID("/x").Chain[0], nil,
 		{},
 	}
 	tds := []spiffeid.TrustDomain{
@@ -452,7 +453,7 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 		}
 		return b
 	}
-	source := &fakeSource{}
+	source := identitytest.NewSource(nil)
 	s, err := New(source, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -493,9 +494,9 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 // TestSpec_S15_GuardCatchesEachMutation breaks the builder in each way that would make a
 // proxy trust everybody: guard must hold each of them back.
 func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	v := a.svid("/x")
-	rootPEM := encodePEM("CERTIFICATE", a.cert.Raw)
+	a := identitytest.NewAuthority(t, "a.test")
+	v := a.SVID("/x")
+	rootPEM := encodePEM("CERTIFICATE", a.Cert.Raw)
 	certificate := &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
 		CertificateChain: inline(encodePEM("CERTIFICATE", v.Chain[0].Raw)), PrivateKey: inline(encodePEM("PRIVATE KEY", []byte("x"))),
 	}}
@@ -580,14 +581,14 @@ func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 
 // FuzzGuard: guard never passes what the generated code finds unsafe.
 func FuzzGuard(f *testing.F) {
-	a := newAuthority(f, "a.test")
+	a := identitytest.NewAuthority(f, "a.test")
 	c := newCache()
-	b := a.bundle(1)
+	b := a.Bundle(1)
 	root, refusal := c.root(b)
 	if refusal != nil {
 		f.Fatal(refusal)
 	}
-	leaf, refusal := c.leaf(a.svid("/x"), b, time.Now())
+	leaf, refusal := c.leaf(a.SVID("/x"), b, time.Now())
 	if refusal != nil {
 		f.Fatal(refusal)
 	}

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // table is a fixed set of secrets for tests of the protocol alone.
@@ -100,7 +102,7 @@ func fakeSecret(t testing.TB, k kind, version string) *secret {
 
 func testLeaf(t testing.TB) *secret {
 	t.Helper()
-	v := newAuthority(t, "a.test").svid("/x")
+	v := identitytest.NewAuthority(t, "a.test").SVID("/x")
 	s, err := newLeaf(v.ID.String(), v.Chain, v.Key)
 	if err != nil {
 		t.Fatal(err)

@@ -28,7 +28,6 @@ import (
 	spiffeclient "github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
@@ -40,84 +39,13 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
-
-// fakeSource gives all calls the same snapshots.
-type fakeSource struct {
-	mu             sync.Mutex // guards what follows
-	snapshot       *identity.Snapshot
-	watches        map[*identity.Watch]bool
-	opened, closed int
-	err            error
-}
-
-func (f *fakeSource) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.err != nil {
-		return nil, f.err
-	}
-	var w *identity.Watch
-	w = identity.NewWatch(nil, func() {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		f.closed++
-		delete(f.watches, w)
-	})
-	f.opened++
-	if f.watches == nil {
-		f.watches = make(map[*identity.Watch]bool)
-	}
-	f.watches[w] = true
-	if f.snapshot != nil {
-		w.Publish(f.snapshot)
-	}
-	return w, nil
-}
-
-func (f *fakeSource) publish(s *identity.Snapshot) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.snapshot = s
-	for w := range f.watches {
-		w.Publish(s)
-	}
-}
-
-func (f *fakeSource) end(err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for w := range f.watches {
-		w.End(err)
-	}
-}
-
-func (f *fakeSource) open() int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.opened - f.closed
-}
-
-type fixedPeer struct{ p *peer.Peer }
-
-func (f fixedPeer) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return c, peer.AuthInfo{
-		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		Peer:           f.p,
-	}, nil
-}
-
-func (fixedPeer) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("not a client")
-}
-func (fixedPeer) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
-func (f fixedPeer) Clone() credentials.TransportCredentials { return f }
-func (fixedPeer) OverrideServerName(string) error           { return nil }
 
 // rig is a server on an in-memory connection.
 type rig struct {
 	t      testing.TB
-	source *fakeSource
+	source *identitytest.Source
 	server *Server
 	peer   *peer.Peer
 	conn   *grpc.ClientConn
@@ -125,7 +53,7 @@ type rig struct {
 	reg    *prometheus.Registry
 }
 
-func newRig(t testing.TB, source *fakeSource, o Options) *rig {
+func newRig(t testing.TB, source *identitytest.Source, o Options) *rig {
 	t.Helper()
 	r := &rig{t: t, source: source, peer: peer.ForTest(4242, 1000, 1000), reg: prometheus.NewRegistry()}
 	o.Registerer, o.Logger = r.reg, slog.New(slog.DiscardHandler)
@@ -133,7 +61,7 @@ func newRig(t testing.TB, source *fakeSource, o Options) *rig {
 	if r.server, err = New(source, o); err != nil {
 		t.Fatal(err)
 	}
-	g := grpc.NewServer(append(ServerOptions(), grpc.Creds(fixedPeer{r.peer}))...)
+	g := grpc.NewServer(append(ServerOptions(), grpc.Creds(identitytest.PeerCredentials(r.peer)))...)
 	r.server.Register(g)
 	RegisterReflection(g)
 	listener := bufconn.Listen(1 << 20)
@@ -159,26 +87,7 @@ func newRig(t testing.TB, source *fakeSource, o Options) *rig {
 
 func (r *rig) value(name string, labels ...string) float64 {
 	r.t.Helper()
-	families, err := r.reg.Gather()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	for _, f := range families {
-		if f.GetName() != name {
-			continue
-		}
-	metric:
-		for _, m := range f.GetMetric() {
-			for i, l := range labels {
-				if m.GetLabel()[i].GetValue() != l {
-					continue metric
-				}
-			}
-			return m.GetCounter().GetValue() + m.GetGauge().GetValue()
-		}
-	}
-	r.t.Fatalf("no metric %s %v", name, labels)
-	return 0
+	return identitytest.Metric(r.t, r.reg, name, labels...)
 }
 
 func withHeader(ctx context.Context) context.Context {
@@ -213,8 +122,8 @@ func ids(m *workload.X509SVIDResponse) []string {
 
 // TestSpec_D01_D02_D03_D04_D05_D06_D07_HeaderIsDemanded: on all seven methods and on reflection.
 func TestSpec_D01_D02_D03_D04_D05_D06_D07_HeaderIsDemanded(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+	a := identitytest.NewAuthority(t, "a.test")
+	r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
 	first := func(c interface{ RecvMsg(any) error }, err error, m any) error {
 		if err != nil {
 			return err
@@ -302,7 +211,7 @@ func TestHeaderExemption(t *testing.T) {
 // TestSpec_D08_Reflection: the service is told about, with its seven methods, equal to the standard's
 // file, and nothing else is.
 func TestSpec_D08_Reflection(t *testing.T) {
-	r := newRig(t, &fakeSource{}, Options{})
+	r := newRig(t, identitytest.NewSource(nil), Options{})
 	c, err := grpc_reflection_v1.NewServerReflectionClient(r.conn).ServerReflectionInfo(withHeader(t.Context()))
 	if err != nil {
 		t.Fatal(err)
@@ -343,7 +252,7 @@ func TestSpec_D08_Reflection(t *testing.T) {
 
 // TestSpec_D09_UnknownMethod is Unimplemented.
 func TestSpec_D09_UnknownMethod(t *testing.T) {
-	r := newRig(t, &fakeSource{}, Options{})
+	r := newRig(t, identitytest.NewSource(nil), Options{})
 	err := r.conn.Invoke(withHeader(t.Context()), "/SpiffeWorkloadAPI/FetchEverything", &workload.X509SVIDRequest{}, &workload.X509SVIDResponse{})
 	if status.Code(err) != codes.Unimplemented {
 		t.Error(err)
@@ -353,8 +262,8 @@ func TestSpec_D09_UnknownMethod(t *testing.T) {
 // TestSpec_D10_NotReady: a call is held for a while, then Unavailable; it recovers.
 func TestSpec_D10_NotReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAuthority(t, "a.test")
-		r := newRig(t, &fakeSource{}, Options{})
+		a := identitytest.NewAuthority(t, "a.test")
+		r := newRig(t, identitytest.NewSource(nil), Options{})
 		start := time.Now()
 		c := r.svids(t.Context())
 		if _, err := c.Recv(); status.Code(err) != codes.Unavailable {
@@ -365,36 +274,36 @@ func TestSpec_D10_NotReady(t *testing.T) {
 		}
 		c = r.svids(t.Context())
 		start = time.Now()
-		time.AfterFunc(3*time.Second, func() { r.source.publish(a.snapshot(1, a.svid("/x"))) })
+		time.AfterFunc(3*time.Second, func() { r.source.Publish(a.Snapshot(1, a.SVID("/x"))) })
 		next(t, c)
 		if took := time.Since(start); took != 3*time.Second {
 			t.Errorf("answered after %s", took)
 		}
 		time.Sleep(time.Hour)
-		r.source.publish(a.snapshot(1, a.svid("/x")))
+		r.source.Publish(a.Snapshot(1, a.SVID("/x")))
 		next(t, c) // its patience was for the first answer
 	})
 }
 
 // TestSpec_E02_E03_E13_E20_Fields: all fields, DER, PKCS#8, leaf first.
 func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
-	root := newAuthority(t, "a.test")
-	inter := root.intermediate()
-	b := newAuthority(t, "b.test")
-	x := inter.svid("/x")
+	root := identitytest.NewAuthority(t, "a.test")
+	inter := root.Intermediate()
+	b := identitytest.NewAuthority(t, "b.test")
+	x := inter.SVID("/x")
 	x.Hint = "internal"
 	snapshot := &identity.Snapshot{
-		SVIDs: []*identity.SVID{x}, Bundle: root.bundle(1, newAuthority(t, "a.test")),
-		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)},
+		SVIDs: []*identity.SVID{x}, Bundle: root.Bundle(1, identitytest.NewAuthority(t, "a.test")),
+		Federated: map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1)},
 	}
-	r := newRig(t, &fakeSource{snapshot: snapshot}, Options{})
+	r := newRig(t, identitytest.NewSource(snapshot), Options{})
 	m := next(t, r.svids(t.Context()))
 	got := m.GetSvids()[0]
 	chain, err := x509.ParseCertificates(got.GetX509Svid())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(chain) != 2 || !chain[0].Equal(x.Chain[0]) || !chain[1].Equal(inter.cert) {
+	if len(chain) != 2 || !chain[0].Equal(x.Chain[0]) || !chain[1].Equal(inter.Cert) {
 		t.Errorf("chain of %d", len(chain))
 	}
 	if got.GetSpiffeId() != "spiffe://a.test/x" || chain[0].URIs[0].String() != got.GetSpiffeId() || got.GetHint() != "internal" {
@@ -408,10 +317,10 @@ func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
 		t.Error("key of another certificate")
 	}
 	bundle, err := x509.ParseCertificates(got.GetBundle())
-	if err != nil || len(bundle) != 2 || !bundle[0].Equal(root.cert) {
+	if err != nil || len(bundle) != 2 || !bundle[0].Equal(root.Cert) {
 		t.Errorf("bundle of %d: %v", len(bundle), err)
 	}
-	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.cert.Raw}, m.GetFederatedBundles()); diff != "" {
+	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.Cert.Raw}, m.GetFederatedBundles()); diff != "" {
 		t.Error(diff)
 	}
 	if len(m.GetCrl()) != 0 { // E20
@@ -422,7 +331,7 @@ func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
 		t.Fatal(err)
 	}
 	bundles := next(t, c)
-	want := map[string][]byte{"spiffe://a.test": got.GetBundle(), "spiffe://b.test": b.cert.Raw}
+	want := map[string][]byte{"spiffe://a.test": got.GetBundle(), "spiffe://b.test": b.Cert.Raw}
 	if diff := cmp.Diff(want, bundles.GetBundles()); diff != "" { // E13
 		t.Error(diff)
 	}
@@ -431,9 +340,9 @@ func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
 // TestSpec_E04_E12_E14_NoIdentity: at once, in the middle of a stream, and on both methods.
 func TestSpec_E04_E12_E14_NoIdentity(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAuthority(t, "a.test")
-		denied := &identity.Snapshot{Bundle: a.bundle(1), Denied: true}
-		r := newRig(t, &fakeSource{snapshot: denied}, Options{})
+		a := identitytest.NewAuthority(t, "a.test")
+		denied := &identity.Snapshot{Bundle: a.Bundle(1), Denied: true}
+		r := newRig(t, identitytest.NewSource(denied), Options{})
 		start := time.Now()
 		if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Error(err)
@@ -448,16 +357,16 @@ func TestSpec_E04_E12_E14_NoIdentity(t *testing.T) {
 		if took := time.Since(start); took != 0 {
 			t.Errorf("took %s", took)
 		}
-		r.source.publish(a.snapshot(1, a.svid("/x"), a.svid("/y")))
+		r.source.Publish(a.Snapshot(1, a.SVID("/x"), a.SVID("/y")))
 		s := r.svids(t.Context())
 		if diff := cmp.Diff([]string{"spiffe://a.test/x", "spiffe://a.test/y"}, ids(next(t, s))); diff != "" {
 			t.Error(diff)
 		}
-		r.source.publish(a.snapshot(1, a.svid("/y"))) // E12
+		r.source.Publish(a.Snapshot(1, a.SVID("/y"))) // E12
 		if diff := cmp.Diff([]string{"spiffe://a.test/y"}, ids(next(t, s))); diff != "" {
 			t.Error(diff)
 		}
-		r.source.publish(denied)
+		r.source.Publish(denied)
 		if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Error(err)
 		}
@@ -472,9 +381,9 @@ func TestSpec_E04_E12_E14_NoIdentity(t *testing.T) {
 // gets one.
 func TestDenyAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAuthority(t, "a.test")
-		denied := &identity.Snapshot{Bundle: a.bundle(1), Denied: true}
-		r := newRig(t, &fakeSource{snapshot: denied}, Options{DenyAfter: 5 * time.Second})
+		a := identitytest.NewAuthority(t, "a.test")
+		denied := &identity.Snapshot{Bundle: a.Bundle(1), Denied: true}
+		r := newRig(t, identitytest.NewSource(denied), Options{DenyAfter: 5 * time.Second})
 		start := time.Now()
 		if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Error(err)
@@ -484,12 +393,12 @@ func TestDenyAfter(t *testing.T) {
 		}
 		c := r.svids(t.Context())
 		start = time.Now()
-		time.AfterFunc(time.Second, func() { r.source.publish(a.snapshot(1, a.svid("/x"))) })
+		time.AfterFunc(time.Second, func() { r.source.Publish(a.Snapshot(1, a.SVID("/x"))) })
 		next(t, c)
 		if took := time.Since(start); took != time.Second {
 			t.Errorf("took %s", took)
 		}
-		r.source.publish(denied) // in the middle it is said at once
+		r.source.Publish(denied) // in the middle it is said at once
 		if _, err := c.Recv(); status.Code(err) != codes.PermissionDenied {
 			t.Error(err)
 		}
@@ -502,15 +411,15 @@ func TestDenyAfter(t *testing.T) {
 // TestSpec_E06_E07_Hints: unique in a message and not too long, or left out.
 func TestSpec_E06_E07_Hints(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAuthority(t, "a.test")
+		a := identitytest.NewAuthority(t, "a.test")
 		hints := []string{"h", "h", "", "", strings.Repeat("x", 1024), strings.Repeat("y", 1025), "z"}
 		var svids []*identity.SVID
 		for i, h := range hints {
-			v := a.svid(fmt.Sprintf("/%d", i))
+			v := a.SVID(fmt.Sprintf("/%d", i))
 			v.Hint = h
 			svids = append(svids, v)
 		}
-		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, svids...)}, Options{})
+		r := newRig(t, identitytest.NewSource(a.Snapshot(1, svids...)), Options{})
 		var got []string
 		for _, s := range next(t, r.svids(t.Context())).GetSvids() {
 			got = append(got, s.GetHint())
@@ -526,8 +435,8 @@ func TestSpec_E06_E07_Hints(t *testing.T) {
 
 // TestSpec_E05_Order: as the snapshot has it, in each message and after each restart.
 func TestSpec_E05_Order(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	source := &fakeSource{snapshot: a.snapshot(1, a.svid("/z"), a.svid("/a"), a.svid("/m"))}
+	a := identitytest.NewAuthority(t, "a.test")
+	source := identitytest.NewSource(a.Snapshot(1, a.SVID("/z"), a.SVID("/a"), a.SVID("/m")))
 	for range 20 {
 		r := newRig(t, source, Options{})
 		if diff := cmp.Diff([]string{"spiffe://a.test/z", "spiffe://a.test/a", "spiffe://a.test/m"}, ids(next(t, r.svids(t.Context())))); diff != "" {
@@ -540,31 +449,31 @@ func TestSpec_E05_Order(t *testing.T) {
 // full one when something has.
 func TestSpec_E08_E11_E15_OnlyChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, b := newAuthority(t, "a.test"), newAuthority(t, "b.test")
-		x, y := a.svid("/x"), a.svid("/y")
-		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, x, y)}, Options{})
+		a, b := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
+		x, y := a.SVID("/x"), a.SVID("/y")
+		r := newRig(t, identitytest.NewSource(a.Snapshot(1, x, y)), Options{})
 		c := r.svids(t.Context())
 		first := next(t, c)
 		time.Sleep(time.Hour)
-		r.source.publish(a.snapshot(2, x, y)) // another value with the same contents
-		r.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{x, y}, Bundle: a.bundle(2), Withdrawn: []spiffeid.ID{x.ID}})
+		r.source.Publish(a.Snapshot(2, x, y)) // another value with the same contents
+		r.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{x, y}, Bundle: a.Bundle(2), Withdrawn: []spiffeid.ID{x.ID}})
 		synctest.Wait()
 		if n := r.value("meshid_agent_workloadapi_messages_total", "FetchX509SVID"); n != 1 {
 			t.Errorf("%v messages", n)
 		}
-		r.source.publish(a.snapshot(2, a.svid("/x"), y))
+		r.source.Publish(a.Snapshot(2, a.SVID("/x"), y))
 		second := next(t, c)
 		if len(second.GetSvids()) != 2 || string(second.GetSvids()[0].GetX509SvidKey()) == string(first.GetSvids()[0].GetX509SvidKey()) ||
 			string(second.GetSvids()[1].GetX509SvidKey()) != string(first.GetSvids()[1].GetX509SvidKey()) {
 			t.Error("not the full set, or not the new key")
 		}
-		with := a.snapshot(3, x)
-		with.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1)}
-		r.source.publish(with)
+		with := a.Snapshot(3, x)
+		with.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1)}
+		r.source.Publish(with)
 		if len(next(t, c).GetFederatedBundles()) != 1 {
 			t.Error("no federated bundle")
 		}
-		r.source.publish(a.snapshot(4, x))
+		r.source.Publish(a.Snapshot(4, x))
 		if len(next(t, c).GetFederatedBundles()) != 0 {
 			t.Error("the federated bundle has stayed")
 		}
@@ -577,18 +486,18 @@ func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
 	final := []codes.Code{codes.Canceled, codes.InvalidArgument}
 	for _, tc := range []struct {
 		name string
-		do   func(r *rig, a *authority)
+		do   func(r *rig, a *identitytest.Authority)
 		want codes.Code
 	}{
-		{"shutdown", func(r *rig, _ *authority) { r.server.Close() }, codes.Unavailable},
-		{"source ends, canceled", func(r *rig, _ *authority) { r.source.end(context.Canceled) }, codes.Unavailable},
-		{"source ends, status", func(r *rig, _ *authority) { r.source.end(status.Error(codes.InvalidArgument, "x")) }, codes.Unavailable},
-		{"process ends", func(r *rig, _ *authority) { _ = r.peer.Close() }, codes.Unavailable},
+		{"shutdown", func(r *rig, _ *identitytest.Authority) { r.server.Close() }, codes.Unavailable},
+		{"source ends, canceled", func(r *rig, _ *identitytest.Authority) { r.source.End(context.Canceled) }, codes.Unavailable},
+		{"source ends, status", func(r *rig, _ *identitytest.Authority) { r.source.End(status.Error(codes.InvalidArgument, "x")) }, codes.Unavailable},
+		{"process ends", func(r *rig, _ *identitytest.Authority) { _ = r.peer.Close() }, codes.Unavailable},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				a := newAuthority(t, "a.test")
-				r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+				a := identitytest.NewAuthority(t, "a.test")
+				r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
 				c := r.svids(t.Context())
 				next(t, c)
 				tc.do(r, a)
@@ -597,7 +506,7 @@ func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
 					t.Errorf("got %v", err)
 				}
 				synctest.Wait()
-				if r.source.open() != 0 {
+				if r.source.Open() != 0 {
 					t.Error("a watch is left open")
 				}
 			})
@@ -607,7 +516,7 @@ func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
 		context.Canceled, context.DeadlineExceeded, errors.New("x"),
 		status.Error(codes.InvalidArgument, "x"), status.Error(codes.Canceled, "x"), status.Error(codes.Internal, "x"),
 	} {
-		r := newRig(t, &fakeSource{err: err}, Options{})
+		r := newRig(t, identitytest.Refusing(err), Options{})
 		if _, got := r.svids(t.Context()).Recv(); status.Code(got) != codes.Unavailable {
 			t.Errorf("%v: got %v", err, got)
 		}
@@ -616,7 +525,7 @@ func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
 		codes.ResourceExhausted: fmt.Errorf("x: %w", status.Error(codes.ResourceExhausted, "x")),
 		codes.PermissionDenied:  status.Error(codes.PermissionDenied, "x"),
 	} {
-		r := newRig(t, &fakeSource{err: err}, Options{})
+		r := newRig(t, identitytest.Refusing(err), Options{})
 		if _, got := r.svids(t.Context()).Recv(); status.Code(got) != code {
 			t.Errorf("%v: got %v", err, got)
 		}
@@ -626,40 +535,40 @@ func TestSpec_E17_ErrorsOfTheInside(t *testing.T) {
 // What cannot be delivered whole is not delivered, and does not take away what the
 // workload has.
 func TestBrokenSnapshots(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	x := a.svid("/x")
+	a := identitytest.NewAuthority(t, "a.test")
+	x := a.SVID("/x")
 	other := spiffeid.RequireFromString("spiffe://a.test/other")
 	for name, broken := range map[string]*identity.Snapshot{
-		"empty bundle":         {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.td}},
+		"empty bundle":         {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.TrustDomain}},
 		"no bundle":            {SVIDs: []*identity.SVID{x}},
-		"only nil and leaves":  {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.td, Roots: []*x509.Certificate{nil, x.Chain[0]}}},
-		"hole in the chain":    {SVIDs: []*identity.SVID{{ID: x.ID, Chain: []*x509.Certificate{x.Chain[0], nil}, Key: x.Key}}, Bundle: a.bundle(1)},
-		"no chain":             {SVIDs: []*identity.SVID{{ID: x.ID, Key: x.Key}}, Bundle: a.bundle(1)},
-		"another ID":           {SVIDs: []*identity.SVID{{ID: other, Chain: x.Chain, Key: x.Key}}, Bundle: a.bundle(1)},
-		"no key":               {SVIDs: []*identity.SVID{{ID: x.ID, Chain: x.Chain}}, Bundle: a.bundle(1)},
-		"foreign trust domain": {SVIDs: []*identity.SVID{newAuthority(t, "b.test").svid("/x")}, Bundle: a.bundle(1)},
+		"only nil and leaves":  {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{nil, x.Chain[0]}}},
+		"hole in the chain":    {SVIDs: []*identity.SVID{{ID: x.ID, Chain: []*x509.Certificate{x.Chain[0], nil}, Key: x.Key}}, Bundle: a.Bundle(1)},
+		"no chain":             {SVIDs: []*identity.SVID{{ID: x.ID, Key: x.Key}}, Bundle: a.Bundle(1)},
+		"another ID":           {SVIDs: []*identity.SVID{{ID: other, Chain: x.Chain, Key: x.Key}}, Bundle: a.Bundle(1)},
+		"no key":               {SVIDs: []*identity.SVID{{ID: x.ID, Chain: x.Chain}}, Bundle: a.Bundle(1)},
+		"foreign trust domain": {SVIDs: []*identity.SVID{identitytest.NewAuthority(t, "b.test").SVID("/x")}, Bundle: a.Bundle(1)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, &fakeSource{snapshot: broken}, Options{})
+			r := newRig(t, identitytest.NewSource(broken), Options{})
 			if _, err := r.svids(t.Context()).Recv(); status.Code(err) != codes.Unavailable {
 				t.Error(err)
 			}
-			r.source.publish(a.snapshot(1, x))
+			r.source.Publish(a.Snapshot(1, x))
 			c := r.svids(t.Context())
 			next(t, c)
-			r.source.publish(broken)
-			r.source.publish(a.snapshot(1, a.svid("/y")))
+			r.source.Publish(broken)
+			r.source.Publish(a.Snapshot(1, a.SVID("/y")))
 			if diff := cmp.Diff([]string{"spiffe://a.test/y"}, ids(next(t, c))); diff != "" {
 				t.Error(diff)
 			}
 		})
 	}
 	// A federated bundle that is not good costs only itself.
-	b, c := newAuthority(t, "b.test"), newAuthority(t, "c.test")
-	s := a.snapshot(1, x)
-	s.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.td: b.bundle(1), c.td: {TrustDomain: c.td}, a.td: a.bundle(2)}
-	r := newRig(t, &fakeSource{snapshot: s}, Options{})
-	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.cert.Raw}, next(t, r.svids(t.Context())).GetFederatedBundles()); diff != "" {
+	b, c := identitytest.NewAuthority(t, "b.test"), identitytest.NewAuthority(t, "c.test")
+	s := a.Snapshot(1, x)
+	s.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1), c.TrustDomain: {TrustDomain: c.TrustDomain}, a.TrustDomain: a.Bundle(2)}
+	r := newRig(t, identitytest.NewSource(s), Options{})
+	if diff := cmp.Diff(map[string][]byte{"spiffe://b.test": b.Cert.Raw}, next(t, r.svids(t.Context())).GetFederatedBundles()); diff != "" {
 		t.Error(diff)
 	}
 }
@@ -667,8 +576,8 @@ func TestBrokenSnapshots(t *testing.T) {
 // TestV_I1_CallsAreBounded, in all and for each user.
 func TestV_I1_CallsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := newAuthority(t, "a.test")
-		r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{MaxStreams: 3, MaxStreamsPerUID: 2})
+		a := identitytest.NewAuthority(t, "a.test")
+		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{MaxStreams: 3, MaxStreamsPerUID: 2})
 		ctx, cancel := context.WithCancel(t.Context())
 		next(t, r.svids(ctx))
 		next(t, r.svids(t.Context()))
@@ -694,7 +603,7 @@ func TestV_I1_CallsAreBounded(t *testing.T) {
 
 // Without a peer there is nothing to be had.
 func TestNoPeer(t *testing.T) {
-	s, err := New(&fakeSource{}, Options{})
+	s, err := New(identitytest.NewSource(nil), Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -716,12 +625,12 @@ func (n *noPeer[M]) Context() context.Context { return n.ctx }
 
 // socketRig is a server on a real socket, for go-spiffe's own client.
 type socketRig struct {
-	source *fakeSource
+	source *identitytest.Source
 	addr   string
 	stop   func()
 }
 
-func newSocketRig(t testing.TB, source *fakeSource, socket string) *socketRig {
+func newSocketRig(t testing.TB, source *identitytest.Source, socket string) *socketRig {
 	t.Helper()
 	listener, err := peer.Listen(t.Context(), socket, peer.Options{})
 	if err != nil {
@@ -768,14 +677,14 @@ func newX509Source(t *testing.T, addr string) *spiffeclient.X509Source {
 // TestSpec_E09_E10_SourceThroughRotations: go-spiffe's source on both sides, a hundred rotations, with
 // roots added and removed in order, a handshake after each: none fails.
 func TestSpec_E09_E10_SourceThroughRotations(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	r := newSocketRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, filepath.Join(t.TempDir(), "s"))
+	a := identitytest.NewAuthority(t, "a.test")
+	r := newSocketRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), filepath.Join(t.TempDir(), "s"))
 	server, client := newX509Source(t, r.addr), newX509Source(t, r.addr)
 	authorize := tlsconfig.AuthorizeID(spiffeid.RequireFromString("spiffe://a.test/x"))
 	sequence := uint64(1)
 	publish := func(s *identity.Snapshot) {
 		t.Helper()
-		r.source.publish(s)
+		r.source.Publish(s)
 		// Both have it when they show it.
 		for deadline := time.Now().Add(10 * time.Second); ; {
 			if has(t, server, s) && has(t, client, s) {
@@ -790,15 +699,15 @@ func TestSpec_E09_E10_SourceThroughRotations(t *testing.T) {
 	for i := range 100 {
 		sequence++
 		if i%10 != 9 {
-			publish(a.snapshot(sequence, a.svid("/x")))
+			publish(a.Snapshot(sequence, a.SVID("/x")))
 		} else {
-			next := newAuthority(t, "a.test")
-			publish(&identity.Snapshot{SVIDs: []*identity.SVID{a.svid("/x")}, Bundle: a.bundle(sequence, next)})
+			next := identitytest.NewAuthority(t, "a.test")
+			publish(&identity.Snapshot{SVIDs: []*identity.SVID{a.SVID("/x")}, Bundle: a.Bundle(sequence, next)})
 			sequence++
-			publish(&identity.Snapshot{SVIDs: []*identity.SVID{next.svid("/x")}, Bundle: a.bundle(sequence, next)}) // E10
+			publish(&identity.Snapshot{SVIDs: []*identity.SVID{next.SVID("/x")}, Bundle: a.Bundle(sequence, next)}) // E10
 			sequence++
 			a = next
-			publish(a.snapshot(sequence, a.svid("/x")))
+			publish(a.Snapshot(sequence, a.SVID("/x")))
 		}
 		if err := handshake(tlsconfig.MTLSServerConfig(server, server, authorize), tlsconfig.MTLSClientConfig(client, client, authorize)); err != nil {
 			t.Fatalf("rotation %d: %v", i, err)
@@ -834,9 +743,9 @@ func handshake(server, client *tls.Config) error {
 
 // TestSpec_E18_AgentRestart: the source is back by itself, and has its SVID all the time.
 func TestSpec_E18_AgentRestart(t *testing.T) {
-	a := newAuthority(t, "a.test")
+	a := identitytest.NewAuthority(t, "a.test")
 	socket := filepath.Join(t.TempDir(), "s")
-	source := &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}
+	source := identitytest.NewSource(a.Snapshot(1, a.SVID("/x")))
 	r := newSocketRig(t, source, socket)
 	s := newX509Source(t, r.addr)
 	r.stop()
@@ -847,8 +756,8 @@ func TestSpec_E18_AgentRestart(t *testing.T) {
 		t.Errorf("%v %v", svid, err)
 	}
 	newSocketRig(t, source, socket)
-	again := a.snapshot(1, a.svid("/x"))
-	source.publish(again)
+	again := a.Snapshot(1, a.SVID("/x"))
+	source.Publish(again)
 	for deadline := time.Now().Add(10 * time.Second); !has(t, s, again); runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatal("the source has not come back")
@@ -858,8 +767,8 @@ func TestSpec_E18_AgentRestart(t *testing.T) {
 
 // TestSpec_E16_SlowReaders: those who do not read hold nobody up.
 func TestSpec_E16_SlowReaders(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	r := newSocketRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, filepath.Join(t.TempDir(), "s"))
+	a := identitytest.NewAuthority(t, "a.test")
+	r := newSocketRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), filepath.Join(t.TempDir(), "s"))
 	for range 10 {
 		conn, err := grpc.NewClient(r.addr, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(64<<10))
 		if err != nil {
@@ -872,8 +781,8 @@ func TestSpec_E16_SlowReaders(t *testing.T) {
 	}
 	s := newX509Source(t, r.addr)
 	for range 100 {
-		snapshot := a.snapshot(1, a.svid("/x"))
-		r.source.publish(snapshot)
+		snapshot := a.Snapshot(1, a.SVID("/x"))
+		r.source.Publish(snapshot)
 		for deadline := time.Now().Add(10 * time.Second); !has(t, s, snapshot); runtime.Gosched() {
 			if time.Now().After(deadline) {
 				t.Fatal("held up")
@@ -884,8 +793,8 @@ func TestSpec_E16_SlowReaders(t *testing.T) {
 
 // TestSpec_E19_ClientGone: the stream is freed, and its goroutines.
 func TestSpec_E19_ClientGone(t *testing.T) {
-	a := newAuthority(t, "a.test")
-	r := newRig(t, &fakeSource{snapshot: a.snapshot(1, a.svid("/x"))}, Options{})
+	a := identitytest.NewAuthority(t, "a.test")
+	r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
 	next(t, r.svids(t.Context()))
 	base := runtime.NumGoroutine()
 	for range 500 {
@@ -893,18 +802,18 @@ func TestSpec_E19_ClientGone(t *testing.T) {
 		next(t, r.svids(ctx))
 		cancel()
 	}
-	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > base+2 || r.source.open() > 1; runtime.Gosched() {
+	for deadline := time.Now().Add(time.Minute); runtime.NumGoroutine() > base+2 || r.source.Open() > 1; runtime.Gosched() {
 		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before; %d watches", runtime.NumGoroutine(), base, r.source.open())
+			t.Fatalf("%d goroutines, %d before; %d watches", runtime.NumGoroutine(), base, r.source.Open())
 		}
 	}
 }
 
 // Each SVID is encoded once.
 func TestEncodedOnce(t *testing.T) {
-	a := newAuthority(t, "a.test")
+	a := identitytest.NewAuthority(t, "a.test")
 	var c cache
-	s := a.snapshot(1, a.svid("/x"))
+	s := a.Snapshot(1, a.SVID("/x"))
 	one, _, err := c.x509SVIDs(s)
 	if err != nil {
 		t.Fatal(err)

@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 	"github.com/meshid/meshid/test/require"
 )
 
@@ -43,30 +44,30 @@ func TestSpec_S01_S02_S03_S04_S05_S06_Protocols(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			require.Envoy(t)
-			ca := newAuthority(t, "a.test")
-			x, client := ca.intermediate().svid("/x"), ca.svid("/client")
-			a := newAgentAt(t, c.Socket, ca.snapshot(7, x))
+			ca := identitytest.NewAuthority(t, "a.test")
+			x, client := ca.Intermediate().SVID("/x"), ca.SVID("/client")
+			a := newAgentAt(t, c.Socket, ca.Snapshot(7, x))
 			c.Socket, c.Application = a.socket, newApplication(t)
 			p := startEnvoy(t, c)
 			p.waitLive()
 			port := p.port("inbound")
-			who, server := mustCall(t, port, client, ca.cert)
+			who, server := mustCall(t, port, client, ca.Cert)
 			if who != "URI=spiffe://a.test/client" || !server.Equal(x.Chain[0]) {
 				t.Errorf("called as %q, by %s", who, server.URIs)
 			}
-			if n := a.source.acknowledged(); n != 7 {
+			if n := a.source.LastAcknowledged(); n != 7 {
 				t.Errorf("sequence %d acknowledged", n)
 			}
-			if !a.source.subscribed(p.command.Process.Pid) {
+			if !a.source.HasSubscribed(p.command.Process.Pid) {
 				t.Error("the peer is another process")
 			}
-			next := ca.svid("/x")
-			a.source.publish(ca.snapshot(8, next))
+			next := ca.SVID("/x")
+			a.source.Publish(ca.Snapshot(8, next))
 			eventually(t, "the new certificate", func() bool {
-				_, server := mustCall(t, port, client, ca.cert)
+				_, server := mustCall(t, port, client, ca.Cert)
 				return server.Equal(next.Chain[0])
 			})
-			eventually(t, "the acknowledgement", func() bool { return a.source.acknowledged() == 8 })
+			eventually(t, "the acknowledgement", func() bool { return a.source.LastAcknowledged() == 8 })
 			if n := p.stat("update_rejected"); n != 0 {
 				t.Errorf("%d updates rejected", n)
 			}
@@ -76,23 +77,23 @@ func TestSpec_S01_S02_S03_S04_S05_S06_Protocols(t *testing.T) {
 
 // TestSpec_S09_OneStreamPerName: what has the same name shares a stream, and a push.
 func TestSpec_S09_OneStreamPerName(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+	ca := identitytest.NewAuthority(t, "a.test")
+	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true, Peer: 1, PeerID: "spiffe://a.test/y"})
 	p.waitLive()
 	// The listener and the cluster have the same two names.
-	eventually(t, "two streams", func() bool { return a.source.streams() == 2 })
+	eventually(t, "two streams", func() bool { return a.source.Open() == 2 })
 	if n := a.metric("meshid_agent_sds_responses_total"); n != 2 {
 		t.Errorf("%v responses", n)
 	}
 	p.kill()
-	eventually(t, "streams of a killed Envoy are freed", func() bool { return a.source.streams() == 0 })
+	eventually(t, "streams of a killed Envoy are freed", func() bool { return a.source.Open() == 0 })
 }
 
 // pair is two sidecars, one calling the other.
 type pair struct {
 	t        *testing.T
-	ca       *authority
+	ca       *identitytest.Authority
 	from, to *agent
 	a, b     *proxy
 	url      string
@@ -100,8 +101,8 @@ type pair struct {
 
 func newPair(t *testing.T, c config) *pair {
 	t.Helper()
-	ca := newAuthority(t, "a.test")
-	p := &pair{t: t, ca: ca, from: newAgent(t, ca.snapshot(1, ca.svid("/a"))), to: newAgent(t, ca.snapshot(1, ca.svid("/b")))}
+	ca := identitytest.NewAuthority(t, "a.test")
+	p := &pair{t: t, ca: ca, from: newAgent(t, ca.Snapshot(1, ca.SVID("/a"))), to: newAgent(t, ca.Snapshot(1, ca.SVID("/b")))}
 	to := c
 	to.Name, to.Socket, to.Application = "b", p.to.socket, newApplication(t)
 	p.b = startEnvoy(t, to)
@@ -115,10 +116,10 @@ func newPair(t *testing.T, c config) *pair {
 }
 
 // publish gives both sides new snapshots.
-func (p *pair) publish(sequence uint64, roots []*authority, signer *authority) {
-	b := roots[0].bundle(sequence, roots[1:]...)
-	p.from.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{signer.svid("/a")}, Bundle: b})
-	p.to.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{signer.svid("/b")}, Bundle: b})
+func (p *pair) publish(sequence uint64, roots []*identitytest.Authority, signer *identitytest.Authority) {
+	b := roots[0].Bundle(sequence, roots[1:]...)
+	p.from.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{signer.SVID("/a")}, Bundle: b})
+	p.to.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{signer.SVID("/b")}, Bundle: b})
 }
 
 // request makes one request from a to b.
@@ -192,7 +193,7 @@ func TestSpec_S16_S17_S18_S19_S22_RotationsUnderLoad(t *testing.T) {
 			// rotate gives both sides new leaves, and a new bundle if it changes, and
 			// waits until they are in force: each push has its acknowledgement, and
 			// each side shows its new leaf.
-			rotate := func(pushes int, signer *authority, roots ...*authority) {
+			rotate := func(pushes int, signer *identitytest.Authority, roots ...*identitytest.Authority) {
 				t.Helper()
 				acks := func() float64 {
 					return p.from.metric("meshid_agent_sds_acks_total") + p.to.metric("meshid_agent_sds_acks_total")
@@ -201,15 +202,15 @@ func TestSpec_S16_S17_S18_S19_S22_RotationsUnderLoad(t *testing.T) {
 				p.publish(sequence, roots, signer)
 				eventually(t, "all is acknowledged", func() bool { return acks() == want })
 				if pushes > 1 { // the source is told just after the counter has moved
-					eventually(t, "the source knows", func() bool { return p.from.source.acknowledged() == sequence })
+					eventually(t, "the source knows", func() bool { return p.from.source.LastAcknowledged() == sequence })
 				}
 				for _, side := range []struct {
 					proxy *proxy
 					agent *agent
 				}{{p.a, p.from}, {p.b, p.to}} {
-					port, leaf := side.proxy.port("inbound"), side.agent.source.latest().Default().Chain[0]
+					port, leaf := side.proxy.port("inbound"), side.agent.source.Latest().Default().Chain[0]
 					eventually(t, "the leaf is in use", func() bool {
-						_, server := mustCall(t, port, signer.svid("/client"))
+						_, server := mustCall(t, port, signer.SVID("/client"))
 						return server.Equal(leaf)
 					})
 				}
@@ -219,7 +220,7 @@ func TestSpec_S16_S17_S18_S19_S22_RotationsUnderLoad(t *testing.T) {
 					rotate(1, ca, ca)
 					continue
 				}
-				next := newAuthority(t, "a.test")
+				next := identitytest.NewAuthority(t, "a.test")
 				sequence++
 				rotate(2, ca, ca, next) // the root first
 				rotate(1, next, ca, next)
@@ -248,19 +249,19 @@ func TestSpec_S16_S17_S18_S19_S22_RotationsUnderLoad(t *testing.T) {
 func TestSpec_S11_Hold(t *testing.T) {
 	for name, c := range map[string]config{"sotw": {}, "delta": {Delta: true}, "aggregated delta": {ADS: true, Delta: true}} {
 		t.Run(name, func(t *testing.T) {
-			ca := newAuthority(t, "a.test")
-			a := newAgent(t, &identity.Snapshot{Bundle: ca.bundle(1), Denied: true})
+			ca := identitytest.NewAuthority(t, "a.test")
+			a := newAgent(t, &identity.Snapshot{Bundle: ca.Bundle(1), Denied: true})
 			c.Socket, c.Application = a.socket, newApplication(t)
 			p := startEnvoy(t, c)
-			eventually(t, "Envoy has its root", func() bool { return a.source.acknowledged() == 1 })
+			eventually(t, "Envoy has its root", func() bool { return a.source.LastAcknowledged() == 1 })
 			if p.live() {
 				t.Error("LIVE without an identity")
 			}
 			start := time.Now()
-			a.source.publish(ca.snapshot(1, ca.svid("/x")))
+			a.source.Publish(ca.Snapshot(1, ca.SVID("/x")))
 			p.waitLive()
 			took := time.Since(start)
-			mustCall(t, p.port("inbound"), ca.svid("/client"), ca.cert)
+			mustCall(t, p.port("inbound"), ca.SVID("/client"), ca.Cert)
 			if n := p.stat("update_failure") + p.stat("update_rejected"); c.ADS && n != 0 {
 				t.Logf("%d updates failed", n)
 			}
@@ -271,31 +272,31 @@ func TestSpec_S11_Hold(t *testing.T) {
 
 // TestSpec_S12_AgentLater: the agent starts after Envoy.
 func TestSpec_S12_AgentLater(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+	ca := identitytest.NewAuthority(t, "a.test")
+	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	a.stop()
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true, Application: newApplication(t)})
 	eventually(t, "Envoy has tried", func() bool { return p.stat("cluster.agent.upstream_cx_connect_fail") > 0 })
 	a.start()
 	p.waitLive()
-	mustCall(t, p.port("inbound"), ca.svid("/client"), ca.cert)
+	mustCall(t, p.port("inbound"), ca.SVID("/client"), ca.Cert)
 }
 
 // TestSpec_S13_FetchTimeout: an Envoy that opens its port without a secret lets nobody in.
 func TestSpec_S13_FetchTimeout(t *testing.T) {
-	ca := newAuthority(t, "a.test")
+	ca := identitytest.NewAuthority(t, "a.test")
 	a := newAgent(t, nil)
 	p := startEnvoy(t, config{Socket: a.socket, FetchTimeout: "0.2s", Application: newApplication(t)})
 	p.waitLive()
 	port := p.port("inbound")
-	for _, v := range []*identity.SVID{nil, ca.svid("/client")} {
+	for _, v := range []*identity.SVID{nil, ca.SVID("/client")} {
 		if _, _, err := call(port, v); err == nil {
 			t.Error("let in")
 		}
 	}
-	a.source.publish(ca.snapshot(1, ca.svid("/x")))
+	a.source.Publish(ca.Snapshot(1, ca.SVID("/x")))
 	eventually(t, "it serves", func() bool {
-		_, _, err := call(port, ca.svid("/client"), ca.cert)
+		_, _, err := call(port, ca.SVID("/client"), ca.Cert)
 		return err == nil
 	})
 	if _, _, err := call(port, nil); err == nil {
@@ -315,7 +316,7 @@ func TestSpec_S28_Tombstone(t *testing.T) {
 			if err := try(); err != nil {
 				t.Fatal(err)
 			}
-			p.from.source.publish(&identity.Snapshot{Bundle: p.ca.bundle(1), Withdrawn: []spiffeid.ID{id}, Denied: true})
+			p.from.source.Publish(&identity.Snapshot{Bundle: p.ca.Bundle(1), Withdrawn: []spiffeid.ID{id}, Denied: true})
 			eventually(t, "calls of a are refused", func() bool { return try() != nil })
 			for range 20 {
 				if try() == nil {
@@ -325,14 +326,14 @@ func TestSpec_S28_Tombstone(t *testing.T) {
 			if n := p.a.stat("update_rejected"); n != 0 {
 				t.Errorf("%d updates rejected", n)
 			}
-			_, server, err := call(p.a.port("inbound"), p.ca.svid("/client"), p.ca.cert)
+			_, server, err := call(p.a.port("inbound"), p.ca.SVID("/client"), p.ca.Cert)
 			if err == nil {
 				t.Error("a withdrawn identity is believed as a server")
 			}
 			if server == nil || !server.NotAfter.Before(time.Now()) || server.URIs[0].String() != id.String() {
 				t.Error("not a tombstone")
 			}
-			p.from.source.publish(p.ca.snapshot(1, p.ca.svid("/a")))
+			p.from.source.Publish(p.ca.Snapshot(1, p.ca.SVID("/a")))
 			eventually(t, "a is back", func() bool { return try() == nil })
 		})
 	}
@@ -343,33 +344,33 @@ func TestSpec_S28_Tombstone(t *testing.T) {
 func TestSpec_S27_NACK(t *testing.T) {
 	for name, c := range map[string]config{"sotw": {}, "delta": {Delta: true}, "aggregated delta": {ADS: true, Delta: true}} {
 		t.Run(name, func(t *testing.T) {
-			ca := newAuthority(t, "a.test")
-			good := ca.svid("/x")
-			a := newAgent(t, ca.snapshot(1, good))
+			ca := identitytest.NewAuthority(t, "a.test")
+			good := ca.SVID("/x")
+			a := newAgent(t, ca.Snapshot(1, good))
 			c.Socket, c.Application = a.socket, newApplication(t)
 			p := startEnvoy(t, c)
 			p.waitLive()
-			port, client := p.port("inbound"), ca.svid("/client")
+			port, client := p.port("inbound"), ca.SVID("/client")
 			key, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
 			if err != nil {
 				t.Fatal(err)
 			}
 			sent := a.metric("meshid_agent_sds_responses_total")
-			a.source.publish(ca.snapshot(1, ca.svidOf(key, "/x")))
+			a.source.Publish(ca.Snapshot(1, ca.SVIDFor(key, "/x")))
 			eventually(t, "it is refused", func() bool { return a.metric("meshid_agent_sds_nacks_total") == 1 })
 			eventually(t, "it is counted", func() bool { return a.metric("meshid_agent_sds_rejecting_streams") == 1 })
 			for range 50 {
-				if _, server := mustCall(t, port, client, ca.cert); !server.Equal(good.Chain[0]) {
+				if _, server := mustCall(t, port, client, ca.Cert); !server.Equal(good.Chain[0]) {
 					t.Fatal("the good one is not served any more")
 				}
 			}
 			if n := a.metric("meshid_agent_sds_responses_total") - sent; n != 1 {
 				t.Errorf("%v pushes for one change", n)
 			}
-			next := ca.svid("/x")
-			a.source.publish(ca.snapshot(1, next))
+			next := ca.SVID("/x")
+			a.source.Publish(ca.Snapshot(1, next))
 			eventually(t, "the next one is taken", func() bool {
-				_, server := mustCall(t, port, client, ca.cert)
+				_, server := mustCall(t, port, client, ca.Cert)
 				return server.Equal(next.Chain[0])
 			})
 			eventually(t, "it is all right again", func() bool { return a.metric("meshid_agent_sds_rejecting_streams") == 0 })
@@ -382,34 +383,32 @@ func TestSpec_S27_NACK(t *testing.T) {
 func TestSpec_S08_S24_AgentRestart(t *testing.T) {
 	for name, c := range map[string]config{"sotw": {}, "delta": {Delta: true}, "aggregated delta": {ADS: true, Delta: true}} {
 		t.Run(name, func(t *testing.T) {
-			ca := newAuthority(t, "a.test")
-			a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+			ca := identitytest.NewAuthority(t, "a.test")
+			a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 			c.Socket, c.Application = a.socket, newApplication(t)
 			p := startEnvoy(t, c)
 			p.waitLive()
-			port, client := p.port("inbound"), ca.svid("/client")
-			mustCall(t, port, client, ca.cert)
+			port, client := p.port("inbound"), ca.SVID("/client")
+			mustCall(t, port, client, ca.Cert)
 			updates := p.stat("ssl_context_update_by_sds")
 			a.stop()
-			mustCall(t, port, client, ca.cert)
+			mustCall(t, port, client, ca.Cert)
 			streams := map[bool]int{false: 2, true: 1}[c.ADS]
-			a.source.mu.Lock()
-			a.source.acked = 0
-			a.source.mu.Unlock()
+			acks := len(a.source.Acknowledged())
 			a.start()
-			eventually(t, "all streams are back", func() bool { return a.source.streams() == streams })
-			eventually(t, "the root counts as in force", func() bool { return a.source.acknowledged() == 1 })
-			mustCall(t, port, client, ca.cert)
+			eventually(t, "all streams are back", func() bool { return a.source.Open() == streams })
+			eventually(t, "the root counts as in force", func() bool { return len(a.source.Acknowledged()) > acks })
+			mustCall(t, port, client, ca.Cert)
 			if n := a.metric("meshid_agent_sds_responses_total"); n != 0 {
 				t.Errorf("%v responses though nothing has changed", n)
 			}
 			if n := p.stat("ssl_context_update_by_sds"); n != updates {
 				t.Errorf("%d context updates", n-updates)
 			}
-			next := ca.svid("/x")
-			a.source.publish(ca.snapshot(1, next))
+			next := ca.SVID("/x")
+			a.source.Publish(ca.Snapshot(1, next))
 			eventually(t, "it goes on", func() bool {
-				_, server := mustCall(t, port, client, ca.cert)
+				_, server := mustCall(t, port, client, ca.Cert)
 				return server.Equal(next.Chain[0])
 			})
 		})
@@ -420,27 +419,27 @@ func TestSpec_S08_S24_AgentRestart(t *testing.T) {
 // a trust bundle can be in, at first and later: a client with another CA's
 // certificate, or with none, is never let in.
 func TestSpec_S15_FailOpenGuard(t *testing.T) {
-	ca, evil := newAuthority(t, "a.test"), newAuthority(t, "a.test")
-	leaf := ca.svid("/y").Chain[0]
-	x := ca.svid("/x")
-	expired := newAuthority(t, "a.test")
-	expired.cert = expired.sign(func() *x509.Certificate {
-		c := caTemplate("a.test")
+	ca, evil := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "a.test")
+	leaf := ca.SVID("/y").Chain[0]
+	x := ca.SVID("/x")
+	expired := identitytest.NewAuthority(t, "a.test")
+	expired.Cert = expired.Sign(func() *x509.Certificate {
+		c := identitytest.CATemplate("a.test")
 		c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
 		return c
-	}(), nil, expired.key.Public())
+	}(), nil, expired.Key.Public())
 	broken := map[string]*identity.Bundle{
 		"none":       nil,
-		"empty":      {TrustDomain: ca.td, Sequence: 2},
-		"a leaf":     {TrustDomain: ca.td, Sequence: 2, Roots: []*x509.Certificate{leaf}},
-		"nil root":   {TrustDomain: ca.td, Sequence: 2, Roots: []*x509.Certificate{nil}},
-		"no domain":  {Sequence: 2, Roots: []*x509.Certificate{ca.cert}},
-		"expired":    expired.bundle(2),
-		"not parsed": {TrustDomain: ca.td, Sequence: 2, Roots: []*x509.Certificate{{Raw: []byte("x"), IsCA: true}}},
+		"empty":      {TrustDomain: ca.TrustDomain, Sequence: 2},
+		"a leaf":     {TrustDomain: ca.TrustDomain, Sequence: 2, Roots: []*x509.Certificate{leaf}},
+		"nil root":   {TrustDomain: ca.TrustDomain, Sequence: 2, Roots: []*x509.Certificate{nil}},
+		"no domain":  {Sequence: 2, Roots: []*x509.Certificate{ca.Cert}},
+		"expired":    expired.Bundle(2),
+		"not parsed": {TrustDomain: ca.TrustDomain, Sequence: 2, Roots: []*x509.Certificate{{Raw: []byte("x"), IsCA: true}}},
 	}
 	refused := func(t *testing.T, port int) {
 		t.Helper()
-		for name, v := range map[string]*identity.SVID{"no certificate": nil, "another CA's": evil.svid("/client")} {
+		for name, v := range map[string]*identity.SVID{"no certificate": nil, "another CA's": evil.SVID("/client")} {
 			if _, _, err := call(port, v); err == nil {
 				t.Errorf("%s was let in", name)
 			}
@@ -455,22 +454,22 @@ func TestSpec_S15_FailOpenGuard(t *testing.T) {
 			port := p.port("inbound")
 			refused(t, port)
 			for name, b := range broken {
-				a.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{x}, Bundle: b})
+				a.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{x}, Bundle: b})
 				t.Log(name)
 				refused(t, port)
 			}
-			a.source.publish(ca.snapshot(3, x))
+			a.source.Publish(ca.Snapshot(3, x))
 			eventually(t, "it serves", func() bool {
-				_, _, err := call(port, ca.svid("/client"), ca.cert)
+				_, _, err := call(port, ca.SVID("/client"), ca.Cert)
 				return err == nil
 			})
 			refused(t, port)
 			for name, b := range broken {
-				a.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{x}, Bundle: b})
+				a.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{x}, Bundle: b})
 				t.Log(name)
 				refused(t, port)
 			}
-			a.source.publish(&identity.Snapshot{Denied: true})
+			a.source.Publish(&identity.Snapshot{Denied: true})
 			refused(t, port)
 			a.stop()
 			refused(t, port)
@@ -481,73 +480,73 @@ func TestSpec_S15_FailOpenGuard(t *testing.T) {
 // TestSpec_H17_S29_TrustDomainsAreApart: with ALL, the CA of one trust domain cannot vouch for identities
 // of another; who is no longer federated is refused.
 func TestSpec_H17_S29_TrustDomainsAreApart(t *testing.T) {
-	ca, other := newAuthority(t, "a.test"), newAuthority(t, "b.test")
-	forger := &authority{t: t, td: ca.td, cert: other.cert, key: other.key}
-	x := ca.svid("/x")
-	federated := ca.snapshot(1, x)
-	federated.Federated = map[spiffeid.TrustDomain]*identity.Bundle{other.td: other.bundle(1)}
+	ca, other := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
+	forger := other.As(ca.TrustDomain)
+	x := ca.SVID("/x")
+	federated := ca.Snapshot(1, x)
+	federated.Federated = map[spiffeid.TrustDomain]*identity.Bundle{other.TrustDomain: other.Bundle(1)}
 	a := newAgent(t, federated)
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true, Root: "ALL", Application: newApplication(t)})
 	p.waitLive()
 	port := p.port("inbound")
-	if who, _ := mustCall(t, port, ca.svid("/client"), ca.cert); who != "URI=spiffe://a.test/client" {
+	if who, _ := mustCall(t, port, ca.SVID("/client"), ca.Cert); who != "URI=spiffe://a.test/client" {
 		t.Error(who)
 	}
-	if who, _ := mustCall(t, port, other.svid("/client"), ca.cert); who != "URI=spiffe://b.test/client" {
+	if who, _ := mustCall(t, port, other.SVID("/client"), ca.Cert); who != "URI=spiffe://b.test/client" {
 		t.Error(who)
 	}
-	if _, _, err := call(port, forger.svid("/client"), ca.cert); err == nil {
+	if _, _, err := call(port, forger.SVID("/client"), ca.Cert); err == nil {
 		t.Error("an identity of a.test, signed by b.test's CA, was believed")
 	}
-	a.source.publish(ca.snapshot(2, x))
+	a.source.Publish(ca.Snapshot(2, x))
 	eventually(t, "b.test is not believed any more", func() bool {
-		_, _, err := call(port, other.svid("/client"), ca.cert)
+		_, _, err := call(port, other.SVID("/client"), ca.Cert)
 		return err != nil
 	})
-	mustCall(t, port, ca.svid("/client"), ca.cert)
+	mustCall(t, port, ca.SVID("/client"), ca.Cert)
 }
 
 // TestSpec_S34_ManyTrustDomains: two thousand do not break a handshake.
 func TestSpec_S34_ManyTrustDomains(t *testing.T) {
-	ca, other := newAuthority(t, "a.test"), newAuthority(t, "b.test")
-	s := ca.snapshot(1, ca.svid("/x"))
+	ca, other := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
+	s := ca.Snapshot(1, ca.SVID("/x"))
 	s.Federated = make(map[spiffeid.TrustDomain]*identity.Bundle)
 	for i := range 2000 {
 		td := spiffeid.RequireTrustDomainFromString(fmt.Sprintf("domain-%d.test", i))
-		s.Federated[td] = &identity.Bundle{TrustDomain: td, Sequence: 1, Roots: []*x509.Certificate{other.cert}}
+		s.Federated[td] = &identity.Bundle{TrustDomain: td, Sequence: 1, Roots: []*x509.Certificate{other.Cert}}
 	}
 	a := newAgent(t, s)
 	p := startEnvoy(t, config{Socket: a.socket, Root: "ALL", Application: newApplication(t)})
 	p.waitLive()
-	mustCall(t, p.port("inbound"), ca.svid("/client"), ca.cert)
+	mustCall(t, p.port("inbound"), ca.SVID("/client"), ca.Cert)
 }
 
 // TestSpec_S30_S31_OnDemand: certificates fetched at the handshake: an identity that is not there fails
 // fast, one that is served, and after its withdrawal no handshake succeeds.
 func TestSpec_S30_S31_OnDemand(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	x, y := ca.svid("/x"), ca.svid("/y")
-	a := newAgent(t, ca.snapshot(1, y))
+	ca := identitytest.NewAuthority(t, "a.test")
+	x, y := ca.SVID("/x"), ca.SVID("/y")
+	a := newAgent(t, ca.Snapshot(1, y))
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true, OnDemand: "spiffe://a.test/x", Application: newApplication(t)})
 	p.waitLive()
-	port, client := p.port("inbound"), ca.svid("/client")
+	port, client := p.port("inbound"), ca.SVID("/client")
 	start := time.Now()
-	if _, _, err := call(port, client, ca.cert); err == nil {
+	if _, _, err := call(port, client, ca.Cert); err == nil {
 		t.Error("a handshake for an identity that is not there succeeded")
 	}
 	t.Logf("failed after %s", time.Since(start).Round(time.Millisecond))
-	a.source.publish(ca.snapshot(1, y, x))
+	a.source.Publish(ca.Snapshot(1, y, x))
 	eventually(t, "it is served", func() bool {
-		_, server, err := call(port, client, ca.cert)
+		_, server, err := call(port, client, ca.Cert)
 		return err == nil && server.Equal(x.Chain[0])
 	})
-	a.source.publish(&identity.Snapshot{SVIDs: []*identity.SVID{y}, Bundle: ca.bundle(1), Withdrawn: []spiffeid.ID{x.ID}})
+	a.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{y}, Bundle: ca.Bundle(1), Withdrawn: []spiffeid.ID{x.ID}})
 	eventually(t, "it is gone", func() bool {
-		_, _, err := call(port, client, ca.cert)
+		_, _, err := call(port, client, ca.Cert)
 		return err != nil
 	})
 	for range 10 {
-		if _, _, err := call(port, client, ca.cert); err == nil {
+		if _, _, err := call(port, client, ca.Cert); err == nil {
 			t.Fatal("a withdrawn identity was served")
 		}
 	}
@@ -556,17 +555,17 @@ func TestSpec_S30_S31_OnDemand(t *testing.T) {
 // TestSpec_S44_Killed: the streams of a killed Envoy are freed at once, time after
 // time.
 func TestSpec_S44_Killed(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+	ca := identitytest.NewAuthority(t, "a.test")
+	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	for range 5 {
 		p := startEnvoy(t, config{Socket: a.socket})
 		p.waitLive()
-		if n := a.source.streams(); n != 2 {
+		if n := a.source.Open(); n != 2 {
 			t.Errorf("%d streams", n)
 		}
 		start := time.Now()
 		p.kill()
-		eventually(t, "streams are freed", func() bool { return a.source.streams() == 0 })
+		eventually(t, "streams are freed", func() bool { return a.source.Open() == 0 })
 		t.Logf("freed after %s", time.Since(start).Round(time.Millisecond))
 	}
 	if n := a.metric("meshid_agent_sds_streams"); n != 0 {
@@ -591,8 +590,8 @@ func TestSpec_S37_Pings(t *testing.T) {
 		t.Skip("takes half a minute")
 	}
 	t.Parallel()
-	ca := newAuthority(t, "a.test")
-	a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+	ca := identitytest.NewAuthority(t, "a.test")
+	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true, Ping: "10s"})
 	p.waitLive()
 	connections := p.stat("cluster.agent.upstream_cx_total")
@@ -609,8 +608,8 @@ func TestSpec_S37_Pings(t *testing.T) {
 
 // TestSpec_S38_PrometheusNames: with the short names, each secret has a label of its own.
 func TestSpec_S38_PrometheusNames(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	a := newAgent(t, ca.snapshot(1, ca.svid("/x")))
+	ca := identitytest.NewAuthority(t, "a.test")
+	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	p := startEnvoy(t, config{Socket: a.socket})
 	p.waitLive()
 	all, _ := p.get("/stats/prometheus")
@@ -627,9 +626,9 @@ func TestSpec_S38_PrometheusNames(t *testing.T) {
 
 // TestSpec_S39_ConfigDump: what Envoy's admin port shows has no key.
 func TestSpec_S39_ConfigDump(t *testing.T) {
-	ca := newAuthority(t, "a.test")
-	x := ca.svid("/x")
-	a := newAgent(t, ca.snapshot(1, x))
+	ca := identitytest.NewAuthority(t, "a.test")
+	x := ca.SVID("/x")
+	a := newAgent(t, ca.Snapshot(1, x))
 	p := startEnvoy(t, config{Socket: a.socket, Delta: true})
 	p.waitLive()
 	der, err := x509.MarshalPKCS8PrivateKey(x.Key)

@@ -33,6 +33,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/sds"
+	"github.com/meshid/meshid/test/identitytest"
 	"github.com/meshid/meshid/test/require"
 )
 
@@ -59,74 +60,11 @@ func eventually(t testing.TB, what string, holds func() bool) {
 type agent struct {
 	t      testing.TB
 	socket string
-	source *source
+	source *identitytest.Source
 	reg    *prometheus.Registry
 	server *sds.Server
 	grpc   *grpc.Server
 	served chan error
-}
-
-// source gives all streams the same snapshots.
-type source struct {
-	mu       sync.Mutex // guards what follows
-	snapshot *identity.Snapshot
-	watches  map[*identity.Watch]*peer.Peer
-	acked    uint64
-	peers    map[int]bool // pids that have subscribed
-}
-
-func (s *source) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, error) {
-	var w *identity.Watch
-	w = identity.NewWatch(func(sequence uint64) {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.acked = sequence
-	}, func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		delete(s.watches, w)
-	})
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.watches[w] = p
-	s.peers[p.PID] = true
-	if s.snapshot != nil {
-		w.Publish(s.snapshot)
-	}
-	return w, nil
-}
-
-func (s *source) publish(snapshot *identity.Snapshot) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.snapshot = snapshot
-	for w := range s.watches {
-		w.Publish(snapshot)
-	}
-}
-
-func (s *source) latest() *identity.Snapshot {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.snapshot
-}
-
-func (s *source) streams() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.watches)
-}
-
-func (s *source) acknowledged() uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.acked
-}
-
-func (s *source) subscribed(pid int) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.peers[pid]
 }
 
 // newAgent starts an agent with a socket of its own.
@@ -139,10 +77,7 @@ func newAgent(t testing.TB, snapshot *identity.Snapshot) *agent {
 // "@".
 func newAgentAt(t testing.TB, at string, snapshot *identity.Snapshot) *agent {
 	t.Helper()
-	a := &agent{
-		t: t, socket: at + filepath.Join(t.TempDir(), "agent.sock"),
-		source: &source{snapshot: snapshot, watches: make(map[*identity.Watch]*peer.Peer), peers: make(map[int]bool)},
-	}
+	a := &agent{t: t, socket: at + filepath.Join(t.TempDir(), "agent.sock"), source: identitytest.NewSource(snapshot)}
 	a.start()
 	t.Cleanup(a.stop)
 	return a
@@ -183,26 +118,7 @@ func (a *agent) stop() {
 // metric returns the sum of a metric's series.
 func (a *agent) metric(name string, labels ...string) float64 {
 	a.t.Helper()
-	families, err := a.reg.Gather()
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	sum := 0.0
-	for _, f := range families {
-		if f.GetName() != name {
-			continue
-		}
-	series:
-		for _, m := range f.GetMetric() {
-			for i, l := range labels {
-				if m.GetLabel()[i].GetValue() != l {
-					continue series
-				}
-			}
-			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
-		}
-	}
-	return sum
+	return identitytest.Metric(a.t, a.reg, name, labels...)
 }
 
 // config is what the bootstrap is made from.
