@@ -62,6 +62,14 @@
 // the bytes in the file. An index is a cursor: a reader that has handled all
 // records below n goes on with Scan(dir, n) or Follow from n.
 //
+// # Sinks
+//
+// Whatever else is made of the records (a Merkle tree, a table to search, lines
+// in somebody's collector) is a Sink: a Feed reads durable records from the disk
+// again and gives them to the sink, at least once and in order, beside the
+// issuing path. A sink that is slow or away costs one batch of memory, and is
+// reported; records wait for it in the journal.
+//
 // # Durability
 //
 // A batch is the records that were written by one write and one fdatasync; it is

@@ -75,13 +75,7 @@ func (j *Journal) Follow(ctx context.Context, from uint64, fn func(Entry) error)
 	c := &cursor{dir: j.dir, from: from}
 	defer c.close()
 	for next := from; ; {
-		wake := j.woken()
-		stopped := false
-		select {
-		case <-j.stopped:
-			stopped = true
-		default:
-		}
+		wake, stopped := j.woken(), j.hasStopped()
 		for size := j.Size(); next < size; next++ {
 			if ctx.Err() != nil {
 				return context.Cause(ctx)

@@ -355,6 +355,16 @@ func (j *Journal) woken() <-chan struct{} {
 	return j.wake
 }
 
+// hasStopped says whether the journal is closed: nothing is added any more.
+func (j *Journal) hasStopped() bool {
+	select {
+	case <-j.stopped:
+		return true
+	default:
+		return false
+	}
+}
+
 // Size returns the number of durable records: the index of the next one.
 func (j *Journal) Size() uint64 { return j.head.Load().Size }
 

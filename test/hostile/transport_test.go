@@ -377,7 +377,7 @@ func TestV_T4_Frames(t *testing.T) {
 					t.Errorf("%s: %d bytes were taken and the connection is open", s.name, n)
 				}
 				during := footprintOf(t, s.pid, s.metrics)
-				if g := during.goroutines - before.goroutines; g > 600 { // a few for each of 100 streams
+				if g := during.goroutines - before.goroutines; g > 1500 { // some for each of 100 streams; without a bound, for each of tens of thousands
 					t.Errorf("%s: one connection costs %d goroutines", s.name, g)
 				}
 				if m := statusOf(t, s.pid, "VmRSS") - memory; m > 64*mb {

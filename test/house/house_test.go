@@ -44,6 +44,7 @@ var arrows = []struct {
 	// Level 1.
 	{"pkg/identity", []string{"proto/attributes/v1", "proto/entry/v1", "internal/*"}},
 	{"pkg/ledger", []string{"proto/ledger/v1", "proto/attributes/v1", "proto/entry/v1", "internal/*"}},
+	{"pkg/ledger/**", []string{"pkg/ledger", "pkg/ledger/**", "pkg/config", "proto/**", "internal/*"}},
 	// Level 2.
 	{"pkg/attest", []string{"pkg/identity", "pkg/attest/peer", "proto/attributes/v1", "proto/node/v1"}},
 	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "proto/ledger/v1", "internal/*"}},
