@@ -47,7 +47,7 @@ var arrows = []struct {
 	{"pkg/ledger/**", []string{"pkg/ledger", "pkg/ledger/**", "pkg/config", "proto/**", "internal/*"}},
 	// Level 2.
 	{"pkg/attest", []string{"pkg/identity", "pkg/attest/peer", "proto/attributes/v1", "proto/node/v1"}},
-	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "proto/ledger/v1", "internal/*"}},
+	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "pkg/ca/upstream", "proto/ledger/v1", "internal/*"}},
 	{"pkg/agent/cache", []string{"pkg/identity", "proto/**"}},
 	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
 	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
@@ -56,7 +56,8 @@ var arrows = []struct {
 	{"pkg/attest/node/*", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
 	{"pkg/attest/workload/**", []string{"pkg/attest", "pkg/attest/peer", "pkg/attest/workload/**", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
 	{"pkg/ca/keys", []string{"pkg/config", "internal/*"}},
-	{"pkg/ca/upstream/*", []string{"pkg/config"}},
+	{"pkg/ca/upstream", nil},
+	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
 	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
 	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},

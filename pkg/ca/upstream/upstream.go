@@ -1,0 +1,115 @@
+// Package upstream says what a CA of somebody else must offer to be the root
+// above ours: it signs an intermediate now and then, and says which roots it has.
+// Each kind of upstream CA is a package below this one. None of them is trusted:
+// whoever uses one checks what comes back against what was asked.
+package upstream
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// CA signs intermediates. An implementation need not serve concurrent calls: it
+// is called by one goroutine. Every call has a deadline. It does not retry and
+// does not wait out a limit: the caller does, when the error says how it is.
+type CA interface {
+	// Mint has an intermediate signed. Errors wrap ErrDenied, ErrUnavailable or a
+	// *RateLimitError where one of them applies; anything else counts as an error
+	// of this call alone, and is tried again later.
+	Mint(ctx context.Context, r *Request) (*Minted, error)
+	// Capabilities says what this CA can do; it does not change.
+	Capabilities() Capabilities
+}
+
+// RootWatcher is a CA that tells of changes of its roots by itself. Those of a CA
+// that does not are those that came with the last Minted.
+type RootWatcher interface {
+	// WatchRoots calls changed with all present roots, at once and after each
+	// change, until ctx ends or changed returns an error, which it then returns.
+	// If the connection is lost, it returns an error and is called again.
+	WatchRoots(ctx context.Context, changed func(roots []*x509.Certificate) error) error
+}
+
+// CrossSigner is a CA that certifies the key of another root.
+type CrossSigner interface {
+	// CrossSign returns a certificate of root's subject and key that was issued by
+	// this CA's present root.
+	CrossSign(ctx context.Context, root *x509.Certificate) (*x509.Certificate, error)
+}
+
+// LeafSigner is a CA that can sign every leaf itself, for users who may not have
+// a CA key in the mesh. It is called concurrently, up to Capabilities.LeafRate.
+type LeafSigner interface {
+	// SignLeaf has one X.509-SVID signed and returns its chain, leaf first. Errors
+	// are as those of Mint.
+	SignLeaf(ctx context.Context, csr []byte, ttl time.Duration) ([]*x509.Certificate, error)
+}
+
+// Request asks for an intermediate.
+type Request struct {
+	// CSR is a PKCS#10 request in DER, signed with the intermediate's key. Its
+	// subject, its one URI name (spiffe://<trust domain>) and the basic constraints
+	// and key usage it asks for are those that the certificate should have.
+	CSR []byte
+	// Request is CSR, parsed.
+	Request *x509.CertificateRequest
+	// TTL is the life that is wanted; a multiple of Capabilities.TTLGranularity
+	// and not below Capabilities.MinTTL.
+	TTL time.Duration
+}
+
+// Minted is what a CA answers.
+type Minted struct {
+	// Chain begins with the intermediate; each certificate is issued by the next,
+	// and the last by one of Roots, which itself is not in the chain.
+	Chain []*x509.Certificate
+	// Roots are all self-signed certificates under which this CA wants to be
+	// trusted now. At least one.
+	Roots []*x509.Certificate
+}
+
+// Capabilities are the limits of a CA. The zero value means: none known.
+type Capabilities struct {
+	// MinTTL and MaxTTL bound the life of what it signs; 0 for no bound.
+	MinTTL, MaxTTL time.Duration
+	// TTLGranularity is the unit in which it counts lives: AWS Private CA, days.
+	TTLGranularity time.Duration
+	// PathLen0 says that its intermediates cannot sign further intermediates.
+	PathLen0 bool
+	// KeyTypes are the keys that it certifies, "EC-P256" and so on; nil for all.
+	KeyTypes []string
+	// LeafRate is how many leaves a second a LeafSigner may be asked for.
+	LeafRate float64
+	// NoURI says that the CA drops or refuses the URI name of an intermediate: it
+	// is then no SVID itself (X509-SVID §3.2 has it as SHOULD).
+	NoURI bool
+}
+
+// ErrDenied is wrapped when the CA refuses for a reason that a retry does not
+// change: a permission or a policy there. An operator must act.
+var ErrDenied = errors.New("upstream CA refuses")
+
+// ErrUnavailable is wrapped when the CA could not be asked, or failed: a retry may
+// help.
+var ErrUnavailable = errors.New("upstream CA is not available")
+
+// RateLimitError says that the CA wants to be asked later.
+type RateLimitError struct {
+	// RetryAfter is how much later; 0 if it did not say.
+	RetryAfter time.Duration
+	Err        error
+}
+
+// Error says when to ask again.
+func (e *RateLimitError) Error() string {
+	if e.RetryAfter > 0 {
+		return fmt.Sprintf("upstream CA limits its rate, ask again in %s: %v", e.RetryAfter, e.Err)
+	}
+	return fmt.Sprintf("upstream CA limits its rate: %v", e.Err)
+}
+
+// Unwrap returns the answer of the CA.
+func (e *RateLimitError) Unwrap() error { return e.Err }
