@@ -32,7 +32,7 @@
 // and each frame, at an offset that is a multiple of 8,
 //
 //	offset  bytes
-//	     0      4  length of the record, 1 to 1,048,576
+//	     0      4  length of the record, 1 to 65,535
 //	     4      4  CRC-32C of the journal's name and the frame without these 4 bytes
 //	     8      8  index of the record
 //	    16      8  base: index of the first record of the same batch

@@ -13,8 +13,9 @@ import (
 )
 
 // MaxRecordBytes is the size of the largest record that a journal takes, and the
-// most that a reader allocates for one.
-const MaxRecordBytes = 1 << 20
+// most that a reader allocates for one: what an entry bundle of C2SP tlog-tiles
+// can hold.
+const MaxRecordBytes = 1<<16 - 1
 
 // ErrRecord is wrapped by the error of Append for a draft that can never be
 // recorded: the record is empty, too large, not valid, or does not name the

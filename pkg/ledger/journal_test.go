@@ -85,7 +85,7 @@ func TestRefused(t *testing.T) {
 	large.Diff = strings.Repeat("x", MaxRecordBytes)
 	invalid, _ := testRecord("x")
 	invalid.Detail = "\xff"
-	big := make([]*Draft, 18)
+	big := make([]*Draft, maxAppendBytes/(MaxRecordBytes-10_000)+1)
 	for i := range big {
 		r, _ := testRecord("x")
 		r.Diff = strings.Repeat("x", MaxRecordBytes-10_000)
