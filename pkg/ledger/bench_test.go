@@ -83,10 +83,10 @@ func BenchmarkNewDraft(b *testing.B) {
 }
 
 // benchmarkJournal is a journal of n records.
-func benchmarkJournal(b *testing.B, n int) string {
+func benchmarkJournal(b *testing.B, n int, segmentBytes int64) string {
 	b.Helper()
 	dir := b.TempDir()
-	j := openTest(b, dir, Options{})
+	j := openTest(b, dir, Options{SegmentBytes: segmentBytes})
 	r, chain := testRecord("x")
 	drafts := make([]*Draft, 1000)
 	for i := range drafts {
@@ -103,10 +103,10 @@ func benchmarkJournal(b *testing.B, n int) string {
 	return dir
 }
 
-// BenchmarkVerify reads 20,000 records.
+// BenchmarkVerify reads 100,000 records in some segments.
 func BenchmarkVerify(b *testing.B) {
-	const n = 20_000
-	dir := benchmarkJournal(b, n)
+	const n = 100_000
+	dir := benchmarkJournal(b, n, 8<<20)
 	for b.Loop() {
 		if r, err := Verify(context.Background(), dir); err != nil || r.Head.Size != n {
 			b.Fatal(r, err)
@@ -117,7 +117,7 @@ func BenchmarkVerify(b *testing.B) {
 
 // BenchmarkOpen is the start of a CA with 20,000 records in its last segment.
 func BenchmarkOpen(b *testing.B) {
-	dir := benchmarkJournal(b, 20_000)
+	dir := benchmarkJournal(b, 20_000, 0)
 	for b.Loop() {
 		j, err := Open(dir, Options{})
 		if err == nil {

@@ -14,8 +14,9 @@
 // holds with flock(2). Segments are named by the index of their first record, in
 // 20 decimal digits, with the suffix ".segment"; a file ".segment.new" is one
 // that is being made, and is ignored. A directory is copied with ordinary tools,
-// also while it is in use; Scan and Verify read copies. All numbers are unsigned
-// and big-endian.
+// also while it is in use; Scan and Verify read copies. A file "archived" with a
+// Head says that segments below it may have been put elsewhere; the journal then
+// begins with a later record. All numbers are unsigned and big-endian.
 //
 // # Segment
 //

@@ -38,7 +38,8 @@ type Entry struct {
 // out, though the last few records may be on their way to the disk still, so that
 // a power failure could undo them (Journal.Follow has only durable ones). Nothing
 // is written, and no lock is taken. After an error, which for damage is a
-// *DamageError, the sequence ends.
+// *DamageError and for a record that was archived wraps ErrArchived, the sequence
+// ends.
 func Scan(dir string, from uint64) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		c := &cursor{dir: dir, from: from}
@@ -143,10 +144,7 @@ func (c *cursor) open() error {
 		i--
 	}
 	if i < 0 {
-		return &DamageError{
-			Segment: segmentName(firsts[0]), Index: c.from,
-			Reason: fmt.Sprintf("this is the first segment: the records before %d are missing", firsts[0]),
-		}
+		return absent(c.dir, firsts[0], c.from)
 	}
 	if c.seg, err = openSegment(c.dir, firsts[i]); err != nil {
 		return wrapOpen(err)
