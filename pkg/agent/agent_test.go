@@ -155,9 +155,9 @@ func TestRenewalOverDays(t *testing.T) {
 	})
 }
 
-// TestV_F30_OutageWithinBudget: nobody notices an outage that is shorter than
+// TestFault_F30_OutageWithinBudget: nobody notices an outage that is shorter than
 // what is at hand lives.
-func TestV_F30_OutageWithinBudget(t *testing.T) {
+func TestFault_F30_OutageWithinBudget(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		h.ca.apply(uidEntry("web", "/web", 1000))
 		w := h.subscribe(1, 1000)
@@ -203,9 +203,9 @@ func TestV_F30_OutageWithinBudget(t *testing.T) {
 	})
 }
 
-// TestV_F43_TotalExpiry: a site that slept for a week is back within a minute,
+// TestFault_F43_TotalExpiry: a site that slept for a week is back within a minute,
 // and nobody was served anything expired meanwhile.
-func TestV_F43_TotalExpiry(t *testing.T) {
+func TestFault_F43_TotalExpiry(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		h.ca.apply(uidEntry("web", "/web", 1000))
 		w := h.subscribe(1, 1000)
@@ -444,9 +444,9 @@ func TestEntryChanged(t *testing.T) {
 	})
 }
 
-// TestV_F37_RestartFromSealedCache: a restart needs no network, changes no key,
+// TestFault_F37_RestartFromSealedCache: a restart needs no network, changes no key,
 // and gives nothing to whom it does not belong.
-func TestV_F37_RestartFromSealedCache(t *testing.T) {
+func TestFault_F37_RestartFromSealedCache(t *testing.T) {
 	dir := t.TempDir()
 	seal := filepath.Join(dir, "seal")
 	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
@@ -554,9 +554,9 @@ func endedInstances(ca *fakeCA) []string {
 	return out
 }
 
-// TestV_F42_CorruptedCache: whatever is in the file, the agent starts, and
+// TestFault_F42_CorruptedCache: whatever is in the file, the agent starts, and
 // attests itself again.
-func TestV_F42_CorruptedCache(t *testing.T) {
+func TestFault_F42_CorruptedCache(t *testing.T) {
 	dir := t.TempDir()
 	seal := filepath.Join(dir, "seal")
 	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
@@ -624,8 +624,8 @@ func TestV_F42_CorruptedCache(t *testing.T) {
 	}
 }
 
-// TestV_F42_NoSealingKey: without a key nothing is written, and it is said.
-func TestV_F42_NoSealingKey(t *testing.T) {
+// TestFault_F42_NoSealingKey: without a key nothing is written, and it is said.
+func TestFault_F42_NoSealingKey(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "agent")
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)
@@ -654,8 +654,8 @@ func TestV_F42_NoSealingKey(t *testing.T) {
 	})
 }
 
-// TestV_F41_TwoAgents: the second one refuses and names the first.
-func TestV_F41_TwoAgents(t *testing.T) {
+// TestFault_F41_TwoAgents: the second one refuses and names the first.
+func TestFault_F41_TwoAgents(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "agent")
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)
@@ -1105,8 +1105,8 @@ func TestRootRemoved(t *testing.T) {
 	})
 }
 
-// TestV_F32_HalfOpen: a CA that vanished without a word is noticed.
-func TestV_F32_HalfOpen(t *testing.T) {
+// TestFault_F32_HalfOpen: a CA that vanished without a word is noticed.
+func TestFault_F32_HalfOpen(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		time.Sleep(time.Minute)
 		h.ca.net.mu.Lock()
@@ -1128,9 +1128,9 @@ func TestV_F32_HalfOpen(t *testing.T) {
 	})
 }
 
-// TestV_F34_ResetStorm: sessions that break all the time cost no attestation,
+// TestFault_F34_ResetStorm: sessions that break all the time cost no attestation,
 // and are not made faster than they break.
-func TestV_F34_ResetStorm(t *testing.T) {
+func TestFault_F34_ResetStorm(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		for range 300 {
 			time.Sleep(2 * time.Second)
@@ -1363,9 +1363,9 @@ func TestNewChecksItsConfig(t *testing.T) {
 	}
 }
 
-// TestV_F36_DeadAddressFirst: a dead replica at the first of several addresses
+// TestFault_F36_DeadAddressFirst: a dead replica at the first of several addresses
 // does not keep the agent from the next.
-func TestV_F36_DeadAddressFirst(t *testing.T) {
+func TestFault_F36_DeadAddressFirst(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "agent")
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)

@@ -849,7 +849,7 @@ func TestRotateIntermediate(t *testing.T) {
 
 // Rows F44 and F68 of the fault suite: what has expired or is damaged is
 // replaced without anybody's help.
-func TestV_F44_OwnCertificateExpired(t *testing.T) {
+func TestFault_F44_OwnCertificateExpired(t *testing.T) {
 	f := open(t, Config{})
 	now := time.Now().Add(36 * time.Hour)
 	if before := f.own.Load(); before.usable(now) {
@@ -861,7 +861,7 @@ func TestV_F44_OwnCertificateExpired(t *testing.T) {
 	}
 }
 
-func TestV_F68_DamagedKeyIsReplaced(t *testing.T) {
+func TestFault_F68_DamagedKeyIsReplaced(t *testing.T) {
 	f := open(t, Config{})
 	s := *f.state.Load()
 	damaged := *s.active.key

@@ -70,7 +70,7 @@ func testLeaf(t testing.TB, now time.Time) *leaf {
 
 // Row F68 of the fault suite: a bit that flips anywhere in a finished
 // certificate keeps it from being released.
-func TestV_F68_EveryBitFlipIsFound(t *testing.T) {
+func TestFault_F68_EveryBitFlipIsFound(t *testing.T) {
 	now := time.Now()
 	a := testAuthority(t, now)
 	l := testLeaf(t, now)
@@ -96,7 +96,7 @@ func TestV_F68_EveryBitFlipIsFound(t *testing.T) {
 }
 
 // Row F68: the flip happens before the signature, so the signature is good.
-func TestV_F68_FlipBeforeTheSignature(t *testing.T) {
+func TestFault_F68_FlipBeforeTheSignature(t *testing.T) {
 	now := time.Now()
 	a := testAuthority(t, now)
 	l := testLeaf(t, now)

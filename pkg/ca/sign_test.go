@@ -812,7 +812,7 @@ func TestSignRefusesNames(t *testing.T) {
 }
 
 // Row F47 of the fault suite: the form of times changes with 2050.
-func TestV_F47_TimesBeyond2049(t *testing.T) {
+func TestFault_F47_TimesBeyond2049(t *testing.T) {
 	for _, at := range []time.Time{
 		time.Date(2049, 12, 31, 23, 30, 0, 0, time.UTC),
 		time.Date(2038, 1, 19, 3, 14, 7, 0, time.UTC),

@@ -50,9 +50,9 @@ func crashMain(dir string, out io.Writer) {
 	wg.Wait()
 }
 
-// TestV_F4_KilledAtRandomTimes kills a process that appends under load, again and
+// TestFault_F4_KilledAtRandomTimes kills a process that appends under load, again and
 // again on one journal: what was acknowledged is in it, each time.
-func TestV_F4_KilledAtRandomTimes(t *testing.T) {
+func TestFault_F4_KilledAtRandomTimes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	acknowledged := map[string]string{} // "index hash" → request id

@@ -357,9 +357,9 @@ func forge(t *testing.T, dir string, p *pristine, record []byte) {
 	})
 }
 
-// TestV_F18_TornTail damages the end of the last segment: the journal opens, and
+// TestFault_F18_TornTail damages the end of the last segment: the journal opens, and
 // what is before the damage is there.
-func TestV_F18_TornTail(t *testing.T) {
+func TestFault_F18_TornTail(t *testing.T) {
 	t.Parallel()
 	p := newPristine(t)
 	n := len(p.places)
@@ -415,9 +415,9 @@ func TestV_F18_TornTail(t *testing.T) {
 	}
 }
 
-// TestV_F18_NotATornTail damages what was durable once: Open refuses, names the
+// TestFault_F18_NotATornTail damages what was durable once: Open refuses, names the
 // place, and leaves it as it is.
-func TestV_F18_NotATornTail(t *testing.T) {
+func TestFault_F18_NotATornTail(t *testing.T) {
 	t.Parallel()
 	p := newPristine(t)
 	n := len(p.places)

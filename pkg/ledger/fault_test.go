@@ -55,7 +55,7 @@ var recoverable = map[string]fault{
 	"no space for the second or third": {op: "write", nth: 2, err: unix.ENOSPC, partial: 700},
 }
 
-func TestV_F12_NoSpaceIsOvercome(t *testing.T) {
+func TestFault_F12_NoSpaceIsOvercome(t *testing.T) {
 	t.Parallel()
 	for name, f := range recoverable {
 		t.Run(name, func(t *testing.T) {
@@ -101,7 +101,7 @@ func TestV_F12_NoSpaceIsOvercome(t *testing.T) {
 	}
 }
 
-func TestV_F12_FullForAWhile(t *testing.T) {
+func TestFault_F12_FullForAWhile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	d := &faultyDisk{}
@@ -159,7 +159,7 @@ var final = map[string]fault{
 	"write that is short for no cause": {op: "write", err: errors.New("short"), partial: 8},
 }
 
-func TestV_F14_FailureStays(t *testing.T) {
+func TestFault_F14_FailureStays(t *testing.T) {
 	t.Parallel()
 	for name, f := range final {
 		t.Run(name, func(t *testing.T) {
@@ -228,9 +228,9 @@ func reopened(t *testing.T, dir string, acknowledged []string) {
 	wantIDs(t, dir, append(got, "after"))
 }
 
-// TestV_F14_OpenDoesNotTrustMemory checks that Open writes the last batch again:
+// TestFault_F14_OpenDoesNotTrustMemory checks that Open writes the last batch again:
 // after an fsync that failed, the file reads well and is not on the disk.
-func TestV_F14_OpenDoesNotTrustMemory(t *testing.T) {
+func TestFault_F14_OpenDoesNotTrustMemory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	j := openTest(t, dir, Options{})
@@ -269,9 +269,9 @@ func TestV_F14_OpenDoesNotTrustMemory(t *testing.T) {
 	wantIDs(t, dir, []string{"a", "b", "c", "d"})
 }
 
-// TestV_F18_PowerFailure takes any sectors of the last write away, as a power
+// TestFault_F18_PowerFailure takes any sectors of the last write away, as a power
 // failure may.
-func TestV_F18_PowerFailure(t *testing.T) {
+func TestFault_F18_PowerFailure(t *testing.T) {
 	t.Parallel()
 	const sector = 512
 	dir := t.TempDir()

@@ -341,9 +341,9 @@ func TestSpec_S08_VersionsAreStable(t *testing.T) {
 	}
 }
 
-// TestV_F54_OneBadDomainIsIsolated: a federated bundle that is not good costs
+// TestFault_F54_OneBadDomainIsIsolated: a federated bundle that is not good costs
 // only its own trust domain, the local one is never left out.
-func TestV_F54_OneBadDomainIsIsolated(t *testing.T) {
+func TestFault_F54_OneBadDomainIsIsolated(t *testing.T) {
 	a, b, c := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test"), identitytest.NewAuthority(t, "c.test")
 	empty := &identity.Bundle{TrustDomain: c.TrustDomain, Sequence: 1}
 	all, refusal := newCache().all(&identity.Snapshot{

@@ -799,9 +799,9 @@ func TestFetchWaits(t *testing.T) {
 	})
 }
 
-// TestV_F53_HostileAnswers: a client that answers nothing, or with wrong nonces, gets no more than
+// TestFault_F53_HostileAnswers: a client that answers nothing, or with wrong nonces, gets no more than
 // others and holds nobody up.
-func TestV_F53_HostileAnswers(t *testing.T) {
+func TestFault_F53_HostileAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := identitytest.NewAuthority(t, "a.test")
 		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})

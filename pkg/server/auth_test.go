@@ -488,7 +488,7 @@ func TestV_J10_ErrorsOutward(t *testing.T) {
 }
 
 // A panic in a handler is one failed call, and a number to look at.
-func TestV_F7_PanicInHandler(t *testing.T) {
+func TestFault_F7_PanicInHandler(t *testing.T) {
 	h := newHouse(t)
 	err := h.server.finish(t.Context(), &caller{requestID: "id-1"}, "/x", "boom canary", nil)
 	if status.Code(err) != codes.Internal || strings.Contains(err.Error(), "canary") {

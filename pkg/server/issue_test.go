@@ -255,7 +255,7 @@ func TestRefusalSummaries(t *testing.T) {
 }
 
 // With a ledger that cannot write, nothing leaves the CA.
-func TestV_F12_LedgerFails(t *testing.T) {
+func TestFault_F12_LedgerFails(t *testing.T) {
 	h := newHouse(t)
 	h.apply(shopEntry("web"))
 	a := h.join("n1", nil)

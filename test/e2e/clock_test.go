@@ -49,7 +49,7 @@ func issued(t *testing.T, m *mesh.Mesh) uint64 {
 // A node agent whose clock is stepped does no harm: the sidecars keep what they
 // have, which is valid by their own clocks, the CA is not asked again and again,
 // and once the clock is right all is as before.
-func TestV_F46_AgentsClockIsStepped(t *testing.T) {
+func TestFault_F46_AgentsClockIsStepped(t *testing.T) {
 	for name, by := range map[string]time.Duration{"past the renewals": 40 * time.Minute, "an hour behind": -time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			c := newClock(t)
@@ -71,7 +71,7 @@ func TestV_F46_AgentsClockIsStepped(t *testing.T) {
 
 // A node agent whose clock is a little wrong is as good as any, if the CA dates
 // certificates back by as much as clocks may be wrong.
-func TestV_F46_AgentsClockIsALittleWrong(t *testing.T) {
+func TestFault_F46_AgentsClockIsALittleWrong(t *testing.T) {
 	c := newClock(t)
 	c.step(t, 4*time.Minute)
 	m := open(t, mesh.Config{
@@ -86,7 +86,7 @@ func TestV_F46_AgentsClockIsALittleWrong(t *testing.T) {
 
 // The CA's clock is stepped back and forth under traffic: nothing that is valid
 // is lost, and once the clock is right certificates are issued as before.
-func TestV_F45_CAsClockIsStepped(t *testing.T) {
+func TestFault_F45_CAsClockIsStepped(t *testing.T) {
 	for name, by := range map[string]time.Duration{"an hour ahead": time.Hour, "an hour behind": -time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			c := newClock(t)

@@ -244,7 +244,7 @@ func TestV_K5_MemoryIsPrivate(t *testing.T) {
 
 // With few descriptors what is open is served, and what is too much is refused
 // with a reason; nothing ends.
-func TestV_F9_FewDescriptors(t *testing.T) {
+func TestFault_F9_FewDescriptors(t *testing.T) {
 	t.Parallel()
 	require.Root(t)
 	ca := local.StartCA(t, local.CAOptions{Wrap: wrap("ulimit -n 96", "")})
@@ -308,7 +308,7 @@ func TestV_F9_FewDescriptors(t *testing.T) {
 
 // The CA's disk is full: nothing is issued, and it says so; when there is space
 // again, it issues as before and the ledger is intact.
-func TestV_F12_DiskFull(t *testing.T) {
+func TestFault_F12_DiskFull(t *testing.T) {
 	t.Parallel()
 	require.Root(t)
 	disk := t.TempDir()

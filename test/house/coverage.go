@@ -14,7 +14,8 @@ import (
 
 // Case is a test that shows one row of a list of cases.
 type Case struct {
-	// Suite is "V" for known failures, "Spec" for the conformance suite.
+	// Suite is "V" for known failures, "Fault" for faults of the surroundings,
+	// "Spec" for the conformance suite.
 	Suite string
 	// Row is the row's name, such as "A1".
 	Row string
@@ -24,8 +25,14 @@ type Case struct {
 
 var rowPattern = regexp.MustCompile(`^[A-Z]+[0-9]+[a-z]?$`)
 
-// Cases finds the tests that are named after a row: TestV_<row>_<what> and
-// TestSpec_<row>_<what>; one that shows several rows names them all.
+// suites are the beginnings of the names of tests that show rows.
+var suites = map[string]string{
+	"TestV": "V", "FuzzV": "V", "TestFault": "Fault", "FuzzFault": "Fault", "TestSpec": "Spec", "FuzzSpec": "Spec",
+}
+
+// Cases finds the tests that are named after a row: TestV_<row>_<what>,
+// TestFault_<row>_<what> and TestSpec_<row>_<what>; one that shows several rows
+// names them all.
 func Cases(files []*File) []Case {
 	var cases []Case
 	for _, f := range files {
@@ -38,7 +45,7 @@ func Cases(files []*File) []Case {
 				continue
 			}
 			parts := strings.Split(fn.Name.Name, "_")
-			suite, ok := map[string]string{"TestV": "V", "FuzzV": "V", "TestSpec": "Spec", "FuzzSpec": "Spec"}[parts[0]]
+			suite, ok := suites[parts[0]]
 			if !ok {
 				continue
 			}
@@ -119,6 +126,8 @@ func WriteCoverage(w io.Writer, cases []Case) error {
 		{"V", "Known failures", "Cases that have gone wrong in this field. Each is a test named `TestV_<row>_<what>`: letters are areas\n" +
 			"(A names, B certificates and CSRs, C node attestation, D workload attestation, E agents and authorization, T transport,\n" +
 			"G bundles, H Envoy and SDS, I exhaustion, J admin and logs, K keys and files)."},
+		{"Fault", "Faults", "What breaks around the programs while they run: processes that are killed or stand still, disks that are full or lie,\n" +
+			"networks that stall, clocks that jump, neighbours that do not keep to the rules. Each is a test named `TestFault_<row>_<what>`."},
 		{"Spec", "Conformance suite", "Requirements of the SPIFFE specifications and of Envoy. Each is a test named `TestSpec_<row>_<what>`: A SPIFFE IDs,\n" +
 			"B leaves, C authorities, D the workload endpoint, E the Workload API, S SDS with a real Envoy."},
 	} {

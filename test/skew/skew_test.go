@@ -212,7 +212,7 @@ func TestV_C10_AsleepForDays(t *testing.T) {
 
 // A whole site is without power for longer than all its certificates live, those
 // of the CA but for the root included.
-func TestV_F43_SiteWithoutPowerForDays(t *testing.T) {
+func TestFault_F43_SiteWithoutPowerForDays(t *testing.T) {
 	c := newClock(t)
 	ca, a := site(t, c, "1h")
 	old := fetch(t, a, "the first X.509-SVID", validAt(c.now()))
@@ -246,7 +246,7 @@ func handshakeCertificate(ctx context.Context, ca *local.CA) (*x509.Certificate,
 // it replaces both by itself and issues to nodes whose clocks jumped as well. When
 // it jumps back it does so again; what the nodes hold is from the future then, and
 // is replaced at half of its life, or when the operator says so.
-func TestV_F45_CAsClockJumpsByDays(t *testing.T) {
+func TestFault_F45_CAsClockJumpsByDays(t *testing.T) {
 	c := newClock(t)
 	ca, a := site(t, c, "1h")
 	svid := fetch(t, a, "the first X.509-SVID", validAt(c.now()))
@@ -278,7 +278,7 @@ func TestV_F45_CAsClockJumpsByDays(t *testing.T) {
 
 // An agent's clock is an hour wrong: what is good by either clock is renewed as
 // ordered, and what is not good by the agent's is reported, not used.
-func TestV_F46_AgentAnHourWrong(t *testing.T) {
+func TestFault_F46_AgentAnHourWrong(t *testing.T) {
 	for _, r := range []struct {
 		name string
 		by   time.Duration

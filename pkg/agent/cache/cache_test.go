@@ -380,9 +380,9 @@ func (w *world) duration(s string) time.Duration {
 	return d
 }
 
-// TestV_F46_RenewalWithSkewedClock: between two clocks that differ, the life that
+// TestFault_F46_RenewalWithSkewedClock: between two clocks that differ, the life that
 // an SVID has is what counts.
-func TestV_F46_RenewalWithSkewedClock(t *testing.T) {
+func TestFault_F46_RenewalWithSkewedClock(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	at := func(d time.Duration) time.Time { return now.Add(d) }
 	for _, tc := range []struct {
@@ -406,9 +406,9 @@ func TestV_F46_RenewalWithSkewedClock(t *testing.T) {
 	}
 }
 
-// TestV_F46_DeadlineHasTwoClocks: a machine that slept is late by its wall clock, one
+// TestFault_F46_DeadlineHasTwoClocks: a machine that slept is late by its wall clock, one
 // whose clock was set back by its monotonic clock.
-func TestV_F46_DeadlineHasTwoClocks(t *testing.T) {
+func TestFault_F46_DeadlineHasTwoClocks(t *testing.T) {
 	now := time.Now()
 	d := deadline(now.Add(time.Hour))
 	if !d.after(now) || d.after(now.Add(time.Hour)) {

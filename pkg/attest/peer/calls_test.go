@@ -152,7 +152,7 @@ func TestV_I3_CallWithoutARequest(t *testing.T) {
 }
 
 // Where a process may have few descriptors, it takes few connections.
-func TestV_F9_FewDescriptors(t *testing.T) {
+func TestFault_F9_FewDescriptors(t *testing.T) {
 	var before unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &before); err != nil {
 		t.Fatal(err)
