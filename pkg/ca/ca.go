@@ -30,6 +30,10 @@ import (
 // its renewal has not succeeded yet, or the root is at its end. A retry may help.
 var ErrNoAuthority = errors.New("no authority can sign now")
 
+// ErrBundleChanged is wrapped by Store.AddRoot's error when another CA has
+// changed the trust bundle since it was read.
+var ErrBundleChanged = errors.New("the trust bundle was changed by another CA")
+
 // States of a root or an intermediate, as in the ledger.
 const (
 	// StatePrepared: its root is in the bundle, it signs nothing yet.
@@ -68,8 +72,10 @@ type Store interface {
 	// Roots returns all roots, and the sequence of the trust bundle that they
 	// make up: it grows with each change and is never 0 once there is a root.
 	Roots(ctx context.Context) (roots []Root, sequence uint64, err error)
-	// AddRoot adds a root and returns the bundle's new sequence.
-	AddRoot(ctx context.Context, r Root) (sequence uint64, err error)
+	// AddRoot adds a root to the bundle whose sequence is after, and returns its
+	// new sequence. Of several CAs that read the same bundle one succeeds; the
+	// error of the others wraps ErrBundleChanged, and nothing is added.
+	AddRoot(ctx context.Context, after uint64, r Root) (sequence uint64, err error)
 }
 
 // Defaults and bounds of Config.

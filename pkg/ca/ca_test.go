@@ -45,11 +45,14 @@ func (s *memoryStore) Roots(context.Context) ([]Root, uint64, error) {
 	return slices.Clone(s.roots), s.sequence, s.failRoots
 }
 
-func (s *memoryStore) AddRoot(_ context.Context, r Root) (uint64, error) {
+func (s *memoryStore) AddRoot(_ context.Context, after uint64, r Root) (uint64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.failBefore != nil {
+	switch {
+	case s.failBefore != nil:
 		return 0, s.failBefore
+	case s.sequence != after:
+		return 0, ErrBundleChanged
 	}
 	s.roots = append(s.roots, r)
 	s.sequence++
@@ -321,6 +324,32 @@ func TestOpenAfterAnInterruptedFirstStart(t *testing.T) {
 				t.Fatalf("%d roots, sequence %d", len(roots), sequence)
 			}
 		})
+	}
+}
+
+// beaten is a store in which another CA makes its root in the moment before this
+// one does.
+type beaten struct {
+	*memoryStore
+	other func()
+}
+
+func (s beaten) AddRoot(ctx context.Context, after uint64, r Root) (uint64, error) {
+	s.other()
+	return s.memoryStore.AddRoot(ctx, after, r)
+}
+
+// Two CAs start for the first time on one store: there is one root, and the one
+// that comes late says what to do.
+func TestFault_F21_FirstStartOfTwo(t *testing.T) {
+	store := &memoryStore{}
+	var first *fixture
+	_, err := tryOpen(t, Config{Store: beaten{store, func() { first = open(t, Config{Store: store}) }}})
+	if !errors.Is(err, ErrBundleChanged) || !strings.Contains(err.Error(), "start it again") {
+		t.Fatalf("the second CA: %v", err)
+	}
+	if roots, sequence := first.Bundle(); len(roots) != 1 || sequence != 1 || len(store.roots) != 1 {
+		t.Errorf("%d roots at sequence %d, %d in the store", len(roots), sequence, len(store.roots))
 	}
 }
 

@@ -243,7 +243,7 @@ func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
 		return nil, fmt.Errorf("read the roots: %w", err)
 	}
 	if len(stored) == 0 {
-		return c.createRoot(ctx, now)
+		return c.createRoot(ctx, now, sequence)
 	}
 	s := &state{sequence: sequence}
 	var reference string
@@ -322,8 +322,9 @@ func (c *CA) unlock(ctx context.Context, r *root, reference string, now time.Tim
 	return nil
 }
 
-// createRoot makes the first root of the trust domain.
-func (c *CA) createRoot(ctx context.Context, now time.Time) (*state, error) {
+// createRoot makes the first root of the trust domain, whose bundle, still empty,
+// has the sequence after.
+func (c *CA) createRoot(ctx context.Context, now time.Time, after uint64) (*state, error) {
 	key, reference, err := c.createRootKey(ctx)
 	if err != nil {
 		return nil, err
@@ -342,7 +343,11 @@ func (c *CA) createRoot(ctx context.Context, now time.Time) (*state, error) {
 	if _, err := c.cfg.Ledger.Append(ctx, prepared); err != nil {
 		return nil, fmt.Errorf("record the new root: %w", err)
 	}
-	sequence, err := c.cfg.Store.AddRoot(ctx, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
+	sequence, err := c.cfg.Store.AddRoot(ctx, after, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
+	if errors.Is(err, ErrBundleChanged) {
+		return nil, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+
+			"give this CA that root's key, then start it again", err, c.cfg.TrustDomain.Name())
+	}
 	if err != nil {
 		return nil, fmt.Errorf("store the new root: %w", err)
 	}

@@ -42,9 +42,18 @@ func (d *DB) Roots(ctx context.Context) (roots []ca.Root, sequence uint64, err e
 	return roots, uint64(current), nil //nolint:gosec // the table holds the CHECK that it is not negative
 }
 
-// AddRoot adds a root to the trust bundle and returns the bundle's new sequence.
-func (d *DB) AddRoot(ctx context.Context, r ca.Root) (sequence uint64, err error) {
+// AddRoot adds a root to the trust bundle if its sequence is still after, and
+// returns the bundle's new sequence; else the error wraps ca.ErrBundleChanged.
+func (d *DB) AddRoot(ctx context.Context, after uint64, r ca.Root) (sequence uint64, err error) {
 	err = d.update(ctx, func(tx *sql.Tx) error {
+		var now int64
+		row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence FROM state WHERE id = 1`))
+		if err := row.Scan(&now); err != nil {
+			return err
+		}
+		if uint64(now) != after { //nolint:gosec // the table holds the CHECK that it is not negative
+			return fmt.Errorf("the bundle is at sequence %d, and %d was expected: %w", now, after, ca.ErrBundleChanged)
+		}
 		if _, err := d.nextRevision(ctx, tx); err != nil {
 			return err
 		}
@@ -54,7 +63,7 @@ func (d *DB) AddRoot(ctx context.Context, r ca.Root) (sequence uint64, err error
 			return err
 		}
 		var next int64
-		row := tx.QueryRowContext(ctx, d.dialect.rebind(
+		row = tx.QueryRowContext(ctx, d.dialect.rebind(
 			`UPDATE state SET bundle_sequence = bundle_sequence + 1 WHERE id = 1 RETURNING bundle_sequence`))
 		if err := row.Scan(&next); err != nil {
 			return err

@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/meshid/meshid/internal/durable"
 )
 
 // ErrNotFound is wrapped when what was to be changed does not exist.
@@ -27,27 +29,42 @@ type DB struct {
 	dialect dialect
 	writer  *sql.DB // one connection
 	reader  *sql.DB
+	lock    *durable.Lock
 	epoch   string
 }
 
 // Open opens the SQLite database at path, creating it with mode 0600 or
 // bringing its schema up to date as needed. It refuses a database whose schema
-// is newer than this program.
+// is newer than this program. A file has one DB: whoever comes second gets an
+// error that wraps durable.ErrLocked and names the process that has it, before
+// anything is read or written.
 func Open(ctx context.Context, path string) (*DB, error) {
+	lock, err := durable.Acquire(path + ".lock")
+	if errors.Is(err, durable.ErrLocked) {
+		return nil, fmt.Errorf("database %s belongs to a CA that runs: stop it, or give this one a data folder of its own: %w", path, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock database %s: %w", path, err)
+	}
 	writer, reader, err := openSQLite(path)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, lock.Release())
 	}
-	d := &DB{dialect: sqlite, writer: writer, reader: reader}
+	d := &DB{dialect: sqlite, writer: writer, reader: reader, lock: lock}
 	if err := d.prepare(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open database %s: %w", path, err), d.Close())
 	}
 	return d, nil
 }
 
-// Close closes the database; calls in flight finish first.
+// Close closes the database; calls in flight finish first. More calls do
+// nothing.
 func (d *DB) Close() error {
-	return errors.Join(d.writer.Close(), d.reader.Close())
+	err := errors.Join(d.writer.Close(), d.reader.Close())
+	if lerr := d.lock.Release(); !errors.Is(lerr, fs.ErrClosed) {
+		err = errors.Join(err, lerr)
+	}
+	return err
 }
 
 // Epoch names this history of revisions. It was chosen at random when the

@@ -23,6 +23,7 @@ import (
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 
+	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/server/registry"
@@ -328,10 +329,26 @@ func TestTokensAreHashedAtRest(t *testing.T) {
 	}
 }
 
+// alongside opens a database that is open already, as another engine than SQLite
+// would allow.
+func alongside(t *testing.T, path string) *DB {
+	t.Helper()
+	writer, reader, err := openSQLite(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(writer.Close(), reader.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	return &DB{dialect: sqlite, writer: writer, reader: reader}
+}
+
 // 200 concurrent uses of one token, over two processes' worth of connections.
 func TestV_C1_TokenSingleUse(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ca.db")
-	dbs := []*DB{open(t, path), open(t, path)}
+	dbs := []*DB{open(t, path), alongside(t, path)}
 	for round := range 3 {
 		sum := newToken(t, dbs[0], fmt.Sprint(round), time.Unix(300, 0))
 		var won, used atomic.Int32
@@ -370,12 +387,15 @@ func TestRoots(t *testing.T) {
 		{Certificate: []byte{0}, Key: "file:root-2.key", State: "prepared", CreatedAt: time.Unix(3, 4)},
 	}
 	for i, r := range want {
-		if seq, err := d.AddRoot(t.Context(), r); err != nil || seq != uint64(i+1) {
+		if seq, err := d.AddRoot(t.Context(), uint64(i), r); err != nil || seq != uint64(i+1) {
 			t.Fatalf("AddRoot = %d, %v", seq, err)
 		}
 	}
-	if _, err := d.AddRoot(t.Context(), want[0]); err == nil {
+	if _, err := d.AddRoot(t.Context(), 2, want[0]); err == nil {
 		t.Error("a root was added twice")
+	}
+	if _, err := d.AddRoot(t.Context(), 1, ca.Root{Certificate: []byte{2}, Key: "file:root-3.key", State: "active"}); !errors.Is(err, ca.ErrBundleChanged) {
+		t.Errorf("a root was added to a bundle that was changed: %v", err)
 	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
@@ -390,6 +410,44 @@ func TestRoots(t *testing.T) {
 	}
 	if rev, err := d.Revision(t.Context()); err != nil || rev != 2 {
 		t.Errorf("revision %d, %v: each change of the bundle is one", rev, err)
+	}
+}
+
+// Two CAs that start for the first time on one database: the second one is told
+// who has it, before it has touched anything.
+func TestFault_F21_SecondOpenIsRefused(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ca.db")
+	d := open(t, path)
+	_, err := Open(t.Context(), path)
+	if !errors.Is(err, durable.ErrLocked) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) || !strings.Contains(err.Error(), "stop it") {
+		t.Errorf("a second Open: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open(t, path)
+}
+
+// 64 CAs add their first root at once: one of them succeeds.
+func TestFault_F21_FirstRootOnce(t *testing.T) {
+	d := open(t, filepath.Join(t.TempDir(), "ca.db"))
+	var added atomic.Int64
+	var wg sync.WaitGroup
+	for n := range 64 {
+		wg.Go(func() {
+			_, err := d.AddRoot(t.Context(), 0, ca.Root{Certificate: []byte{byte(n)}, Key: fmt.Sprint(n), State: "active"})
+			switch {
+			case err == nil:
+				added.Add(1)
+			case !errors.Is(err, ca.ErrBundleChanged):
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	roots, sequence, err := d.Roots(t.Context())
+	if err != nil || added.Load() != 1 || len(roots) != 1 || sequence != 1 {
+		t.Errorf("%d added, %d roots at sequence %d, %v", added.Load(), len(roots), sequence, err)
 	}
 }
 
@@ -556,7 +614,7 @@ func TestOpenFile(t *testing.T) {
 	}
 	for path, want := range map[string]string{
 		wide: "chmod 600", link: "not a regular file", dir: "not a regular file", garbage: "not a database",
-		filepath.Join(dir, "missing", "ca.db"): "create database",
+		filepath.Join(dir, "missing", "ca.db"): "no such file",
 	} {
 		if _, err := Open(t.Context(), path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("Open(%s) = %v, want %q", path, err, want)
