@@ -14,9 +14,10 @@ import (
 
 // Default limits of LimitCalls. A call that has said nothing yet costs 7 kB.
 const (
-	DefaultMaxCalls       = 20_480
-	DefaultMaxCallsPerUID = 8_192
-	DefaultFirstRequest   = 15 * time.Second
+	DefaultMaxCalls             = 20_480
+	DefaultMaxCallsPerUID       = 8_192
+	DefaultMaxCallsPerContainer = 2_048
+	DefaultFirstRequest         = 15 * time.Second
 )
 
 // CallLimits bound the gRPC calls on the connections of a listener, before any
@@ -24,9 +25,10 @@ const (
 // message has come, and until then nobody else counts the call or ends it. Zero
 // means the default.
 type CallLimits struct {
-	// MaxCalls bounds the open calls, MaxCallsPerUID those of one user. A
-	// connection that goes beyond is closed, with all its calls.
-	MaxCalls, MaxCallsPerUID int
+	// MaxCalls bounds the open calls, MaxCallsPerUID those of one user,
+	// MaxCallsPerContainer those of one container. A connection that goes beyond
+	// is closed, with all its calls.
+	MaxCalls, MaxCallsPerUID, MaxCallsPerContainer int
 	// FirstRequest is how long a call may be open without a message; then it
 	// ends with Canceled.
 	FirstRequest time.Duration
@@ -48,13 +50,16 @@ func LimitCalls(o CallLimits) ([]grpc.ServerOption, error) {
 	if o.MaxCallsPerUID <= 0 {
 		o.MaxCallsPerUID = DefaultMaxCallsPerUID
 	}
+	if o.MaxCallsPerContainer <= 0 {
+		o.MaxCallsPerContainer = DefaultMaxCallsPerContainer
+	}
 	if o.FirstRequest <= 0 {
 		o.FirstRequest = DefaultFirstRequest
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	c := &calls{limits: o, metrics: m, perUID: make(map[uint32]int)}
+	c := &calls{limits: o, metrics: m, open: newQuota("calls", o.MaxCalls, o.MaxCallsPerUID, o.MaxCallsPerContainer)}
 	return []grpc.ServerOption{
 		grpc.InTapHandle(c.begin),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
@@ -73,8 +78,7 @@ type calls struct {
 	metrics *metrics
 
 	mu     sync.Mutex // guards what follows
-	open   int
-	perUID map[uint32]int
+	open   quota
 	warned time.Time
 }
 
@@ -106,7 +110,7 @@ func (c *calls) begin(ctx context.Context, _ *tap.Info) (context.Context, error)
 	if !ok {
 		return ctx, nil // whoever serves it refuses it, for there is no peer
 	}
-	if err := c.enter(p.UID); err != nil {
+	if err := c.enter(p); err != nil {
 		c.metrics.refusals[reasonCalls].Inc()
 		c.warn(err)
 		go p.onEnd() // not from within the connection's reader
@@ -117,32 +121,22 @@ func (c *calls) begin(ctx context.Context, _ *tap.Info) (context.Context, error)
 	context.AfterFunc(ctx, func() {
 		call.timer.Stop()
 		cancel()
-		c.leave(p.UID)
+		c.leave(p)
 	})
 	return context.WithValue(within, callKey{}, call), nil
 }
 
-func (c *calls) enter(uid uint32) error {
+func (c *calls) enter(p *Peer) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case c.open >= c.limits.MaxCalls:
-		return fmt.Errorf("%d calls are open: limit reached", c.open)
-	case c.perUID[uid] >= c.limits.MaxCallsPerUID:
-		return fmt.Errorf("uid %d has %d calls open: limit reached", uid, c.perUID[uid])
-	}
-	c.open++
-	c.perUID[uid]++
-	return nil
+	_, err := c.open.enter(p.UID, p.container)
+	return err
 }
 
-func (c *calls) leave(uid uint32) {
+func (c *calls) leave(p *Peer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.open--
-	if c.perUID[uid]--; c.perUID[uid] == 0 {
-		delete(c.perUID, uid)
-	}
+	c.open.leave(p.UID, p.container)
 }
 
 // warn logs at most one refusal a minute.

@@ -28,8 +28,9 @@ import (
 // have fewer, the limits are lower, so that a connection above them is refused,
 // with the reason in the log, and not left waiting for a descriptor.
 const (
-	DefaultMaxConns       = 8192
-	DefaultMaxConnsPerUID = 4096
+	DefaultMaxConns             = 8192
+	DefaultMaxConnsPerUID       = 4096
+	DefaultMaxConnsPerContainer = 1024
 )
 
 // ErrPIDNamespace says that the kernel has no process id for the peer in this
@@ -43,9 +44,10 @@ type Options struct {
 	// decided by attestation, not by the file's mode. The directory, if it is
 	// missing, is made with 0755.
 	Mode os.FileMode
-	// MaxConns bounds the open connections, MaxConnsPerUID those of one user; 0
-	// means the defaults. A connection above a bound is closed at once.
-	MaxConns, MaxConnsPerUID int
+	// MaxConns bounds the open connections, MaxConnsPerUID those of one user,
+	// MaxConnsPerContainer those of one container, whichever users it has; 0 means
+	// the defaults. A connection above a bound is closed at once.
+	MaxConns, MaxConnsPerUID, MaxConnsPerContainer int
 	// Logger and Registerer may be nil.
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -61,12 +63,12 @@ type listener struct {
 	options Options
 	metrics *metrics
 	watcher *watcher
+	own     string   // ownContainer
 	drained *drained // nil where the kernel hands out pidfds
 
 	mu      sync.Mutex // guards what follows
 	closed  bool
-	conns   int
-	perUID  map[uint32]int
+	open    quota
 	warned  map[reason]time.Time
 	dropped map[reason]int // refusals since warned
 }
@@ -85,6 +87,9 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 	}
 	if o.MaxConnsPerUID <= 0 {
 		o.MaxConnsPerUID = min(DefaultMaxConnsPerUID, max(1, o.MaxConns/2))
+	}
+	if o.MaxConnsPerContainer <= 0 {
+		o.MaxConnsPerContainer = min(DefaultMaxConnsPerContainer, max(1, o.MaxConnsPerUID/4))
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
@@ -108,7 +113,9 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 	l := &listener{
 		socket: socket, file: file, addr: &net.UnixAddr{Net: "unix", Name: path},
 		options: o, metrics: m, watcher: w,
-		perUID: make(map[uint32]int), warned: make(map[reason]time.Time), dropped: make(map[reason]int),
+		open:   newQuota("connections", o.MaxConns, o.MaxConnsPerUID, o.MaxConnsPerContainer),
+		own:    ownContainer(),
+		warned: make(map[reason]time.Time), dropped: make(map[reason]int),
 	}
 	if o.noPeerPIDFD || !hasPeerPIDFD() {
 		if l.drained, err = watchDrained(socket); err != nil {
@@ -196,16 +203,22 @@ func (l *listener) take(c *net.UnixConn, since time.Duration) (net.Conn, reason,
 		PID: int(cred.Pid), UID: cred.Uid, GID: cred.Gid,
 		proven: l.drained == nil, done: make(chan struct{}), pidfd: pidfd,
 	}
+	// What cannot be read (the administrator hides processes) is in no container,
+	// and bounded by its user.
+	p.container, err = container(p.PID, l.own)
+	if err != nil {
+		l.options.Logger.Debug("container of a process is not known", "pid", p.PID, "err", err)
+	}
 	if err := p.Alive(); err != nil {
 		return nil, reasonOf(err), errors.Join(err, p.Close())
 	}
-	if r, err := l.admit(p.UID); err != nil {
+	if r, err := l.admit(p); err != nil {
 		return nil, r, errors.Join(err, p.Close())
 	}
 	pc := &conn{Conn: c, peer: p, listener: l}
 	p.onEnd = func() { _ = pc.Close() }
 	if err := p.watch(); err != nil {
-		l.leave(p.UID)
+		l.leave(p)
 		return nil, reasonError, errors.Join(err, p.Close())
 	}
 	return pc, "", nil
@@ -256,30 +269,22 @@ func checkPID(pid int32) error {
 	return nil
 }
 
-// admit counts one connection of a user.
-func (l *listener) admit(uid uint32) (reason, error) {
+// admit counts one connection of a process.
+func (l *listener) admit(p *Peer) (reason, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	switch {
-	case l.conns >= l.options.MaxConns:
-		return reasonLimit, fmt.Errorf("%d connections are open: limit reached", l.conns)
-	case l.perUID[uid] >= l.options.MaxConnsPerUID:
-		return reasonUIDLimit, fmt.Errorf("uid %d has %d connections open: limit reached", uid, l.perUID[uid])
+	if r, err := l.open.enter(p.UID, p.container); err != nil {
+		return r, err
 	}
-	l.conns++
-	l.perUID[uid]++
 	l.metrics.connections.Inc()
 	return "", nil
 }
 
 // leave is the inverse of admit.
-func (l *listener) leave(uid uint32) {
+func (l *listener) leave(p *Peer) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.conns--
-	if l.perUID[uid]--; l.perUID[uid] == 0 {
-		delete(l.perUID, uid)
-	}
+	l.open.leave(p.UID, p.container)
 	l.metrics.connections.Dec()
 }
 
@@ -340,7 +345,7 @@ func (c *conn) Close() error {
 	err := net.ErrClosed
 	c.once.Do(func() {
 		err = errors.Join(c.Conn.Close(), c.peer.Close())
-		c.listener.leave(c.peer.UID)
+		c.listener.leave(c.peer)
 	})
 	return err
 }

@@ -11,16 +11,17 @@ type reason string
 
 // The closed set of reasons.
 const (
-	reasonNamespace reason = "pid_namespace"
-	reasonGone      reason = "gone"
-	reasonUnproven  reason = "unproven"
-	reasonUIDLimit  reason = "uid_limit"
-	reasonLimit     reason = "limit"
-	reasonCalls     reason = "calls"
-	reasonError     reason = "error"
+	reasonNamespace      reason = "pid_namespace"
+	reasonGone           reason = "gone"
+	reasonUnproven       reason = "unproven"
+	reasonUIDLimit       reason = "uid_limit"
+	reasonContainerLimit reason = "container_limit"
+	reasonLimit          reason = "limit"
+	reasonCalls          reason = "calls"
+	reasonError          reason = "error"
 )
 
-var reasons = []reason{reasonNamespace, reasonGone, reasonUnproven, reasonUIDLimit, reasonLimit, reasonCalls, reasonError}
+var reasons = []reason{reasonNamespace, reasonGone, reasonUnproven, reasonUIDLimit, reasonContainerLimit, reasonLimit, reasonCalls, reasonError}
 
 type metrics struct {
 	connections prometheus.Gauge

@@ -35,9 +35,10 @@ type Peer struct {
 	// as seen from this program's user namespace.
 	UID, GID uint32
 
-	proven bool
-	done   chan struct{} // closed once
-	onEnd  func()        // called by the watcher when the process has ended
+	container string // for counting only, see containerOf
+	proven    bool
+	done      chan struct{} // closed once
+	onEnd     func()        // called by the watcher when the process has ended
 
 	watcher *watcher // nil if nothing is watched
 	key     uint64   // in watcher

@@ -467,13 +467,13 @@ func TestV_I1_Limits(t *testing.T) {
 
 	// Another user still gets in, up to the limit of all.
 	ll := l.(*listener)
-	if r, err := ll.admit(12345); err != nil {
+	if r, err := ll.admit(ForTest(1, 12345, 0)); err != nil {
 		t.Errorf("another user: %v (%s)", err, r)
 	}
-	if r, err := ll.admit(12346); err == nil || r != reasonLimit {
+	if r, err := ll.admit(ForTest(1, 12346, 0)); err == nil || r != reasonLimit {
 		t.Errorf("above the limit of all: %v (%s)", err, r)
 	}
-	ll.leave(12345)
+	ll.leave(ForTest(1, 12345, 0))
 
 	// One that goes makes room for the next.
 	_ = first.Close()

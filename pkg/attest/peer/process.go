@@ -70,9 +70,18 @@ func (p *Process) PID() int { return p.pid }
 // ReadFile returns the contents of one file of the directory, such as "cgroup".
 // Symbolic links and mounts on top of procfs are refused.
 func (p *Process) ReadFile(name string) ([]byte, error) {
-	fd, err := openBelow(p.dir, name, unix.O_RDONLY)
+	b, err := readProc(p.dir, name)
 	if err != nil {
-		return nil, fmt.Errorf("open /proc/%d/%s: %w", p.pid, name, gone(err))
+		return nil, fmt.Errorf("read /proc/%d/%s: %w", p.pid, name, err)
+	}
+	return b, nil
+}
+
+// readProc reads a file below a directory of procfs.
+func readProc(dir int, name string) ([]byte, error) {
+	fd, err := openBelow(dir, name, unix.O_RDONLY)
+	if err != nil {
+		return nil, gone(err)
 	}
 	defer unix.Close(fd) //nolint:errcheck // nothing was written
 	buf := make([]byte, 4096)
@@ -83,14 +92,14 @@ func (p *Process) ReadFile(name string) ([]byte, error) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return nil, fmt.Errorf("read /proc/%d/%s: %w", p.pid, name, gone(err))
+			return nil, gone(err)
 		case m == 0:
 			return buf[:n], nil
 		}
 		n += m
 		if n == len(buf) {
 			if n >= maxProcFile {
-				return nil, fmt.Errorf("read /proc/%d/%s: more than %d bytes", p.pid, name, maxProcFile)
+				return nil, fmt.Errorf("more than %d bytes", maxProcFile)
 			}
 			buf = append(buf, make([]byte, n)...)
 		}
