@@ -763,7 +763,9 @@ func TestV_I6_NoGoroutineIsLeft(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		ends[i%len(ends)](r.sotw(ctx), cancel)
 	}
-	left := func() bool { return runtime.NumGoroutine() > base+2 || r.value("meshid_agent_sds_streams", "sotw") != 1 }
+	left := func() bool {
+		return runtime.NumGoroutine() > base+2 || r.value("meshid_agent_sds_streams", "sotw") != 1
+	}
 	for deadline := time.Now().Add(time.Minute); left(); runtime.Gosched() {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d goroutines, %d before; %v streams are counted", runtime.NumGoroutine(), base, r.value("meshid_agent_sds_streams", "sotw"))
