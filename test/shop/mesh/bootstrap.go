@@ -35,7 +35,8 @@ type Bootstrap struct {
 	InboundPort    int
 	AppPort        int
 	Upstreams      []Upstream
-	// ConnectionLife bounds the life of each connection.
+	// ConnectionLife bounds the life of each connection, and that of each request,
+	// for which the end of a connection waits.
 	ConnectionLife time.Duration
 	// RequestsPerConnection is after how many requests a connection to an
 	// upstream is closed; 0 means never.
