@@ -5,6 +5,7 @@
 package envoy
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -29,6 +30,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/stats"
 
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
@@ -65,6 +67,7 @@ type agent struct {
 	server *sds.Server
 	grpc   *grpc.Server
 	served chan error
+	stats  stats.Handler // used from the next start on
 }
 
 // newAgent starts an agent with a socket of its own.
@@ -95,7 +98,11 @@ func (a *agent) start() {
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	a.grpc = grpc.NewServer(append(sds.ServerOptions(), grpc.Creds(peer.Credentials()))...)
+	options := append(sds.ServerOptions(), grpc.Creds(peer.Credentials()))
+	if a.stats != nil {
+		options = append(options, grpc.StatsHandler(a.stats))
+	}
+	a.grpc = grpc.NewServer(options...)
 	a.server.Register(a.grpc)
 	g, served := a.grpc, make(chan error, 1)
 	go func() { served <- g.Serve(listener) }()
@@ -134,7 +141,13 @@ type config struct {
 	Peer               int
 	PeerID             string
 	OneRequest, HTTP2  bool
-	Workers            int // 1 if 0
+	Workers            int    // 1 if 0
+	Minimum            string // TLS version of the inbound side; Envoy's own if empty
+	NodeAlways         bool   // Envoy describes itself in each message
+	// How long inbound connections, and those to the peer, live, and requests on
+	// them; unbounded if empty. Requests only where connections are, too.
+	ConnectionLife, StreamLife         string
+	PeerConnectionLife, PeerStreamLife string
 }
 
 // proxy is a running Envoy.
@@ -330,18 +343,78 @@ func newApplication(t testing.TB) int {
 	return s.Listener.Addr().(*net.TCPAddr).Port
 }
 
+// clientConfig is that of a client that shows v, or nothing if v is nil. It believes
+// any server.
+func clientConfig(v *identity.SVID) *tls.Config {
+	c := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}
+	if v == nil {
+		return c
+	}
+	certificate := tls.Certificate{PrivateKey: v.Key}
+	for _, x := range v.Chain {
+		certificate.Certificate = append(certificate.Certificate, x.Raw)
+	}
+	// Whatever the server would like to see.
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificate, nil }
+	return c
+}
+
+// session is a connection on which requests are made one after the other.
+type session struct {
+	conn *tls.Conn
+	r    *bufio.Reader
+}
+
+// open opens a connection; it is closed with the test. In TLS 1.3 a client learns
+// only with its first request that it was refused.
+func open(t testing.TB, port int, c *tls.Config) (*session, error) {
+	t.Helper()
+	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), c)
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return &session{conn, bufio.NewReader(conn)}, nil
+}
+
+// get makes one request; the connection stays open.
+func (s *session) get() error {
+	if err := s.conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err
+	}
+	if _, err := io.WriteString(s.conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		return err
+	}
+	r, err := http.ReadResponse(s.r, nil)
+	if err != nil {
+		return err
+	}
+	defer r.Body.Close()
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		return err
+	}
+	if r.StatusCode != http.StatusOK {
+		return errors.New("answer: " + r.Status)
+	}
+	return nil
+}
+
+// try makes one connection and one request over it, and says whether the session
+// was a resumed one.
+func try(t testing.TB, port int, c *tls.Config) (resumed bool, err error) {
+	t.Helper()
+	s, err := open(t, port, c)
+	if err != nil {
+		return false, err
+	}
+	defer s.conn.Close()
+	return s.conn.ConnectionState().DidResume, s.get()
+}
+
 // call makes one TLS connection to a sidecar and one request over it. v is the
 // client's SVID, or nil for none; roots are what it believes.
 func call(port int, v *identity.SVID, roots ...*x509.Certificate) (who string, server *x509.Certificate, err error) {
-	c := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13} // VerifyConnection does it
-	if v != nil {
-		certificate := tls.Certificate{PrivateKey: v.Key}
-		for _, x := range v.Chain {
-			certificate.Certificate = append(certificate.Certificate, x.Raw)
-		}
-		// Whatever the server would like to see.
-		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &certificate, nil }
-	}
+	c := clientConfig(v)
 	c.VerifyConnection = func(s tls.ConnectionState) error {
 		server = s.PeerCertificates[0]
 		if len(roots) == 0 {
