@@ -6,10 +6,13 @@ package upstream
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // CA signs intermediates. An implementation need not serve concurrent calls: it
@@ -48,7 +51,8 @@ type LeafSigner interface {
 	SignLeaf(ctx context.Context, csr []byte, ttl time.Duration) ([]*x509.Certificate, error)
 }
 
-// Request asks for an intermediate.
+// Request asks for an intermediate. NewRequest makes one, and its Verify checks
+// what comes back.
 type Request struct {
 	// CSR is a PKCS#10 request in DER, signed with the intermediate's key. Its
 	// subject, its one URI name (spiffe://<trust domain>) and the basic constraints
@@ -59,6 +63,11 @@ type Request struct {
 	// TTL is the life that is wanted; a multiple of Capabilities.TTLGranularity
 	// and not below Capabilities.MinTTL.
 	TTL time.Duration
+
+	// What Verify needs to hold an answer against the request.
+	td    spiffeid.TrustDomain
+	key   crypto.Signer
+	noURI bool
 }
 
 // Minted is what a CA answers.
