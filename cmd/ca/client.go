@@ -13,7 +13,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/pkg/identity"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 )
@@ -40,8 +42,11 @@ func (c *clientFlags) add(cmd *cobra.Command) {
 		"host:port of a remote CA; uses the identity from the Workload API at SPIFFE_ENDPOINT_SOCKET (env MESHID_CA)")
 }
 
+// method is one of the admin API's.
+type method[Q, A any] = func(adminv1.AdminServiceClient, context.Context, Q, ...grpc.CallOption) (A, error)
+
 // call connects, makes one call with a deadline, and disconnects.
-func call[Q, A any](ctx context.Context, c *clientFlags, method func(adminv1.AdminServiceClient, context.Context, Q, ...grpc.CallOption) (A, error), request Q) (answer A, err error) {
+func call[Q, A any](ctx context.Context, c *clientFlags, method method[Q, A], request Q) (answer A, err error) {
 	if _, bounded := ctx.Deadline(); !bounded {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, callTimeout)
@@ -53,6 +58,50 @@ func call[Q, A any](ctx context.Context, c *clientFlags, method func(adminv1.Adm
 	}
 	defer func() { err = errors.Join(err, closeConn()) }()
 	return method(adminv1.NewAdminServiceClient(conn), ctx, request)
+}
+
+// printing makes a command of one question to the CA: what ask returns is printed as
+// JSON, or by show in one of the other formats, the first of which is the default.
+func printing[A proto.Message](cmd *cobra.Command, ask func(cmd *cobra.Command, args []string) (A, error),
+	show func(cmd *cobra.Command, format string, answer A) error, formats ...string,
+) *cobra.Command {
+	var out cli.OutputFlag
+	out.Add(cmd, append(formats, "json")...)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		format, err := out.Format()
+		if err != nil {
+			return err
+		}
+		answer, err := ask(cmd, args)
+		if err != nil {
+			return err
+		}
+		if format == "json" {
+			return cli.JSON(cmd.OutOrStdout(), answer)
+		}
+		return show(cmd, format, answer)
+	}
+	return cmd
+}
+
+// listing is printing for a list without arguments: a line of a table for each item
+// of the answer.
+func listing[Q, A proto.Message](c *clientFlags, cmd *cobra.Command, method method[Q, A], question Q, header []string, rows func(answer A) [][]string) *cobra.Command {
+	cmd.Use, cmd.Args = "list", cobra.NoArgs
+	return printing(cmd, func(cmd *cobra.Command, _ []string) (A, error) {
+		return call(cmd.Context(), c, method, question)
+	}, func(cmd *cobra.Command, _ string, answer A) error {
+		return cli.Table(cmd.OutOrStdout(), header, rows(answer))
+	}, "table")
+}
+
+// done reports what was done, or why not.
+func done(cmd *cobra.Command, err error, format string, args ...any) error {
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.OutOrStdout(), format, args...)
+	return nil
 }
 
 func (c *clientFlags) dial(ctx context.Context) (*grpc.ClientConn, func() error, error) {

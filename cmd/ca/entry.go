@@ -54,40 +54,28 @@ func trustDomain(ctx context.Context, c *clientFlags) (spiffeid.TrustDomain, err
 
 func newEntryApply(c *clientFlags) *cobra.Command {
 	var file string
-	var prune, dryRun bool
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
+	var dryRun, prune bool
+	cmd := printing(&cobra.Command{
 		Use:   "apply -f FILE",
 		Short: "Create and change entries: all of a file, or none",
 		Example: `  ca entry apply -f entries.yaml
   ca entry apply -f entries.d/ --prune`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			format, err := out.Format()
-			if err != nil {
-				return err
-			}
-			answer, err := apply(cmd, c, file, dryRun, prune)
-			if err != nil {
-				return err
-			}
-			if format == "json" {
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			}
-			suffix := ""
-			if dryRun {
-				suffix = " (dry run)"
-			}
-			for _, ch := range answer.GetChanges() {
-				fmt.Fprintf(cmd.OutOrStdout(), "entry/%s %s%s\n", ch.GetName(), ch.GetAction(), suffix)
-			}
-			return nil
-		},
-	}
+	}, func(cmd *cobra.Command, _ []string) (*adminv1.ApplyEntriesResponse, error) {
+		return apply(cmd, c, file, dryRun, prune)
+	}, func(cmd *cobra.Command, _ string, answer *adminv1.ApplyEntriesResponse) error {
+		suffix := ""
+		if dryRun {
+			suffix = " (dry run)"
+		}
+		for _, ch := range answer.GetChanges() {
+			fmt.Fprintf(cmd.OutOrStdout(), "entry/%s %s%s\n", ch.GetName(), ch.GetAction(), suffix)
+		}
+		return nil
+	}, "text")
 	fileFlag(cmd, &file)
 	cmd.Flags().BoolVar(&prune, "prune", false, "delete the entries that are not in the file")
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "say what would change, and change nothing")
-	out.Add(cmd, "text", "json")
 	return cmd
 }
 
@@ -193,43 +181,30 @@ func newEntryCheck() *cobra.Command {
 }
 
 func newEntryGet(c *clientFlags) *cobra.Command {
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
+	return printing(&cobra.Command{
 		Use:   "get [NAME...]",
 		Short: "Show entries",
-		RunE: func(cmd *cobra.Command, names []string) error {
-			format, err := out.Format()
-			if err != nil {
-				return err
-			}
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.ListEntries, &adminv1.ListEntriesRequest{Names: names})
-			if err != nil {
-				return err
-			}
-			switch format {
-			case "json":
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			case "yaml":
-				for _, e := range answer.GetEntries() {
-					if _, err := io.WriteString(cmd.OutOrStdout(), identity.FormatYAML(e)); err != nil {
-						return err
-					}
-				}
-				return nil
-			}
-			var rows [][]string
+	}, func(cmd *cobra.Command, names []string) (*adminv1.ListEntriesResponse, error) {
+		return call(cmd.Context(), c, adminv1.AdminServiceClient.ListEntries, &adminv1.ListEntriesRequest{Names: names})
+	}, func(cmd *cobra.Command, format string, answer *adminv1.ListEntriesResponse) error {
+		if format == "yaml" {
 			for _, e := range answer.GetEntries() {
-				ttl := "default"
-				if e.GetTtl() != nil {
-					ttl = cli.Short(e.GetTtl().AsDuration())
+				if _, err := io.WriteString(cmd.OutOrStdout(), identity.FormatYAML(e)); err != nil {
+					return err
 				}
-				rows = append(rows, []string{e.GetName(), e.GetSpiffeId(), ttl, fmt.Sprint(e.GetRevision())})
 			}
-			return cli.Table(cmd.OutOrStdout(), []string{"NAME", "SPIFFE ID", "TTL", "REVISION"}, rows)
-		},
-	}
-	out.Add(cmd, "table", "yaml", "json")
-	return cmd
+			return nil
+		}
+		var rows [][]string
+		for _, e := range answer.GetEntries() {
+			ttl := "default"
+			if e.GetTtl() != nil {
+				ttl = cli.Short(e.GetTtl().AsDuration())
+			}
+			rows = append(rows, []string{e.GetName(), e.GetSpiffeId(), ttl, fmt.Sprint(e.GetRevision())})
+		}
+		return cli.Table(cmd.OutOrStdout(), []string{"NAME", "SPIFFE ID", "TTL", "REVISION"}, rows)
+	}, "table", "yaml")
 }
 
 func newEntryDelete(c *clientFlags) *cobra.Command {
@@ -253,8 +228,7 @@ func newEntryDelete(c *clientFlags) *cobra.Command {
 func newEntryExplain(c *clientFlags) *cobra.Command {
 	var node, attributes string
 	var pid int64
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
+	cmd := printing(&cobra.Command{
 		Use:   "explain [NAME...] --node NODE (--pid PID | --attributes FILE)",
 		Short: "Say which entry matches a workload, or which term was false",
 		Long: `Explain evaluates the entries against one workload: a process that the node's
@@ -266,45 +240,34 @@ agent attests now, or attributes from a file such as
     labels: {team: shop, app: web}`,
 		Example: `  ca entry explain --node web-1 --pid 4711
   ca entry explain shop --node web-1 --attributes web.yaml`,
-		RunE: func(cmd *cobra.Command, names []string) error {
-			format, err := out.Format()
+	}, func(cmd *cobra.Command, names []string) (*adminv1.ExplainResponse, error) {
+		id, err := nodeID(cmd.Context(), c, node)
+		if err != nil {
+			return nil, err
+		}
+		request := &adminv1.ExplainRequest{Names: names, Node: &adminv1.ExplainRequest_NodeId{NodeId: id}}
+		switch {
+		case (pid != 0) == (attributes != ""):
+			return nil, fmt.Errorf("say what to explain: either --pid or --attributes")
+		case pid != 0:
+			request.Target = &adminv1.ExplainRequest_Pid{Pid: pid}
+		default:
+			w, err := readAttributes(attributes, cmd.InOrStdin())
 			if err != nil {
-				return err
+				return nil, err
 			}
-			id, err := nodeID(cmd.Context(), c, node)
-			if err != nil {
-				return err
-			}
-			request := &adminv1.ExplainRequest{Names: names, Node: &adminv1.ExplainRequest_NodeId{NodeId: id}}
-			switch {
-			case (pid != 0) == (attributes != ""):
-				return fmt.Errorf("say what to explain: either --pid or --attributes")
-			case pid != 0:
-				request.Target = &adminv1.ExplainRequest_Pid{Pid: pid}
-			default:
-				w, err := readAttributes(attributes, cmd.InOrStdin())
-				if err != nil {
-					return err
-				}
-				request.Target = &adminv1.ExplainRequest_Workload{Workload: w}
-			}
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.Explain, request)
-			if err != nil {
-				return err
-			}
-			if format == "json" {
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			}
-			return writeExplanation(cmd.OutOrStdout(), answer)
-		},
-	}
+			request.Target = &adminv1.ExplainRequest_Workload{Workload: w}
+		}
+		return call(cmd.Context(), c, adminv1.AdminServiceClient.Explain, request)
+	}, func(cmd *cobra.Command, _ string, answer *adminv1.ExplainResponse) error {
+		return writeExplanation(cmd.OutOrStdout(), answer)
+	}, "text")
 	cmd.Flags().StringVar(&node, "node", "", "name or SPIFFE ID of the node (see ca node list)")
 	cmd.Flags().Int64Var(&pid, "pid", 0, "process on that node, as numbered on the node itself")
 	cmd.Flags().StringVar(&attributes, "attributes", "", "YAML file with attributes, or - for standard input")
 	if err := cmd.MarkFlagRequired("node"); err != nil {
 		panic(err) // the flag was defined above
 	}
-	out.Add(cmd, "text", "json")
 	return cmd
 }
 

@@ -3,10 +3,13 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/meshid/meshid/internal/cli"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
@@ -47,25 +50,11 @@ func nodeID(ctx context.Context, c *clientFlags, name string) (string, error) {
 }
 
 func newNodeList(c *clientFlags) *cobra.Command {
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
-		Use:   "list",
-		Short: "Show the nodes that attested, and what is in force there",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			format, err := out.Format()
-			if err != nil {
-				return err
-			}
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{})
-			if err != nil {
-				return err
-			}
-			if format == "json" {
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			}
+	return listing(c, &cobra.Command{Short: "Show the nodes that attested, and what is in force there"},
+		adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{},
+		[]string{"NODE", "STATE", "CONNECTED", "REVISION", "ACKED/STREAMS", "SVID EXPIRES", "AGENT"},
+		func(answer *adminv1.ListNodesResponse) (rows [][]string) {
 			now := time.Now()
-			var rows [][]string
 			for _, n := range answer.GetNodes() {
 				connected := "no"
 				if n.GetConnected() {
@@ -81,74 +70,59 @@ func newNodeList(c *clientFlags) *cobra.Command {
 					cli.Until(now, n.GetSvidNotAfter().AsTime()), n.GetAgentVersion(),
 				})
 			}
-			return cli.Table(cmd.OutOrStdout(), []string{"NODE", "STATE", "CONNECTED", "REVISION", "ACKED/STREAMS", "SVID EXPIRES", "AGENT"}, rows)
-		},
-	}
-	out.Add(cmd, "table", "json")
-	return cmd
+			return rows
+		})
 }
 
 func newNodeEvict(c *clientFlags) *cobra.Command {
 	var reason string
-	cmd := &cobra.Command{
-		Use:   "evict NODE",
-		Short: "End a node's identity and all it serves; it may attest again",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := nodeID(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
-			return done(cmd, err, "node %s evicted\n", id)
-		},
-	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
+	cmd := newNodeChange(c, "evict", "End a node's identity and all it serves; it may attest again", "node %s evicted\n",
+		func(ctx context.Context, id string) error {
+			_, err := call(ctx, c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
+			return err
+		})
+	reasonFlag(cmd, &reason)
 	return cmd
 }
 
 func newNodeBan(c *clientFlags) *cobra.Command {
 	var reason string
-	cmd := &cobra.Command{
-		Use:   "ban NODE",
-		Short: "Evict a node and refuse its attestation until it is unbanned",
-		Args:  cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := nodeID(cmd.Context(), c, args[0])
-			if err != nil {
-				return err
-			}
-			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
-			return done(cmd, err, "node %s banned\n", id)
-		},
-	}
-	cmd.Flags().StringVar(&reason, "reason", "", "why, for the ledger")
+	cmd := newNodeChange(c, "ban", "Evict a node and refuse its attestation until it is unbanned", "node %s banned\n",
+		func(ctx context.Context, id string) error {
+			_, err := call(ctx, c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
+			return err
+		})
+	reasonFlag(cmd, &reason)
 	return cmd
 }
 
 func newNodeUnban(c *clientFlags) *cobra.Command {
+	return newNodeChange(c, "unban", "Let a banned node attest again", "node %s may attest again\n",
+		func(ctx context.Context, id string) error {
+			_, err := call(ctx, c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
+			return err
+		})
+}
+
+// newNodeChange makes a command that changes one node; result is a format for the
+// node's SPIFFE ID.
+func newNodeChange(c *clientFlags, verb, short, result string, change func(ctx context.Context, id string) error) *cobra.Command {
 	return &cobra.Command{
-		Use:   "unban NODE",
-		Short: "Let a banned node attest again",
+		Use:   verb + " NODE",
+		Short: short,
 		Args:  cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := nodeID(cmd.Context(), c, args[0])
 			if err != nil {
 				return err
 			}
-			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
-			return done(cmd, err, "node %s may attest again\n", id)
+			return done(cmd, change(cmd.Context(), id), result, id)
 		},
 	}
 }
 
-// done reports what was done, or why not.
-func done(cmd *cobra.Command, err error, format string, args ...any) error {
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(cmd.OutOrStdout(), format, args...)
-	return nil
+func reasonFlag(cmd *cobra.Command, reason *string) {
+	cmd.Flags().StringVar(reason, "reason", "", "why, for the ledger")
 }
 
 func newTokenCommand() *cobra.Command {
@@ -168,69 +142,49 @@ func newTokenCreate(c *clientFlags) *cobra.Command {
 	var node string
 	var ttl time.Duration
 	var labels map[string]string
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
+	cmd := printing(&cobra.Command{
 		Use:   "create",
 		Short: "Make a token; it is shown once and kept only as a hash",
 		Example: `  ca token create --node web-1
   ca token create --node web-1 --ttl 10m --label rack=b7 -o json`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			format, err := out.Format()
-			if err != nil {
-				return err
-			}
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.CreateToken, createTokenRequest(node, ttl, labels))
-			if err != nil {
-				return err
-			}
-			if format == "json" {
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "joins as %s, once, until %s\n", answer.GetNodeId(), answer.GetExpiresAt().AsTime().Local().Format(time.RFC3339))
-			fmt.Fprintln(cmd.OutOrStdout(), answer.GetToken())
-			return nil
-		},
-	}
+	}, func(cmd *cobra.Command, _ []string) (*adminv1.CreateTokenResponse, error) {
+		return call(cmd.Context(), c, adminv1.AdminServiceClient.CreateToken, createTokenRequest(node, ttl, labels))
+	}, func(cmd *cobra.Command, _ string, answer *adminv1.CreateTokenResponse) error {
+		fmt.Fprintf(cmd.ErrOrStderr(), "joins as %s, once, until %s\n", answer.GetNodeId(), answer.GetExpiresAt().AsTime().Local().Format(time.RFC3339))
+		fmt.Fprintln(cmd.OutOrStdout(), answer.GetToken())
+		return nil
+	}, "text")
 	cmd.Flags().StringVar(&node, "node", "", "name of the machine in its SPIFFE ID; random by default")
 	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token may be used")
 	cmd.Flags().StringToStringVar(&labels, "label", nil, "label of the node, for rules: node.labels[\"key\"]")
-	out.Add(cmd, "text", "json")
 	return cmd
 }
 
+// createTokenRequest leaves the lifetime out if it is not given.
+func createTokenRequest(node string, ttl time.Duration, labels map[string]string) *adminv1.CreateTokenRequest {
+	r := &adminv1.CreateTokenRequest{NodeName: node, Labels: labels}
+	if ttl != 0 {
+		r.Ttl = durationpb.New(ttl)
+	}
+	return r
+}
+
 func newTokenList(c *clientFlags) *cobra.Command {
-	var out cli.OutputFlag
-	cmd := &cobra.Command{
-		Use:   "list",
-		Short: "Show the tokens that were not used yet",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			format, err := out.Format()
-			if err != nil {
-				return err
-			}
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.ListTokens, &adminv1.ListTokensRequest{})
-			if err != nil {
-				return err
-			}
-			if format == "json" {
-				return cli.JSON(cmd.OutOrStdout(), answer)
-			}
+	return listing(c, &cobra.Command{Short: "Show the tokens that were not used yet"},
+		adminv1.AdminServiceClient.ListTokens, &adminv1.ListTokensRequest{},
+		[]string{"ID", "NODE", "EXPIRES", "CREATED BY", "LABELS"},
+		func(answer *adminv1.ListTokensResponse) (rows [][]string) {
 			now := time.Now()
-			var rows [][]string
 			for _, t := range answer.GetTokens() {
 				var labels []string
-				for k, v := range t.GetLabels() {
-					labels = append(labels, k+"="+v)
+				for _, k := range slices.Sorted(maps.Keys(t.GetLabels())) {
+					labels = append(labels, k+"="+t.GetLabels()[k])
 				}
 				rows = append(rows, []string{t.GetId(), t.GetNodeId(), cli.Until(now, t.GetExpiresAt().AsTime()), t.GetCreatedBy(), strings.Join(labels, ",")})
 			}
-			return cli.Table(cmd.OutOrStdout(), []string{"ID", "NODE", "EXPIRES", "CREATED BY", "LABELS"}, rows)
-		},
-	}
-	out.Add(cmd, "table", "json")
-	return cmd
+			return rows
+		})
 }
 
 func newTokenDelete(c *clientFlags) *cobra.Command {
