@@ -38,7 +38,7 @@ func FuzzSVID(f *testing.F) {
 		if err != nil {
 			return
 		}
-		err = verifyChain(time.Now(), chain, []*x509.Certificate{root.cert}, expectation{
+		_, err = parser.verify(time.Now(), chain, []*x509.Certificate{root.cert}, expectation{
 			key: key, id: exactly(id), usage: x509.ExtKeyUsageClientAuth, maxLife: 2 * time.Hour,
 		})
 		if err != nil {

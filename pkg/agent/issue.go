@@ -205,9 +205,10 @@ func (a *Agent) accept(now time.Time, q cache.Request, r *nodev1.IssueResult, pa
 	case *nodev1.IssueResult_Refusal:
 		return result{refusal: r.Refusal}
 	case *nodev1.IssueResult_Svid:
+		var proof *identity.Proof
 		chain, err := a.parser.chain(r.Svid.GetChain())
 		if err == nil {
-			err = verifyChain(now, chain, bundle.Roots, expectation{
+			proof, err = a.parser.verify(now, chain, bundle.Roots, expectation{
 				key: pair.key, id: exactly(q.Identity.ID), dnsNames: q.Identity.DNSNames,
 				usage: x509.ExtKeyUsageClientAuth, maxLife: identity.MaxTTL + lifeSlack,
 			})
@@ -216,7 +217,7 @@ func (a *Agent) accept(now time.Time, q cache.Request, r *nodev1.IssueResult, pa
 			return result{err: fmt.Errorf("verify the X.509-SVID: it %w", err), invalid: true}
 		}
 		return result{svid: &identity.SVID{
-			ID: q.Identity.ID, Chain: chain, Key: pair.key, Hint: q.Identity.Hint,
+			ID: q.Identity.ID, Chain: chain, Proof: proof, Key: pair.key, Hint: q.Identity.Hint,
 			Entry: q.Identity.Entry.Name(), RenewAt: r.Svid.GetRenewAt().AsTime(),
 		}}
 	default:

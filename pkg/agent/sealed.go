@@ -265,7 +265,7 @@ func (a *Agent) restoreSVID(now time.Time, s *state, k *stateSVID, bundle *ident
 	if err != nil {
 		return nil, err
 	}
-	err = verifyChain(now, chain, bundle.Roots, expectation{
+	proof, err := a.parser.verify(now, chain, bundle.Roots, expectation{
 		key: key, id: exactly(id), dnsNames: k.DNSNames, usage: x509.ExtKeyUsageClientAuth,
 	})
 	if err != nil {
@@ -273,7 +273,7 @@ func (a *Agent) restoreSVID(now time.Time, s *state, k *stateSVID, bundle *ident
 	}
 	r := &cache.Restored{
 		Instance: k.Instance, Entry: k.Entry, DNSNames: k.DNSNames,
-		SVID: &identity.SVID{ID: id, Chain: chain, Key: key, Hint: k.Hint, Entry: k.Entry, RenewAt: k.RenewAt},
+		SVID: &identity.SVID{ID: id, Chain: chain, Proof: proof, Key: key, Hint: k.Hint, Entry: k.Entry, RenewAt: k.RenewAt},
 	}
 	copy(r.EntryDigest[:], k.EntryDigest)
 	for _, d := range k.Digests {

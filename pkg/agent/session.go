@@ -388,7 +388,7 @@ func (a *Agent) verifyOwn(now time.Time, der [][]byte, bundle *identity.Bundle, 
 	}
 	own := &ownIdentity{key: key, chain: chain}
 	prefix := a.cfg.TrustDomain.IDString() + identity.ReservedPath + "node/" + a.cfg.Node.Method() + "/"
-	err = verifyChain(now, chain, bundle.Roots, expectation{
+	_, err = a.parser.verify(now, chain, bundle.Roots, expectation{
 		key: key, usage: x509.ExtKeyUsageClientAuth, maxLife: 31 * 24 * time.Hour,
 		id: func(uri string) error {
 			if !strings.HasPrefix(uri, prefix) {

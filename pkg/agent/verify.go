@@ -38,8 +38,10 @@ var errClock = errors.New("not valid at this machine's time: check the clocks of
 var oidSAN = asn1.ObjectIdentifier{2, 5, 29, 17}
 
 // certificates parses DER, and gives the same value for the same intermediate,
-// of which all X.509-SVIDs have a copy.
+// of which all X.509-SVIDs have a copy. It remembers which of them lead to a root.
 type certificates struct {
+	chains identity.Chains
+
 	mu    sync.Mutex // guards known
 	known map[[32]byte]*x509.Certificate
 }
@@ -170,17 +172,26 @@ func exactly(id spiffeid.ID) func(string) error {
 	}
 }
 
-// verifyChain checks an X.509-SVID as X509-SVID §5 has it and beyond: the names
-// are compared as bytes, since URI parsers normalize.
-func verifyChain(now time.Time, chain, roots []*x509.Certificate, want expectation) error {
+// verify checks an X.509-SVID as X509-SVID §5 has it and beyond: the names are
+// compared as bytes, since URI parsers normalize. See identity.Chains for the
+// proof.
+func (c *certificates) verify(now time.Time, chain, roots []*x509.Certificate, want expectation) (*identity.Proof, error) {
 	leaf := chain[0]
 	uri, err := uriSAN(leaf)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := want.id(uri); err != nil {
-		return err
+		return nil, err
 	}
+	if err := checkProfile(now, leaf, want); err != nil {
+		return nil, err
+	}
+	return c.chains.Verify(now, chain, roots, want.usage)
+}
+
+// checkProfile checks what a leaf says besides its SPIFFE ID.
+func checkProfile(now time.Time, leaf *x509.Certificate, want expectation) error {
 	switch {
 	case leaf.IsCA:
 		return errors.New("is a CA certificate") // X509-SVID §5.2
@@ -205,19 +216,6 @@ func verifyChain(now time.Time, chain, roots []*x509.Certificate, want expectati
 	}
 	if leaf.NotBefore.After(now) || !leaf.NotAfter.After(now) {
 		return fmt.Errorf("valid from %v to %v: %w", leaf.NotBefore.UTC(), leaf.NotAfter.UTC(), errClock)
-	}
-	anchors, intermediates := x509.NewCertPool(), x509.NewCertPool()
-	for _, r := range roots {
-		anchors.AddCert(r)
-	}
-	for _, c := range chain[1:] {
-		intermediates.AddCert(c)
-	}
-	if _, err := leaf.Verify(x509.VerifyOptions{
-		Roots: anchors, Intermediates: intermediates, CurrentTime: now,
-		KeyUsages: []x509.ExtKeyUsage{want.usage},
-	}); err != nil {
-		return fmt.Errorf("verify the chain: %w", err)
 	}
 	return nil
 }
@@ -319,7 +317,7 @@ func verifyCA(now time.Time, td spiffeid.TrustDomain, chain, roots []*x509.Certi
 	if len(roots) == 0 { // never the system's roots
 		return errors.New("verify the CA: it shows no root that is trusted: check trust_anchors or root_sha256")
 	}
-	if err := verifyChain(now, chain, roots, expectation{
+	if _, err := (&certificates{}).verify(now, chain, roots, expectation{
 		id: exactly(identity.CAID(td)), anyNames: true, usage: x509.ExtKeyUsageServerAuth,
 	}); err != nil {
 		return fmt.Errorf("verify the CA: its certificate %w", err)

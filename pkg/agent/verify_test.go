@@ -143,7 +143,7 @@ func TestHostileCA_Chains(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			chain, err := h.parser.chain(tc.chain)
 			if err == nil {
-				err = verifyChain(time.Now(), chain, []*x509.Certificate{ca.root.cert}, expectation{
+				_, err = h.parser.verify(time.Now(), chain, []*x509.Certificate{ca.root.cert}, expectation{
 					key: mine.key, id: exactly(id), usage: x509.ExtKeyUsageClientAuth, maxLife: 2 * time.Hour,
 				})
 			}

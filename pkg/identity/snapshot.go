@@ -24,6 +24,9 @@ type SVID struct {
 	ID spiffeid.ID
 	// Chain is the leaf, then its intermediates; the root is not included.
 	Chain []*x509.Certificate
+	// Proof is that of Chain: nil if there is none, and then whoever wants to be
+	// sure verifies for himself.
+	Proof *Proof
 	Key   crypto.Signer
 	// Hint is the Workload API's hint, or "".
 	Hint string

@@ -64,7 +64,15 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 	inter := root.Intermediate()
 	other := identitytest.NewAuthority(t, "a.test")
 	now := time.Now()
-	good := inter.SVID("/x")
+	good, strange := inter.SVID("/x"), other.Intermediate().SVID("/x")
+	proven := func(s *identity.SVID, by *identitytest.Authority) *identity.SVID {
+		t.Helper()
+		p, err := new(identity.Chains).Verify(now, s.Chain, []*x509.Certificate{by.Cert}, x509.ExtKeyUsageClientAuth)
+		if err != nil || p == nil {
+			t.Fatalf("proof %v, %v", p, err)
+		}
+		return &identity.SVID{ID: s.ID, Chain: s.Chain, Proof: p, Key: s.Key, Entry: s.Entry}
+	}
 	for _, tc := range []struct {
 		name string
 		svid *identity.SVID
@@ -91,6 +99,17 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 		{"no digital signature", root.SVID("/x", func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyEncipherment }), withheldProfile},
 		{"expired", root.SVID("/x", func(c *x509.Certificate) { c.NotAfter = now.Add(-time.Second) }), withheldExpired},
 		{"not yet valid", root.SVID("/x", func(c *x509.Certificate) { c.NotBefore = now.Add(time.Minute) }), withheldNotYetValid},
+		{"good with proof", proven(good, root), ""},
+		{"proof of another chain", &identity.SVID{
+			ID: good.ID, Chain: append(good.Chain[:2:2], other.Cert), Proof: proven(good, root).Proof, Key: good.Key,
+		}, withheldChain},
+		{"proof of another leaf", &identity.SVID{
+			ID: good.ID, Chain: []*x509.Certificate{strange.Chain[0], good.Chain[1]}, Proof: proven(good, root).Proof, Key: strange.Key,
+		}, withheldChain},
+		{"proof for another root", proven(strange, other), withheldChain},
+		{"proof of what has another key", &identity.SVID{
+			ID: good.ID, Chain: good.Chain, Proof: proven(good, root).Proof, Key: identitytest.NewKey(t),
+		}, withheldKey},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := newCache()
