@@ -35,8 +35,9 @@ const (
 	sealedFile = "agent.sealed"
 	// maxSealed bounds the file that is read.
 	maxSealed = 256 << 20
-	// saveEvery is the shortest time between two writes that nobody waits for.
-	saveEvery = time.Second
+	// saveAfter is how long after a change that nobody waits for it is written: an
+	// agent that dies meanwhile has what is missing issued again.
+	saveAfter = time.Second
 	// stateVersion is that of the format; a file of another one is dropped.
 	stateVersion = 1
 )
@@ -283,7 +284,8 @@ func (a *Agent) restoreSVID(now time.Time, s *state, k *stateSVID, bundle *ident
 }
 
 // persist writes the sealed cache when something in it has changed, until ctx
-// ends, and then once more.
+// ends, and then once more. It waits before it does, not afterwards: what comes in
+// a burst is written once, when the burst is over.
 func (a *Agent) persist(ctx context.Context) error {
 	for {
 		select {
@@ -294,15 +296,16 @@ func (a *Agent) persist(ctx context.Context) error {
 			return nil
 		case <-a.save:
 		}
+		timer := time.NewTimer(saveAfter)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			continue
+		case <-timer.C:
+		}
 		if err := a.writeNow(ctx); err != nil {
 			a.log.WarnContext(ctx, "sealed cache is not written", "err", err)
 		}
-		timer := time.NewTimer(saveEvery)
-		select {
-		case <-ctx.Done():
-		case <-timer.C:
-		}
-		timer.Stop()
 	}
 }
 
