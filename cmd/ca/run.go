@@ -125,6 +125,11 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, journal.Close()) }()
+	stopped, err := recordStart(ctx, journal, v)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopped(ctx)) }()
 	verifiers, err := nodeVerifiers(v.NodeAttestation, db)
 	if err != nil {
 		return err
@@ -132,7 +137,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 
 	var srv *server.Server
 	authority, err := ca.Open(ctx, ca.Config{
-		TrustDomain: v.trustDomain, Instance: v.Instance, Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
+		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		Logger: logger, Registerer: registry,

@@ -103,7 +103,9 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Instance names this CA process in the ledger.
 	Instance string
-	Keys     keys.Store
+	// Version of this program, for the ledger.
+	Version string
+	Keys    keys.Store
 	Store    Store
 	Ledger   *ledger.Journal
 

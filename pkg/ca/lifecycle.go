@@ -232,7 +232,7 @@ func (c *CA) authorityRecord(now time.Time, cert *x509.Certificate, role, state 
 			Id: hex.EncodeToString(cert.SubjectKeyId), Role: role, State: state, Sha256: fingerprint[:],
 			NotAfter: timestamppb.New(cert.NotAfter), BundleSequence: sequence,
 		},
-		CaInstance: c.cfg.Instance,
+		CaInstance: c.cfg.Instance, CaVersion: c.cfg.Version,
 	}
 }
 
@@ -353,6 +353,7 @@ func (c *CA) createRoot(ctx context.Context, now time.Time, after uint64) (*stat
 	}
 	bundle := c.authorityRecord(now, cert, RoleRoot, StateActive, sequence)
 	bundle.Event = ledgerv1.Event_EVENT_BUNDLE
+	bundle.Bundle = &ledgerv1.Bundle{Sequence: sequence, Roots: []*ledgerv1.Authority{bundle.GetAuthority()}}
 	active := c.authorityDraft(now, cert, RoleRoot, StateActive, sequence)
 	if _, err := c.cfg.Ledger.Append(ctx, active, ledger.NewDraft(bundle, nil)); err != nil {
 		return nil, fmt.Errorf("record the new root: %w", err)

@@ -282,7 +282,7 @@ func (c *CA) fill(r *ledgerv1.Record, a *authority, l *leaf, now time.Time, cert
 		DnsNames: l.dnsNames,
 	}
 	r.Authority = a.record
-	r.CaInstance = c.cfg.Instance
+	r.CaInstance, r.CaVersion = c.cfg.Instance, c.cfg.Version
 }
 
 // noAuthority says why.

@@ -266,6 +266,11 @@ func (d *Duration) UnmarshalYAML(node ast.Node) error {
 	return &Error{Line: p.Line, Column: p.Column, Message: "write a duration such as 30s, 15m or 1h"}
 }
 
+// MarshalYAML implements yaml.BytesMarshaler: it writes what UnmarshalYAML reads.
+func (d Duration) MarshalYAML() ([]byte, error) {
+	return []byte(time.Duration(d).String()), nil
+}
+
 // Or returns the duration, or otherwise where it is not set.
 func (d Duration) Or(otherwise time.Duration) time.Duration {
 	if d == 0 {
@@ -285,6 +290,14 @@ type Section struct {
 func (s *Section) UnmarshalYAML(node ast.Node) error {
 	s.node = node
 	return nil
+}
+
+// MarshalYAML implements yaml.BytesMarshaler: a section is written as it was read.
+func (s Section) MarshalYAML() ([]byte, error) {
+	if s.node == nil {
+		return []byte("null"), nil
+	}
+	return []byte(s.node.String()), nil
 }
 
 // Present reports whether the section is in the file.

@@ -20,7 +20,6 @@ import (
 
 	"github.com/meshid/meshid/internal/diff"
 	"github.com/meshid/meshid/pkg/identity"
-	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server/registry"
 )
 
@@ -249,23 +248,20 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 
 // recordEntries records each change with its diff.
 func (s *Server) recordEntries(ctx context.Context, c *caller, revision uint64, changes []*change) error {
-	for chunk := range slices.Chunk(changes, maxItems) {
-		drafts := make([]*ledger.Draft, len(chunk))
-		for i, ch := range chunk {
-			r := s.newRecord(c, ledgerv1.Event_EVENT_ENTRY_APPLIED)
-			r.Entry = &ledgerv1.EntryRef{Name: ch.name(), Revision: revision}
-			if ch.action == actionDeleted {
-				r.Event = ledgerv1.Event_EVENT_ENTRY_DELETED
-			} else {
-				digest := ch.compiled.Digest()
-				r.Entry.Digest = digest[:]
-			}
-			r.Diff = entryDiff(ch.before, ch.after)
-			drafts[i] = ledger.NewDraft(r, nil)
+	records := make([]*ledgerv1.Record, len(changes))
+	for i, ch := range changes {
+		r := s.newRecord(c, ledgerv1.Event_EVENT_ENTRY_APPLIED)
+		r.Entry = &ledgerv1.EntryRef{Name: ch.name(), Revision: revision}
+		if ch.action == actionDeleted {
+			r.Event = ledgerv1.Event_EVENT_ENTRY_DELETED
+		} else {
+			r.Entry = entryRef(ch.compiled)
 		}
-		if _, err := s.cfg.Ledger.Append(ctx, drafts...); err != nil {
-			return fmt.Errorf("record change of entries: %w", err)
-		}
+		r.Definition, r.Diff = definitionOf(ch.before, ch.after), entryDiff(ch.before, ch.after)
+		records[i] = r
+	}
+	if err := s.append(ctx, records...); err != nil {
+		return fmt.Errorf("record change of entries: %w", err)
 	}
 	return nil
 }

@@ -11,13 +11,13 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
-	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server/registry"
 )
 
@@ -80,7 +80,7 @@ func (a *adminService) CreateToken(ctx context.Context, req *adminv1.CreateToken
 		SHA256: sum, NodeName: name, CreatedBy: c.actor, Labels: req.GetLabels(), CreatedAt: now, ExpiresAt: now.Add(ttl),
 	}
 	r := s.newRecord(c, ledgerv1.Event_EVENT_TOKEN_CREATED)
-	r.Node, r.TokenSha256 = &ledgerv1.NodeRef{Id: id.String()}, sum[:]
+	r.Node, r.TokenSha256, r.TokenExpires = s.tokenNodeRef(t), sum[:], timestamppb.New(t.ExpiresAt)
 	if err := s.cfg.Store.CreateToken(ctx, t, func() error { return s.append(ctx, r) }); err != nil {
 		s.log.ErrorContext(ctx, "join token cannot be made", "actor", c.actor, "request_id", c.requestID, "err", err)
 		return nil, fail(kindUnavailable, "no token was made: the store or the ledger cannot write now", err)
@@ -101,14 +101,6 @@ func checkLabels(labels map[string]string) error {
 	return nil
 }
 
-// append makes one record durable.
-func (s *Server) append(ctx context.Context, r *ledgerv1.Record) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ledgerTimeout)
-	defer cancel()
-	_, err := s.cfg.Ledger.Append(ctx, ledger.NewDraft(r, nil))
-	return err
-}
-
 // tokenID is how operators name a token.
 func tokenID(sum [32]byte) string { return hex.EncodeToString(sum[:])[:tokenIDLen] }
 
@@ -118,6 +110,14 @@ func (s *Server) tokenNodeID(t *registry.Token) string {
 		return ""
 	}
 	return id.String()
+}
+
+// tokenNodeRef is the node that a token is for, with the attributes that it will
+// have.
+func (s *Server) tokenNodeRef(t *registry.Token) *ledgerv1.NodeRef {
+	return &ledgerv1.NodeRef{Id: s.tokenNodeID(t), Attributes: &attributesv1.Node{
+		Method: methodJoinToken, Id: t.NodeName, Labels: t.Labels, JoinToken: &attributesv1.JoinToken{CreatedBy: t.CreatedBy},
+	}}
 }
 
 // ListTokens implements adminv1.AdminServiceServer.
@@ -162,7 +162,7 @@ func (a *adminService) DeleteToken(ctx context.Context, req *adminv1.DeleteToken
 		return nil, fail(kindConflict, fmt.Sprintf("%d tokens are named %q", len(found), req.GetId()), nil)
 	}
 	r := s.newRecord(c, ledgerv1.Event_EVENT_TOKEN_DELETED)
-	r.Node, r.TokenSha256 = &ledgerv1.NodeRef{Id: s.tokenNodeID(found[0])}, found[0].SHA256[:]
+	r.Node, r.TokenSha256 = s.tokenNodeRef(found[0]), found[0].SHA256[:]
 	if err := s.cfg.Store.DeleteToken(ctx, found[0].SHA256, func() error { return s.append(ctx, r) }); err != nil {
 		return nil, fail(kindUnavailable, "the token was not deleted: it was used just now, or the store or the ledger cannot write", err)
 	}
@@ -298,7 +298,7 @@ func (a *adminService) UnbanNode(ctx context.Context, req *adminv1.UnbanNodeRequ
 	}
 	// The other way round than a ban: first the record, last the effect.
 	r := s.newRecord(c, ledgerv1.Event_EVENT_UNBAN)
-	r.Node = nodeRef(node, node.Address)
+	r.Node, r.Detail = nodeRef(node, node.Address), node.StateReason
 	if err := s.append(ctx, r); err != nil {
 		return nil, fail(kindUnavailable, "the ban stays: the ledger cannot write now", err)
 	}
@@ -351,6 +351,9 @@ func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.Rota
 			old = authority.ID
 		}
 	}
+	if err := s.recordOrder(ctx, c, old, within); err != nil {
+		return nil, err
+	}
 	fresh, err := s.cfg.CA.RotateIntermediate(ctx)
 	if err != nil {
 		s.log.ErrorContext(ctx, "intermediate cannot be replaced", "err", err)
@@ -374,6 +377,9 @@ func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRe
 	if err != nil {
 		return nil, err
 	}
+	if err := a.s.recordOrder(ctx, c, "", within); err != nil {
+		return nil, err
+	}
 	resp := new(adminv1.RenewSVIDsResponse)
 	order := a.s.orders.add(time.Now(), "", within)
 	for _, session := range a.s.hub.all() {
@@ -382,6 +388,16 @@ func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRe
 	}
 	a.s.log.InfoContext(ctx, "renewal of all svids ordered", "actor", c.actor, "nodes", resp.GetNodes(), "request_id", c.requestID)
 	return resp, nil
+}
+
+// recordOrder records who ordered a renewal, before it is ordered.
+func (s *Server) recordOrder(ctx context.Context, c *caller, authority string, within time.Duration) error {
+	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEWAL_ORDERED)
+	r.Order = &ledgerv1.Order{Authority: authority, Within: durationpb.New(within), Nodes: clamp(s.hub.count())}
+	if err := s.append(ctx, r); err != nil {
+		return fail(kindUnavailable, "nothing was ordered: the ledger cannot write now", err)
+	}
+	return nil
 }
 
 // rotateWithin checks over which time renewals are to be spread.

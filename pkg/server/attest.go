@@ -2,13 +2,13 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -82,6 +82,16 @@ type attestation struct {
 	stream grpc.BidiStreamingServer[nodev1.AttestRequest, nodev1.AttestResponse]
 	method string
 	rounds int
+	// evidence is the SHA-256 of what was sent, token that of the join token in
+	// it; nil if there was none.
+	evidence, token []byte
+}
+
+// tokenEvidence is a verifier whose evidence is a token that can be used once.
+type tokenEvidence interface {
+	// TokenSHA256 returns the SHA-256 of the token in the evidence, and false if
+	// there is none in it.
+	TokenSHA256(evidence []byte) (sum [32]byte, ok bool)
 }
 
 func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
@@ -96,16 +106,26 @@ func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
 	a.method = start.GetMethod()
 	verifier, ok := a.s.verifiers[a.method]
 	if !ok {
-		return nil, a.refused(ctx, nil, reasonMethod, kindInvalid, "this CA does not use the attestation method",
-			fmt.Errorf("method %q", truncate(a.method)))
+		cause := errors.New("the method has no legal name")
+		if word(a.method) {
+			cause = fmt.Errorf("method %q", a.method)
+		}
+		return nil, a.refused(ctx, nil, reasonMethod, kindInvalid, "this CA does not use the attestation method", cause)
 	}
 	if len(start.GetEvidence()) > maxEvidenceBytes || len(start.GetAgentVersion()) > maxVersionBytes {
 		return nil, a.refused(ctx, nil, reasonLimit, kindInvalid, "the evidence or the agent's version is too long", nil)
 	}
+	evidence := sha256.Sum256(start.GetEvidence())
+	a.evidence = evidence[:]
 	// The proof of possession is cheap, and what follows is bound to the key.
 	key, err := ca.ParseCSR(start.GetCsr())
 	if err != nil {
 		return nil, a.refused(ctx, nil, reasonCSR, kindInvalid, truncate(err.Error()), err)
+	}
+	if v, ok := verifier.(tokenEvidence); ok {
+		if sum, ok := v.TokenSHA256(start.GetEvidence()); ok {
+			a.token = sum[:]
+		}
 	}
 	binding := key.Hash()
 	node, err := verifier.Verify(ctx, attest.Claim{Evidence: start.GetEvidence(), Binding: binding[:]}, a.challenge)
@@ -114,9 +134,9 @@ func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
 		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied,
 			"attestation refused: the CA's ledger says why", err)
 	case err != nil && ctx.Err() != nil:
-		return nil, fail(kindUnavailable, "the attestation took too long", err)
+		return nil, a.refused(ctx, nil, reasonUnavailable, kindUnavailable, "the attestation took too long", nil)
 	case err != nil:
-		return nil, fail(kindUnavailable, "the attestation cannot be verified now: try again", err)
+		return nil, a.refused(ctx, nil, reasonUnavailable, kindUnavailable, "the attestation cannot be verified now: try again", err)
 	}
 	if node.GetMethod() != a.method || proto.Size(node) > maxNodeAttributes {
 		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why",
@@ -167,27 +187,11 @@ func (a *attestation) challenge(ctx context.Context, challenge []byte) ([]byte, 
 	return step.Response, nil
 }
 
-// newRecord returns a record of this CA about a call.
-func (s *Server) newRecord(c *caller, event ledgerv1.Event) *ledgerv1.Record {
-	now := time.Now()
-	return &ledgerv1.Record{
-		Version:     1,
-		Time:        timestamppb.New(now),
-		Event:       event,
-		Outcome:     ledgerv1.Outcome_OUTCOME_SUCCESS,
-		TrustDomain: s.cfg.TrustDomain.Name(),
-		Actor:       c.actor,
-		CaInstance:  s.cfg.Instance,
-		RequestId:   c.requestID,
-		Took:        durationpb.New(now.Sub(c.began)),
-	}
-}
-
 // refused records that an attestation was refused. ref is nil while the node is
 // not known; it is then counted for the address that it came from.
 func (a *attestation) refused(ctx context.Context, ref *ledgerv1.NodeRef, reason string, k kind, text string, cause error) error {
-	r := a.s.newRecord(a.c, ledgerv1.Event_EVENT_ATTEST)
-	r.Outcome, r.Reason, r.Detail = ledgerv1.Outcome_OUTCOME_REFUSED, reason, text
+	r := a.record(ledgerv1.Event_EVENT_ATTEST)
+	r.Outcome, r.Reason, r.Detail = outcomeFor(reason), reason, text
 	if cause != nil {
 		r.Detail = truncate(cause.Error())
 	}
@@ -199,8 +203,21 @@ func (a *attestation) refused(ctx context.Context, ref *ledgerv1.NodeRef, reason
 	}
 	r.Node = ref
 	a.s.metrics.refused.WithLabelValues(reason).Inc()
-	a.s.refuse(ctx, source, foreign, r)
+	records := []*ledgerv1.Record{r}
+	if a.token != nil {
+		used := a.record(ledgerv1.Event_EVENT_TOKEN_USED)
+		used.Outcome, used.Reason, used.Detail, used.Node = r.GetOutcome(), r.GetReason(), r.GetDetail(), r.GetNode()
+		records = append(records, used)
+	}
+	a.s.refuse(ctx, source, foreign, records...)
 	return fail(k, text, cause)
+}
+
+// record returns a record of this attestation.
+func (a *attestation) record(event ledgerv1.Event) *ledgerv1.Record {
+	r := a.s.newRecord(a.c, event)
+	r.VerifiedBy, r.EvidenceSha256, r.TokenSha256 = "ca", a.evidence, a.token
+	return r
 }
 
 // admit gives a node that was attested its X.509-SVID. Whatever the node had
@@ -217,9 +234,18 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 	if known && before.State == registry.Banned {
 		return nil, a.refused(ctx, ref, reasonBanned, kindDenied, "the node is banned", nil)
 	}
-	r := s.newRecord(a.c, ledgerv1.Event_EVENT_ATTEST)
-	r.Node = ref
-	signed, durable, err := s.signAgent(ctx, id.String(), key, r)
+	r := a.record(ledgerv1.Event_EVENT_ATTEST)
+	r.Node, r.Kind = ref, ledgerv1.Kind_KIND_FIRST
+	if known {
+		r.PreviousSerial = before.Serial
+	}
+	var used []*ledgerv1.Record
+	if a.token != nil {
+		u := a.record(ledgerv1.Event_EVENT_TOKEN_USED)
+		u.Node = ref
+		used = append(used, u)
+	}
+	signed, durable, err := s.signAgent(ctx, id.String(), key, r, used...)
 	if err != nil {
 		return nil, err
 	}
@@ -240,28 +266,48 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 	return s.agentIdentity(durable, signed.RenewAt), nil
 }
 
-// signAgent signs an agent's X.509-SVID and makes its record durable.
-func (s *Server) signAgent(ctx context.Context, id string, key *ca.PublicKey, r *ledgerv1.Record) (*ca.Signed, *ledger.Durable, error) {
+// signAgent signs an agent's X.509-SVID and makes its record durable, and with it
+// what else happened on the way: that is recorded also if nothing is signed.
+func (s *Server) signAgent(ctx context.Context, id string, key *ca.PublicKey, r *ledgerv1.Record, also ...*ledgerv1.Record) (*ca.Signed, *ledger.Durable, error) {
 	parsed, err := identity.ParseID(id)
 	if err != nil {
 		return nil, nil, fail(kindInternal, "internal error", err)
 	}
 	signed, err := s.cfg.CA.Sign(time.Now(), &ca.Request{ID: parsed, Key: key, TTL: s.cfg.AgentTTL, Record: r})
 	if err != nil {
-		if _, label, message, _ := refusalOf(err); label == reasonCSR {
+		_, label, message, _ := refusalOf(err)
+		if label != reasonCSR {
+			label = reasonUnavailable
+		}
+		s.refuseAgent(ctx, id, r, label, err.Error())
+		if err := s.append(ctx, also...); err != nil {
+			s.log.ErrorContext(ctx, "use of a token cannot be recorded", "node_id", id, "err", err)
+		}
+		if label == reasonCSR {
 			return nil, nil, fail(kindInvalid, message, err)
 		}
 		s.log.ErrorContext(ctx, "agent's certificate cannot be signed", "node_id", id, "err", err)
 		return nil, nil, fail(kindUnavailable, "the CA cannot sign now: try again", err)
 	}
+	drafts := []*ledger.Draft{signed.Draft}
+	for _, other := range also {
+		drafts = append(drafts, ledger.NewDraft(other, nil))
+	}
 	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
 	defer cancel()
-	durable, err := s.cfg.Ledger.Append(ctx, signed.Draft)
+	durable, err := s.cfg.Ledger.Append(ctx, drafts...)
 	if err != nil {
 		s.log.ErrorContext(ctx, "agent's certificate cannot be recorded", "node_id", id, "err", err)
 		return nil, nil, fail(kindUnavailable, "the CA cannot record now: try again", err)
 	}
 	return signed, durable[0], nil
+}
+
+// refuseAgent records that a node got no X.509-SVID.
+func (s *Server) refuseAgent(ctx context.Context, id string, r *ledgerv1.Record, reason, detail string) {
+	r.Outcome, r.Reason, r.Detail = outcomeFor(reason), reason, truncate(detail)
+	s.metrics.refused.WithLabelValues(reason).Inc()
+	s.refuse(ctx, id, false, r)
 }
 
 // putNode stores a node and puts it into force. The node's lock is held.
@@ -306,17 +352,25 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 		return nil, fail(kindDenied, "permission denied", errors.New("caller is not a node"))
 	}
 	s := n.s
+	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
+	r.VerifiedBy, r.Kind = "ca", ledgerv1.Kind_KIND_RENEWAL
+	r.Node, r.PreviousSerial = nodeRef(c.node, c.address), c.serial
 	if string(req.GetPreviousSerial()) != string(c.serial) {
-		return nil, fail(kindInvalid, "previous_serial must be that of the X.509-SVID which the connection was made with", nil)
+		const problem = "previous_serial must be that of the X.509-SVID which the connection was made with"
+		s.refuseAgent(ctx, c.node.ID, r, reasonSerial, problem)
+		return nil, fail(kindInvalid, problem, nil)
 	}
 	key, err := ca.ParseCSR(req.GetCsr())
 	if err != nil {
+		s.refuseAgent(ctx, c.node.ID, r, reasonCSR, err.Error())
 		return nil, fail(kindInvalid, truncate(err.Error()), err)
 	}
 	defer s.lockNode(c.node.ID)()
 	node, ok := s.registry.Node(c.node.ID)
 	if !ok || node.State != registry.Active {
-		return nil, fail(kindUnauthenticated, "the node was evicted: attest again", nil)
+		const problem = "the node was evicted: attest again"
+		s.refuseAgent(ctx, c.node.ID, r, reasonEvicted, problem)
+		return nil, fail(kindUnauthenticated, problem, nil)
 	}
 	newest := string(c.serial) == string(node.Serial)
 	lostAnswer := !node.Confirmed && string(c.serial) == string(node.Previous)
@@ -324,8 +378,7 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 		s.noteClone(ctx, c, node, c.serial)
 		return nil, fail(kindUnauthenticated, "the node has a newer X.509-SVID: attest again", nil)
 	}
-	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
-	r.Node, r.PreviousSerial = nodeRef(node, c.address), c.serial
+	r.Node = nodeRef(node, c.address)
 	signed, durable, err := s.signAgent(ctx, node.ID, key, r)
 	if err != nil {
 		return nil, err
@@ -348,7 +401,9 @@ func (s *Server) noteClone(ctx context.Context, c *caller, n *registry.Node, ser
 	s.setClone(n.ID, true)
 	s.log.WarnContext(ctx, "agent may have been cloned", "node_id", n.ID, "address", c.address,
 		"serial", fmt.Sprintf("%x", serial), "request_id", c.requestID)
+	c.recorded = true
 	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
+	r.VerifiedBy, r.Kind = "ca", ledgerv1.Kind_KIND_RENEWAL
 	r.Outcome, r.Reason = ledgerv1.Outcome_OUTCOME_REFUSED, reasonClone
 	r.Detail = "the X.509-SVID presented has been replaced by a newer one"
 	r.Node, r.PreviousSerial = nodeRef(n, c.address), serial

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/attest/peer"
@@ -73,9 +74,13 @@ type caller struct {
 	node     *registry.Node
 	serial   []byte
 	notAfter time.Time
-	// actor is set for roleAdmin: "uid:0", or a SPIFFE ID.
+	// actor is who calls the admin API, or would: "uid:0", or a SPIFFE ID.
 	actor string
 	began time.Time
+	// denied is the node that a refused call came from.
+	denied *registry.Node
+	// recorded is set if a record of the call's refusal has been made.
+	recorded bool
 }
 
 type callerKey struct{}
@@ -134,6 +139,9 @@ func (s *Server) authorizeTLS(ctx context.Context, c *caller, info *tlsInfo, nee
 			return fail(kindDenied, "permission denied", fmt.Errorf("%s is not a node", id))
 		}
 		n, verdict := s.registry.Authenticate(id, info.serial, c.began)
+		if verdict != registry.Accepted {
+			c.denied = n
+		}
 		switch verdict {
 		case registry.Accepted:
 			c.node = n
@@ -154,11 +162,11 @@ func (s *Server) authorizeTLS(ctx context.Context, c *caller, info *tlsInfo, nee
 			return fail(kindDenied, "permission denied", nil)
 		}
 	case roleAdmin:
+		c.actor = id
 		// The entry is looked up now: without it, the SVID is worth nothing.
 		if _, ok := s.registry.Entries().Admin(id); !ok {
 			return fail(kindDenied, "permission denied", fmt.Errorf("%s is not the SPIFFE ID of an admin entry", id))
 		}
-		c.actor = id
 		return nil
 	case roleAnyone:
 		return nil
@@ -173,11 +181,11 @@ func authorizeLocal(c *caller, info peer.AuthInfo, need role) error {
 		return fail(kindDenied, "permission denied", errors.New("only the admin API is on this socket"))
 	}
 	uid := info.Peer.UID
+	c.actor = "uid:" + strconv.FormatUint(uint64(uid), 10)
 	if uid != 0 && int64(uid) != int64(os.Geteuid()) {
 		return fail(kindDenied, "permission denied: only root and the CA's own user may use this socket",
 			fmt.Errorf("caller has uid %d", uid))
 	}
-	c.actor = "uid:" + strconv.FormatUint(uint64(uid), 10)
 	return nil
 }
 
@@ -192,9 +200,14 @@ func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnarySe
 	c, err := s.authorize(ctx, info.FullMethod)
 	defer func() { err = s.finish(ctx, c, info.FullMethod, recover(), err) }()
 	if err != nil {
+		s.recordDenied(ctx, c, info.FullMethod, err)
 		return nil, err
 	}
-	return handler(context.WithValue(ctx, callerKey{}, c), req)
+	resp, err = handler(context.WithValue(ctx, callerKey{}, c), req)
+	if err != nil && changes(info.FullMethod, req) {
+		s.recordFailed(ctx, c, info.FullMethod, err)
+	}
+	return resp, err
 }
 
 func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
@@ -202,9 +215,79 @@ func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.S
 	c, err := s.authorize(ctx, info.FullMethod)
 	defer func() { err = s.finish(ctx, c, info.FullMethod, recover(), err) }()
 	if err != nil {
+		s.recordDenied(ctx, c, info.FullMethod, err)
 		return err
 	}
 	return handler(srv, &authorizedStream{stream, context.WithValue(ctx, callerKey{}, c)})
+}
+
+// changes reports whether a call would change something.
+func changes(method string, req any) bool {
+	switch method {
+	case adminv1.AdminService_ApplyEntries_FullMethodName:
+		apply, ok := req.(*adminv1.ApplyEntriesRequest)
+		return ok && !apply.GetDryRun()
+	case adminv1.AdminService_DeleteEntries_FullMethodName,
+		adminv1.AdminService_CreateToken_FullMethodName,
+		adminv1.AdminService_DeleteToken_FullMethodName,
+		adminv1.AdminService_EvictNode_FullMethodName,
+		adminv1.AdminService_BanNode_FullMethodName,
+		adminv1.AdminService_UnbanNode_FullMethodName,
+		adminv1.AdminService_RotateIntermediate_FullMethodName,
+		adminv1.AdminService_RenewSVIDs_FullMethodName:
+		return true
+	default:
+		return false
+	}
+}
+
+// recordDenied records a call that authorization has refused, for whom it came
+// from as far as that is known.
+func (s *Server) recordDenied(ctx context.Context, c *caller, method string, err error) {
+	if c.recorded {
+		return
+	}
+	r := s.callRecord(c, method, err)
+	r.Detail = truncate(err.Error())
+	source, foreign := host(c.address), true
+	switch {
+	case c.denied != nil:
+		source, foreign = c.denied.ID, false
+		r.Node = nodeRef(c.denied, c.address)
+	case c.actor != "":
+		source = c.actor
+	}
+	s.recordRefusal(ctx, source, foreign, r)
+}
+
+// recordFailed records a change that was asked for and not made. What was wrong
+// with the request is not repeated, since it quotes the request, in which a person
+// may have put anything: the caller was told.
+func (s *Server) recordFailed(ctx context.Context, c *caller, method string, err error) {
+	r := s.callRecord(c, method, err)
+	r.Detail = "nothing was changed"
+	if r.GetOutcome() == ledgerv1.Outcome_OUTCOME_ERROR {
+		r.Detail = "it was not done, or not completely: the log says why"
+	}
+	s.recordRefusal(ctx, c.actor, true, r)
+}
+
+// callRecord returns the record of a call that failed with err.
+func (s *Server) callRecord(c *caller, method string, err error) *ledgerv1.Record {
+	r := s.newRecord(c, ledgerv1.Event_EVENT_CALL_REFUSED)
+	code := statusOf(err, c.requestID).Code()
+	r.Outcome, r.Reason = ledgerv1.Outcome_OUTCOME_REFUSED, failureLabel(code)
+	if code == codes.Unavailable || code == codes.Internal {
+		r.Outcome = ledgerv1.Outcome_OUTCOME_ERROR
+	}
+	r.Call = method[strings.LastIndexByte(method, '/')+1:]
+	if _, known := methods[method]; !known {
+		r.Call = "unknown"
+	}
+	if c.address != "" {
+		r.Node = &ledgerv1.NodeRef{Address: c.address}
+	}
+	return r
 }
 
 // authorizedStream is a stream whose context names the caller.

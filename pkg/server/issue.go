@@ -39,6 +39,7 @@ const (
 	maxAttributeBytes = 32 << 10
 	maxSerialBytes    = 20 // RFC 5280 §4.1.2.2
 	maxDetailBytes    = 1024
+	maxProcessBytes   = 64
 )
 
 // Reasons of refusals in the ledger and in the metric: a closed set.
@@ -54,12 +55,19 @@ const (
 	reasonMethod       = "unknown_method"
 	reasonBanned       = "banned"
 	reasonClone        = "cloned_agent"
+	reasonEvicted      = "evicted"
+	reasonSerial       = "previous_serial"
+)
+
+// Reasons that are in records only.
+const (
+	reasonEntryBroken = "entry_broken"
 )
 
 // refusalReasons are all of them.
 var refusalReasons = []string{
 	reasonLimit, reasonEntryUnknown, reasonNodeRule, reasonRule, reasonTemplate, reasonCSR,
-	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone,
+	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone, reasonEvicted, reasonSerial,
 }
 
 // Issue implements nodev1.NodeServiceServer.
@@ -93,7 +101,10 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 		decisions[i].refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonLimit, "too many requests of this node", retryAfter)
 	}
 
-	batch := &batch{s: s, c: c, entries: s.registry.Entries(), node: nodeRef(c.node, c.address)}
+	batch := &batch{
+		s: s, c: c, entries: s.registry.Entries(),
+		node: nodeRef(c.node, c.address), began: timestamppb.New(c.began),
+	}
 	if err := s.eachOnAllCores(ctx, admitted, func(i int) { batch.decide(&decisions[i], items[i]) }); err != nil {
 		return nil, err
 	}
@@ -133,7 +144,9 @@ type batch struct {
 	s       *Server
 	c       *caller
 	entries *registry.Entries
-	node    *ledgerv1.NodeRef
+	// node and began are shared by the records of all items: read only.
+	node  *ledgerv1.NodeRef
+	began *timestamppb.Timestamp
 }
 
 // decision is what became of one item: signed, or refused.
@@ -166,18 +179,19 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 		}
 	}()
 	r := &ledgerv1.Record{
-		Version:     1,
-		Time:        timestamppb.New(b.c.began),
+		Version:     recordVersion,
+		Time:        b.began,
 		Event:       ledgerv1.Event_EVENT_ISSUE,
 		TrustDomain: b.s.cfg.TrustDomain.Name(),
 		VerifiedBy:  "agent",
 		Node:        b.node,
 		CaInstance:  b.s.cfg.Instance,
+		CaVersion:   b.s.cfg.Version,
 		RequestId:   b.c.requestID,
 	}
 	refused := func(reason nodev1.Reason, label, message, detail string, retryAfter time.Duration) {
 		d.refuse(reason, label, message, retryAfter)
-		r.Outcome, r.Reason, r.Detail = ledgerv1.Outcome_OUTCOME_REFUSED, label, truncate(detail)
+		r.Outcome, r.Reason, r.Detail = outcomeFor(label), label, truncate(detail)
 		r.Took = durationpb.New(time.Since(b.c.began))
 		d.record = r
 	}
@@ -189,6 +203,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 	r.Kind = kindOf(item.GetKind())
 	d.kind = r.GetKind()
 	r.Instance, r.Workload, r.PreviousSerial = item.GetInstance(), item.GetWorkload(), item.GetPreviousSerial()
+	r.Attestors, r.Process = attestorsOf(item.GetWorkload()), item.GetProcess()
 
 	// The entry must be there, and be one of this node's. Which of the two is
 	// wrong is the ledger's business: the node has no right to know.
@@ -198,20 +213,22 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonEntryUnknown, "no such entry for this node", "", 0)
 		return
 	}
-	digest := entry.Digest()
-	r.Entry = &ledgerv1.EntryRef{Name: entry.Name(), Revision: entry.Revision(), Digest: digest[:]}
+	r.Entry = entryRef(entry)
 	facts := identity.NewFacts(b.c.node.Attributes, item.GetWorkload())
 	if !entry.MatchNode(facts) {
-		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, "no such entry for this node", nearestMiss(entry, facts), 0)
+		r.Miss = nearestMiss(entry, facts)
+		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, "no such entry for this node", missText(r.GetMiss()), 0)
 		return
 	}
 	if !entry.MatchWorkload(facts) {
-		miss := nearestMiss(entry, facts)
+		r.Miss = nearestMiss(entry, facts)
+		miss := missText(r.GetMiss())
 		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, miss, miss, 0)
 		return
 	}
 	id, err := entry.Render(facts)
 	if err != nil {
+		r.Miss = nearestMiss(entry, facts)
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
 		return
 	}
@@ -263,6 +280,9 @@ func checkItem(item *nodev1.IssueItem) string {
 	if n := proto.Size(item.GetWorkload()); n > maxAttributeBytes {
 		return fmt.Sprintf("the workload's attributes have %d bytes, at most %d are allowed", n, maxAttributeBytes)
 	}
+	if n := proto.Size(item.GetProcess()); n > maxProcessBytes {
+		return fmt.Sprintf("the process has %d bytes, at most %d are allowed", n, maxProcessBytes)
+	}
 	return ""
 }
 
@@ -294,19 +314,6 @@ func refusalOf(err error) (reason nodev1.Reason, label, message string, retryAft
 		}
 	}
 	return nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the CA cannot sign now", retryNoSigning
-}
-
-// nearestMiss says for a person why an entry does not match.
-func nearestMiss(entry *identity.Entry, facts *identity.Facts) string {
-	m := entry.Explain(facts)
-	switch {
-	case m.Field == "":
-		return ""
-	case m.Term == "":
-		return truncate(m.Field + ": " + m.Why)
-	default:
-		return truncate(m.Field + ": " + m.Term + ": " + m.Why)
-	}
 }
 
 // truncate bounds a text for the ledger and for agents, and makes it valid UTF-8:
@@ -381,12 +388,6 @@ func issuedSVID(d *ledger.Durable, renewAt time.Time) *nodev1.IssuedSVID {
 		SpiffeId: d.Record().GetSpiffeId(),
 		Chain:    d.Chain(),
 		RenewAt:  timestamppb.New(renewAt),
-	}
-}
-
-func nodeRef(n *registry.Node, address string) *ledgerv1.NodeRef {
-	return &ledgerv1.NodeRef{
-		Id: n.ID, Address: address, AgentVersion: n.AgentVersion, Attributes: n.Attributes,
 	}
 }
 

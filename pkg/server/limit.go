@@ -13,8 +13,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
-
-	"github.com/meshid/meshid/pkg/ledger"
 )
 
 // tasks owns goroutines that outlive the call that started them for a moment,
@@ -202,7 +200,7 @@ func newRefusalLog() *refusalLog { return &refusalLog{sources: make(map[string]*
 // admit says whether this refusal is recorded by itself; otherwise it has been
 // counted. source is a node's SPIFFE ID or, with foreign, an address.
 func (l *refusalLog) admit(now time.Time, source string, foreign bool, r *ledgerv1.Record) bool {
-	key := r.GetEvent().String() + "\x00" + r.GetReason() + "\x00" + r.GetEntry().GetName() + "\x00" + r.GetInstance()
+	key := r.GetEvent().String() + "\x00" + r.GetReason() + "\x00" + r.GetEntry().GetName() + "\x00" + r.GetInstance() + "\x00" + r.GetCall()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	src, ok := l.sources[source]
@@ -243,7 +241,7 @@ func sampleOf(r *ledgerv1.Record) *ledgerv1.Record {
 	return &ledgerv1.Record{
 		Version: r.GetVersion(), Event: r.GetEvent(), Outcome: r.GetOutcome(), Reason: r.GetReason(),
 		TrustDomain: r.GetTrustDomain(), Instance: r.GetInstance(), Node: r.GetNode(), Entry: r.GetEntry(),
-		CaInstance: r.GetCaInstance(),
+		Actor: r.GetActor(), Call: r.GetCall(), CaInstance: r.GetCaInstance(), CaVersion: r.GetCaVersion(),
 	}
 }
 
@@ -260,6 +258,7 @@ func (l *refusalLog) summaries(now time.Time) []*ledgerv1.Record {
 		r := proto.CloneOf(sample)
 		r.Time = timestamppb.New(now)
 		r.Detail = fmt.Sprintf("%d %s were refused since %s", n, text, since.UTC().Format(time.RFC3339))
+		r.Summary = &ledgerv1.Summary{Count: n, Since: timestamppb.New(since)}
 		due = append(due, r)
 	}
 	for _, source := range slices.Sorted(maps.Keys(l.sources)) {
@@ -292,31 +291,27 @@ func (s *Server) flushRefusals(ctx context.Context) {
 	if len(due) == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
-	defer cancel()
-	for chunk := range slices.Chunk(due, maxItems) {
-		drafts := make([]*ledger.Draft, len(chunk))
-		for i, r := range chunk {
-			drafts[i] = ledger.NewDraft(r, nil)
-		}
-		if _, err := s.cfg.Ledger.Append(ctx, drafts...); err != nil {
-			s.log.ErrorContext(ctx, "summaries of refusals cannot be recorded", "err", err)
-			return
-		}
+	if err := s.append(ctx, due...); err != nil {
+		s.log.ErrorContext(ctx, "summaries of refusals cannot be recorded", "err", err)
 	}
 }
 
-// refuse records a refusal that is no part of a batch, if it is to be recorded
-// by itself. A ledger that fails does not make the refusal less of one.
-func (s *Server) refuse(ctx context.Context, source string, foreign bool, r *ledgerv1.Record) {
+// refuse records a refusal of an X.509-SVID that is no part of a batch.
+func (s *Server) refuse(ctx context.Context, source string, foreign bool, records ...*ledgerv1.Record) {
 	s.refused.Add(1)
+	s.recordRefusal(ctx, source, foreign, records...)
+}
+
+// recordRefusal records a refusal, if it is to be recorded by itself; further
+// records are of the same request. A ledger that fails does not make the refusal
+// less of one.
+func (s *Server) recordRefusal(ctx context.Context, source string, foreign bool, records ...*ledgerv1.Record) {
+	r := records[0]
 	if !s.refusals.admit(r.GetTime().AsTime(), source, foreign, r) {
 		s.metrics.suppressed.Inc()
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ledgerTimeout)
-	defer cancel()
-	if _, err := s.cfg.Ledger.Append(ctx, ledger.NewDraft(r, nil)); err != nil {
+	if err := s.append(ctx, records...); err != nil {
 		s.log.ErrorContext(ctx, "refusal cannot be recorded", "err", err, "request_id", r.GetRequestId())
 	}
 }

@@ -187,7 +187,8 @@ type Server struct {
 	clones  map[string]bool
 }
 
-// New loads entries and nodes and returns a server that Run has to be called on.
+// New loads entries and nodes, records which entries are in force, and returns a
+// server that Run has to be called on.
 func New(ctx context.Context, cfg Config) (*Server, error) {
 	if cfg.TrustDomain.IsZero() || cfg.CA == nil || cfg.Ledger == nil || cfg.Store == nil ||
 		cfg.Logger == nil || cfg.Registerer == nil || cfg.Health == nil {
@@ -263,7 +264,7 @@ func (s *Server) load(ctx context.Context) error {
 	}
 	s.registry = registry.New(s.cfg.Store.Epoch(), revision, identity.NewSet(compiled...), broken, nodes)
 	s.reportBroken()
-	return nil
+	return s.recordEntriesInForce(ctx, s.registry.Entries())
 }
 
 // reportBroken keeps the condition about entries that are not in force.

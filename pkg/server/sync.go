@@ -2,11 +2,9 @@ package server
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -16,7 +14,6 @@ import (
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/identity"
-	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server/registry"
 )
 
@@ -152,38 +149,30 @@ func (s *Server) recordEnded(ctx context.Context, c *caller, m *nodev1.Instances
 	if admitted == 0 {
 		return nil
 	}
-	drafts := make([]*ledger.Draft, admitted)
+	records := make([]*ledgerv1.Record, admitted)
 	for i, e := range ended[:admitted] {
 		r := s.newRecord(c, ledgerv1.Event_EVENT_INSTANCE_ENDED)
 		r.Took = nil // the call is a stream
 		r.Node, r.Instance, r.VerifiedBy = nodeRef(c.node, c.address), e.GetInstance(), "agent"
-		r.Detail = serialList(e.GetSerials())
-		drafts[i] = ledger.NewDraft(r, nil)
+		r.Dropped, r.Detail = dropped(e.GetSerials())
+		records[i] = r
 	}
-	ctx, cancel := context.WithTimeout(ctx, ledgerTimeout)
-	defer cancel()
-	if _, err := s.cfg.Ledger.Append(ctx, drafts...); err != nil {
+	if err := s.append(ctx, records...); err != nil {
 		s.log.ErrorContext(ctx, "end of instances cannot be recorded", "node_id", c.node.ID, "err", err)
 	}
 	return nil
 }
 
-func serialList(serials [][]byte) string {
-	var b strings.Builder
-	for i, serial := range serials {
-		if i == maxEndedSerials {
-			fmt.Fprintf(&b, " and %d more", len(serials)-i)
-			break
-		}
-		if i > 0 {
-			b.WriteByte(' ')
-		}
-		b.WriteString(hex.EncodeToString(serial[:min(len(serial), maxSerialBytes)]))
+// dropped names the certificates of an instance that has ended, the first
+// maxEndedSerials of them.
+func dropped(serials [][]byte) (certificates []*ledgerv1.Certificate, detail string) {
+	for _, serial := range serials[:min(len(serials), maxEndedSerials)] {
+		certificates = append(certificates, &ledgerv1.Certificate{Serial: serial[:min(len(serial), maxSerialBytes)]})
 	}
-	if b.Len() == 0 {
-		return ""
+	if over := len(serials) - maxEndedSerials; over > 0 {
+		detail = fmt.Sprintf("and %d more certificates", over)
 	}
-	return "serials: " + b.String()
+	return certificates, detail
 }
 
 // sender sends to one agent what it does not have yet. What it has sent is the

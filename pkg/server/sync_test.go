@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -249,11 +250,12 @@ func TestInstancesEnded(t *testing.T) {
 	if !h.eventually(func() bool { records = h.records(ledgerv1.Event_EVENT_INSTANCE_ENDED); return len(records) == 2 }) {
 		t.Fatalf("records are %v", records)
 	}
-	if r := records[0]; r.GetInstance() != "docker:abc" || r.GetDetail() != "serials: ab cdef" || r.GetNode().GetId() != a.id {
+	if r := records[0]; r.GetInstance() != "docker:abc" || len(r.GetDropped()) != 2 ||
+		!bytes.Equal(r.GetDropped()[1].GetSerial(), []byte{0xcd, 0xef}) || r.GetNode().GetId() != a.id {
 		t.Errorf("record is %v", r)
 	}
-	if got := serialList(slices.Repeat([][]byte{{1}}, 20)); !strings.HasSuffix(got, "01 and 4 more") {
-		t.Errorf("serials are %q", got)
+	if got, detail := dropped(slices.Repeat([][]byte{{1}}, 20)); len(got) != maxEndedSerials || detail != "and 4 more certificates" {
+		t.Errorf("%d certificates, %q", len(got), detail)
 	}
 }
 

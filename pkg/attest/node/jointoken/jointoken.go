@@ -153,6 +153,16 @@ func (v *Verifier) Verify(ctx context.Context, claim attest.Claim, _ attest.Chal
 	}, nil
 }
 
+// TokenSHA256 returns the SHA-256 of the token in the evidence, by which records
+// name it, and false if no token is in it.
+func (*Verifier) TokenSHA256(evidence []byte) (sum [32]byte, ok bool) {
+	raw, err := decode(evidence)
+	if err != nil {
+		return sum, false
+	}
+	return sha256.Sum256(raw), true
+}
+
 // encode makes the evidence of a token.
 func encode(raw []byte) []byte { return append([]byte{version}, raw...) }
 
