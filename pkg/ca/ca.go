@@ -106,8 +106,8 @@ type Config struct {
 	// Version of this program, for the ledger.
 	Version string
 	Keys    keys.Store
-	Store    Store
-	Ledger   *ledger.Journal
+	Store   Store
+	Ledger  *ledger.Journal
 
 	// Lives. Zero means the default; MaxTTL's is a third of the intermediate's
 	// life where that is less than DefaultMaxTTL.
