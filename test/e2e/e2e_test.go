@@ -29,6 +29,9 @@ var machine struct {
 	err    error
 }
 
+// patience is how long something may take that takes a moment on an idle machine.
+const patience = time.Minute
+
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if machine.engine != nil {
@@ -197,7 +200,7 @@ func (s agentStatus) holders(id string) int {
 // awaitHolders waits until n instances hold an identity.
 func awaitHolders(t *testing.T, m *mesh.Mesh, id string, n int) {
 	t.Helper()
-	must(t, mesh.Await(t.Context(), fmt.Sprintf("%d holders of %s", n, id), 30*time.Second, func(ctx context.Context) error {
+	must(t, mesh.Await(t.Context(), fmt.Sprintf("%d holders of %s", n, id), patience, func(ctx context.Context) error {
 		s, err := status(ctx, m)
 		if err == nil && s.holders(id) != n {
 			err = fmt.Errorf("there are %d: %+v", s.holders(id), s)
@@ -212,7 +215,7 @@ func awaitClosed(t *testing.T, m *mesh.Mesh) {
 	before, err := m.Sales(t.Context())
 	must(t, err)
 	at := time.Now()
-	must(t, mesh.Await(t.Context(), "the customer to be refused", 30*time.Second, func(ctx context.Context) error {
+	must(t, mesh.Await(t.Context(), "the customer to be refused", patience, func(ctx context.Context) error {
 		s, err := m.Sales(ctx)
 		if err == nil && s.Failures == before.Failures {
 			err = errors.New("all requests succeed")

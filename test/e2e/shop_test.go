@@ -45,7 +45,7 @@ func TestV_E2_IntrudersAreRefused(t *testing.T) {
 	must(t, m.AwaitReady(t.Context(), gossip))
 	for _, name := range mesh.Intruders {
 		i := m.Instances(name)[0]
-		must(t, mesh.Await(t.Context(), name+" to try its doors", 30*time.Second, func(ctx context.Context) error {
+		must(t, mesh.Await(t.Context(), name+" to try its doors", patience, func(ctx context.Context) error {
 			attempts, err := i.Attempts(ctx)
 			if err != nil {
 				return err
@@ -223,7 +223,7 @@ func TestV_E7_NodeBanned(t *testing.T) {
 	}
 	m.Agent.Kill()
 	must(t, m.Agent.Start())
-	must(t, mesh.Await(t.Context(), "the refusal to be recorded", 30*time.Second, func(ctx context.Context) error {
+	must(t, mesh.Await(t.Context(), "the refusal to be recorded", patience, func(ctx context.Context) error {
 		if m.AwaitNode(ctx, 100*time.Millisecond) == nil {
 			t.Fatal("the banned node is connected")
 		}
@@ -276,7 +276,7 @@ func TestSpec_S44_SidecarKilledAndPaused(t *testing.T) {
 	must(t, m.Scale(t.Context(), "orders", 2))
 	victim := m.Instances("orders")[1]
 	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGSTOP"))
-	must(t, m.RotateAll(t.Context(), 20*time.Second, m.Renew(100*time.Millisecond), victim))
+	must(t, m.RotateAll(t.Context(), patience, m.Renew(100*time.Millisecond), victim))
 	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGCONT"))
 	must(t, m.AwaitReady(t.Context(), victim))
 	must(t, m.Engine.KillContainer(t.Context(), victim.Sidecar, "SIGKILL"))
@@ -362,7 +362,7 @@ func serials(t *testing.T, m *mesh.Mesh) map[string]string {
 func awaitOpen(t *testing.T, m *mesh.Mesh) {
 	t.Helper()
 	var since mesh.Sales
-	must(t, mesh.Await(t.Context(), "the shop to sell again", 30*time.Second, func(ctx context.Context) error {
+	must(t, mesh.Await(t.Context(), "the shop to sell again", patience, func(ctx context.Context) error {
 		now, err := m.Sales(ctx)
 		if err != nil {
 			return err

@@ -103,7 +103,7 @@ func TestSpec_S10_NodeOnlyFirst(t *testing.T) {
 // TestSpec_S45_RotateAll: many proxies, each with a connection and two streams, as Envoy has them; all
 // are rotated at once, time after time, and all acknowledge.
 func TestSpec_S45_RotateAll(t *testing.T) {
-	const proxies, rotations = 150, 10
+	const proxies, rotations = 250, 10
 	names := []string{"default", "ROOTCA"}
 	ca := identitytest.NewAuthority(t, "a.test")
 	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))

@@ -133,7 +133,7 @@ func TestV_K1_RefusesToStart(t *testing.T) {
 			if log := tt.p.Log()[before:]; !strings.Contains(log, "error: ") {
 				t.Errorf("%s: it says %q", tt.name, log)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s: it starts", tt.name)
 			tt.p.Kill()
 		}
@@ -257,7 +257,6 @@ func TestFault_F9_FewDescriptors(t *testing.T) {
 		t.Fatalf("a good node is refused: %v %v", r, err)
 	}
 
-	var refused int
 	var open []net.Conn
 	for range 400 {
 		c, err := (&net.Dialer{}).DialContext(t.Context(), "unix", agent.Socket)
@@ -265,14 +264,18 @@ func TestFault_F9_FewDescriptors(t *testing.T) {
 		defer c.Close()
 		open = append(open, c)
 	}
-	for _, c := range open {
-		if closedWithin(c, time.Millisecond) {
-			refused++
+	local.Await(t, "wait for most of the connections to be refused", func(context.Context) error {
+		refused := 0
+		for _, c := range open {
+			if closedWithin(c, time.Millisecond) {
+				refused++
+			}
 		}
-	}
-	if refused < 300 {
-		t.Errorf("of 400 connections %d are refused", refused)
-	}
+		if refused < 300 {
+			return fmt.Errorf("of 400 connections %d are", refused)
+		}
+		return nil
+	})
 	if !strings.Contains(agent.Log(), "limit reached") {
 		t.Errorf("the agent gives no reason: %s", agent.Log())
 	}

@@ -62,7 +62,7 @@ func TestV_D17_ConnectionsDieAtEachStep(t *testing.T) {
 				t.Fatalf("%s: %v", name, err)
 			}
 			if n%3 == 0 && strings.HasSuffix(name, "subscribed") {
-				must(t, c.SetReadDeadline(time.Now().Add(10*time.Second)))
+				must(t, c.SetReadDeadline(time.Now().Add(patience)))
 				_, err := c.Read(make([]byte, 1))
 				must(t, err)
 			}
@@ -193,7 +193,7 @@ func hoardChild(args []string) error {
 	}
 	var open []net.Conn
 	for range conns {
-		c, err := net.DialTimeout("unix", socket, 10*time.Second)
+		c, err := net.DialTimeout("unix", socket, patience)
 		if err != nil {
 			continue
 		}
@@ -225,20 +225,22 @@ func TestV_I1_StreamsThatNeverRead(t *testing.T) {
 		{"reflection", 300, 100},
 	} {
 		t.Run(fmt.Sprintf("%s %d x %d", tt.what, tt.conns, tt.streams), func(t *testing.T) {
+			_, quiet := fetchAs(t, alice, w.agent)
+			bound := max(time.Second, 20*quiet)
 			before := footprintOf(t, w.agent.PID(), w.agent.Metrics)
 			h := hoard(t, mallory, w.agent.Socket, tt.conns, tt.streams, tt.what)
 			best := time.Hour // a single one says how loaded this machine is
-			for range 5 {
+			for range 10 {
 				id, took := fetchAs(t, alice, w.agent)
 				if id != "spiffe://example.org/alice" {
 					t.Fatalf("alice gets %q", id)
 				}
-				if best = min(best, took); best <= time.Second {
+				if best = min(best, took); best <= bound {
 					break
 				}
 			}
-			if best > time.Second {
-				t.Errorf("alice waits %v", best)
+			if best > bound {
+				t.Errorf("alice waits %v, and %v while nobody hoards", best, quiet)
 			}
 			during := footprintOf(t, w.agent.PID(), w.agent.Metrics)
 			t.Logf("%d MB, %d goroutines, %d descriptors", statusOf(t, w.agent.PID(), "VmRSS")>>20, during.goroutines, during.descriptors)
@@ -287,7 +289,6 @@ func streamEnds(c net.Conn, stream uint32, within time.Duration) string {
 func TestV_I3_RequestSizes(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	const patience = 25 * time.Second // the deadlines are 10 s
 	var attacks sync.WaitGroup
 	for _, s := range surfaces(t, w) {
 		if s.name == "agent, admin" { // HTTP/1, see D18
@@ -355,7 +356,7 @@ func TestV_D18_HTTP1(t *testing.T) {
 			c := dialUnix(t, path)
 			_, err := c.Write([]byte(request))
 			must(t, err)
-			must(t, c.SetReadDeadline(time.Now().Add(20*time.Second)))
+			must(t, c.SetReadDeadline(time.Now().Add(patience)))
 			all.Go(func() {
 				answer, err := io.ReadAll(c)
 				var timeout net.Error
@@ -373,7 +374,7 @@ func TestV_D18_HTTP1(t *testing.T) {
 		c := dialUnix(t, w.agent.AdminSocket)
 		_, _ = c.Write([]byte(request)) // it may be closed early
 		all.Go(func() {
-			if !closedWithin(c, 20*time.Second) {
+			if !closedWithin(c, patience) {
 				t.Errorf("%.40q leaves the connection open", request)
 			}
 		})
@@ -390,7 +391,7 @@ func claimChild(args []string) error {
 		return err
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	metadata, err := structpb.NewStruct(map[string]any{"spiffe_id": "spiffe://example.org/bob", "uid": 0, "NAMESPACE": "root"})
 	if err != nil {
@@ -519,7 +520,7 @@ func relayChild([]string) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	svid, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr("tcp://127.0.0.1:1"), workloadapi.WithDialOptions(
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return c, nil })))

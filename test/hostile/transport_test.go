@@ -35,7 +35,7 @@ func served(t *testing.T, ca *local.CA, cfg *tls.Config) (ok, resumed bool) {
 	raw, err := dialTCP(t, "127.0.0.1", ca.Listen)
 	must(t, err)
 	defer raw.Close()
-	must(t, raw.SetDeadline(time.Now().Add(20*time.Second)))
+	must(t, raw.SetDeadline(time.Now().Add(patience)))
 	c := tls.Client(raw, cfg)
 	if err := c.HandshakeContext(t.Context()); err != nil {
 		return false, false
@@ -54,7 +54,7 @@ func served(t *testing.T, ca *local.CA, cfg *tls.Config) (ok, resumed bool) {
 func TestV_T1_ResumptionIsImpossible(t *testing.T) {
 	t.Parallel()
 	require.Root(t)
-	ca := local.StartCA(t, local.CAOptions{Config: "svid: {node_ttl: 10s, backdate: 1s}\n"})
+	ca := local.StartCA(t, local.CAOptions{Config: "svid: {node_ttl: 20s, backdate: 1s}\n"})
 	ca.Apply(t, entries)
 	banned, expired := join(t, ca, "banned"), join(t, ca, "expired")
 	configs := map[*rogue]*tls.Config{}
@@ -139,7 +139,7 @@ func TestV_T2_SilentConnections(t *testing.T) {
 	join(t, w.ca, "newcomer")
 	awaitFootprint(t, w.ca.PID(), w.ca.Metrics, before) // the silent ones are still open on this side
 	for _, c := range silent {
-		if !closedWithin(c, 10*time.Second) {
+		if !closedWithin(c, patience) {
 			t.Fatal("a silent connection is still open")
 		}
 	}
@@ -243,7 +243,7 @@ func TestV_T3_KeyUpdates(t *testing.T) {
 		for who, cfg := range map[string]*tls.Config{"anybody": tlsTo(node.roots, nil), "node": tlsTo(node.roots, node)} {
 			r := newRecords(t, ca.Listen, cfg)
 			n, refused := pour(r.conn, attack(r), limit)
-			if !refused && !closedWithin(r.conn, 10*time.Second) {
+			if !refused && !closedWithin(r.conn, patience) {
 				t.Errorf("%s, %s: %d bytes were taken and the connection is open", name, who, n)
 			}
 		}
@@ -373,7 +373,7 @@ func TestV_T4_Frames(t *testing.T) {
 					t.Fatal(err)
 				}
 				n, refused := pour(c, func(n int) []byte { return attack.what(s, n) }, attack.limit)
-				if attack.refused && !refused && !closedWithin(c, 5*time.Second) {
+				if attack.refused && !refused && !closedWithin(c, patience) {
 					t.Errorf("%s: %d bytes were taken and the connection is open", s.name, n)
 				}
 				during := footprintOf(t, s.pid, s.metrics)
@@ -467,7 +467,7 @@ func TestV_T5_Scan(t *testing.T) {
 		must(t, err)
 		_, err = c.Write(what)
 		must(t, err)
-		if !closedWithin(c, 20*time.Second) {
+		if !closedWithin(c, patience) {
 			t.Errorf("%s in plain text: the connection stays open", name)
 		}
 		c.Close()
@@ -519,7 +519,7 @@ node_attestation: {join_token: {token_file: %[4]s}}
 		p := local.Run(t, filepath.Join(local.Binaries(t), "node-agent"), "run", "--config", config)
 		select {
 		case <-p.Done():
-		case <-time.After(30 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%s: the agent starts", name)
 			p.Kill()
 		}

@@ -123,7 +123,7 @@ func dialUnix(t testing.TB, path string) net.Conn {
 // dialTCP connects from one of this machine's loopback addresses.
 func dialTCP(t testing.TB, from, to string) (net.Conn, error) {
 	t.Helper()
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: 10 * time.Second}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}, Timeout: patience}
 	return d.DialContext(t.Context(), "tcp", to)
 }
 

@@ -350,7 +350,7 @@ func (e *envoy) call(ctx context.Context, svid *x509svid.SVID, roots *x509.CertP
 	}
 	var leaf *x509.Certificate
 	// verified below, by another clock
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
+	client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{
 		MinVersion: tls.VersionTLS13, InsecureSkipVerify: true,
 		Certificates: []tls.Certificate{{Certificate: chain, PrivateKey: svid.PrivateKey}},
 		VerifyConnection: func(s tls.ConnectionState) error {
@@ -429,7 +429,7 @@ func TestSpec_S26_CADownForLongerThanTheTTL(t *testing.T) {
 	if _, err := e.call(t.Context(), svid, trusted, c.now()); err != nil {
 		t.Fatalf("in the middle of its life: %v", err)
 	}
-	c.step(t, time.Until(end)-10*time.Second)
+	c.step(t, time.Until(end)-30*time.Second)
 	if _, err := e.call(t.Context(), svid, trusted, c.now()); err != nil {
 		t.Fatalf("%s before its end: %v", end.Sub(c.now()), err)
 	}

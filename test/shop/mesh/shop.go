@@ -499,7 +499,7 @@ func (m *Mesh) Sell(ctx context.Context, n uint64) error {
 // replacing its connection does not hear of it, so it is ordered until one does.
 func (m *Mesh) Renew(within time.Duration) func(context.Context) error {
 	return func(ctx context.Context) error {
-		return Await(ctx, "a node to renew its leaves", 10*time.Second, func(ctx context.Context) error {
+		return Await(ctx, "a node to renew its leaves", time.Minute, func(ctx context.Context) error {
 			answer, err := m.Admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationpb.New(within)})
 			if err == nil && answer.GetNodes() == 0 {
 				err = errors.New("no node is connected")
