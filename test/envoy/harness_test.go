@@ -148,6 +148,9 @@ type config struct {
 	// them; unbounded if empty. Requests only where connections are, too.
 	ConnectionLife, StreamLife         string
 	PeerConnectionLife, PeerStreamLife string
+	// Identities make it the proxy of a whole node: paths, without the first slash,
+	// of the SPIFFE IDs that it serves. Of the above it has what concerns the agent.
+	Identities []string
 }
 
 // proxy is a running Envoy.
@@ -193,12 +196,16 @@ func (c config) render(t testing.TB, dir string) string {
 	if c.Application == 0 {
 		c.Application = 1
 	}
-	parsed, err := template.ParseFiles(filepath.Join("testdata", "sidecar.yaml"))
+	bootstrap := "sidecar.yaml"
+	if len(c.Identities) > 0 {
+		bootstrap = "node.yaml"
+	}
+	parsed, err := template.ParseFiles(filepath.Join("testdata", "sidecar.yaml"), filepath.Join("testdata", "node.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
-	if err := parsed.Execute(&b, c); err != nil {
+	if err := parsed.ExecuteTemplate(&b, bootstrap, c); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, "envoy.yaml")

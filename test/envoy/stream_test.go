@@ -2,6 +2,7 @@ package envoy
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -12,10 +13,12 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/stats"
 
+	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/sds"
 	"github.com/meshid/meshid/test/identitytest"
 )
@@ -96,6 +99,96 @@ func TestSpec_S10_NodeOnlyFirst(t *testing.T) {
 				t.Errorf("%d messages", messages)
 			}
 			t.Log(seen.all())
+		})
+	}
+}
+
+// TestSpec_S32_S33_NodeProxy: one proxy for all of a node has each identity for the clients
+// that ask for it, also after a rotation of all; one that is withdrawn is not served
+// any more, and the others go on. With 1,500 of them, on one aggregated stream, Envoy
+// sends less than 2 MB.
+func TestSpec_S32_S33_NodeProxy(t *testing.T) {
+	for name, row := range map[string]struct {
+		c          config
+		identities int
+	}{
+		"sotw": {config{}, 20}, "delta": {config{Delta: true}, 20},
+		"aggregated sotw": {config{ADS: true}, 20}, "aggregated delta": {config{ADS: true, Delta: true}, 1500},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ca := identitytest.NewAuthority(t, "a.test")
+			c := row.c
+			issue := func() (all []*identity.SVID) {
+				for _, id := range c.Identities {
+					all = append(all, ca.SVID("/"+id))
+				}
+				return all
+			}
+			for n := range row.identities {
+				c.Identities = append(c.Identities, fmt.Sprintf("app-%d", n))
+			}
+			a := newAgent(t, nil)
+			a.stop()
+			seen := &sizes{stream: make(map[int][]int)}
+			a.stats = seen
+			a.start()
+			svids := issue()
+			a.source.Publish(ca.Snapshot(1, svids...))
+			c.Socket = a.socket
+			start := time.Now()
+			p := startEnvoy(t, c)
+			p.waitLive()
+			live := time.Since(start)
+			port := p.port("inbound")
+			client := clientConfig(ca.SVID("/client"))
+			leafOf := func(id string) (*x509.Certificate, error) {
+				client := client.Clone()
+				client.ServerName = id + ".test"
+				s, err := open(t, port, client)
+				if err != nil {
+					return nil, err
+				}
+				defer s.conn.Close()
+				return s.conn.ConnectionState().PeerCertificates[0], s.get()
+			}
+			// The first, the last and some between: each is asked for by its name.
+			some := []int{0, 1, row.identities / 2, row.identities - 1}
+			served := func() {
+				t.Helper()
+				for _, n := range some {
+					eventually(t, c.Identities[n]+" has its certificate", func() bool {
+						leaf, err := leafOf(c.Identities[n])
+						return err == nil && leaf.Equal(svids[n].Chain[0])
+					})
+				}
+			}
+			served()
+			svids = issue()
+			a.source.Publish(ca.Snapshot(2, svids...))
+			served()
+			gone := row.identities - 1
+			withdrawn := ca.Snapshot(3, svids[:gone]...)
+			withdrawn.Withdrawn = []spiffeid.ID{svids[gone].ID}
+			a.source.Publish(withdrawn)
+			eventually(t, "the last is withdrawn", func() bool {
+				leaf, err := leafOf(c.Identities[gone])
+				return err != nil || !leaf.NotAfter.After(time.Now())
+			})
+			some = some[:len(some)-1]
+			served()
+			streams, up := seen.all(), 0
+			for _, messages := range streams {
+				for _, n := range messages {
+					up += n
+				}
+			}
+			if c.ADS && len(streams) != 1 {
+				t.Errorf("%d streams", len(streams))
+			}
+			if up > 2<<20 {
+				t.Errorf("Envoy sent %d bytes", up)
+			}
+			t.Logf("%d identities on %d streams: LIVE after %s, %d bytes sent by Envoy", row.identities, len(streams), live.Round(time.Millisecond), up)
 		})
 	}
 }
