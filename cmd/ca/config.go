@@ -1,11 +1,14 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -58,8 +61,23 @@ type settings struct {
 		// Life of this process's intermediate; it is renewed at half of it.
 		IntermediateLife config.Duration `yaml:"intermediate_life" default:"168h"`
 	} `yaml:"authority"`
+	// The CA of somebody else, as the root above this one's intermediates. Without
+	// this section, a root of its own.
+	Upstream upstreamSettings `yaml:"upstream"`
 	// How machines may prove who they are. Without this section, join tokens.
 	NodeAttestation nodeAttestation `yaml:"node_attestation"`
+}
+
+// upstreamSettings has one section for each kind in plugins.go, of which one is used.
+type upstreamSettings struct {
+	// SHA-256 of the upstream CA's roots that may be trusted, in hexadecimal as
+	// `openssl x509 -fingerprint -sha256` prints it. Without any, those that its
+	// first answer names are, and the log says which.
+	RootsSHA256 []string `yaml:"roots_sha256"`
+	// A CA whose certificate and key are files. Settings: certificate, the PEM file
+	// of the CA's certificate and of those between it and the root; key, the PEM
+	// file of its private key, mode 0600; roots, the PEM file of the roots above it.
+	Disk config.Section `yaml:"disk"`
 }
 
 // nodeAttestation has one section for each method in plugins.go.
@@ -84,6 +102,7 @@ type overrides struct {
 type validated struct {
 	settings
 	trustDomain spiffeid.TrustDomain
+	pins        [][sha256.Size]byte
 }
 
 // loadSettings reads path, lets the flags stand above it, fills in the
@@ -174,5 +193,13 @@ func (v *validated) check(file *config.File) error {
 	// An intermediate is replaced at half of its life, and what it signed then
 	// must still fit into the other half.
 	between("authority.intermediate_life", &v.Authority.IntermediateLife, 7*24*time.Hour, 2*max(maxTTL, nodeTTL), root/2)
+	for i, text := range v.Upstream.RootsSHA256 {
+		sum, err := hex.DecodeString(strings.ReplaceAll(text, ":", ""))
+		if err != nil || len(sum) != sha256.Size {
+			bad(fmt.Sprintf("upstream.roots_sha256[%d]", i), "%.100q is not a SHA-256; write 64 hexadecimal digits", text)
+			continue
+		}
+		v.pins = append(v.pins, [sha256.Size]byte(sum))
+	}
 	return errors.Join(problems...)
 }

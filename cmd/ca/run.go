@@ -84,6 +84,9 @@ func newCheckCommand() *cobra.Command {
 			if _, err := nodeVerifiers(v.NodeAttestation, nil); err != nil {
 				return err
 			}
+			if _, err := openUpstreamCA(v.Upstream, v.pins); err != nil {
+				return err
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
 			return nil
 		},
@@ -95,7 +98,8 @@ func newCheckCommand() *cobra.Command {
 // serve puts the parts together and runs them until ctx ends:
 //
 //  1. the store and the ledger's journal are opened, each under a lock
-//  2. the authority is opened: root from its key file, a new intermediate
+//  2. the authority is opened: root from its key file or from the upstream CA, a
+//     new intermediate
 //  3. the server takes both, and the listeners are opened
 //  4. everything runs in one group; the first error ends all
 func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
@@ -135,12 +139,17 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 
+	above, err := openUpstreamCA(v.Upstream, v.pins)
+	if err != nil {
+		return err
+	}
+
 	var srv *server.Server
 	authority, err := ca.Open(ctx, ca.Config{
 		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
-		Logger: logger, Registerer: registry,
+		Upstream: above, Logger: logger, Registerer: registry,
 		OnChange: func() {
 			if srv != nil {
 				srv.BundleChanged()

@@ -34,7 +34,9 @@ type root struct {
 	cert     *x509.Certificate
 	state    string
 	spkiHash [32]byte
-	key      crypto.Signer // nil unless this is the state's signer
+	// foreign roots are those of an upstream CA: their keys are not ours.
+	foreign bool
+	key     crypto.Signer // nil unless this is the state's signer, and ours
 }
 
 // authority is an intermediate with its key. It is immutable but for its atomics.
@@ -43,8 +45,10 @@ type authority struct {
 	cert     *x509.Certificate
 	root     *root
 	spkiHash [32]byte
+	// chain is DER: this certificate, and those between it and the root.
+	chain [][]byte
 
-	// notBefore and notAfter are the certificate's.
+	// notBefore is the certificate's; notAfter is the first end in the chain.
 	notBefore, notAfter time.Time
 	// leafEnd is the latest NotAfter of a leaf: a margin before the issuer's.
 	leafEnd time.Time
@@ -64,6 +68,13 @@ type authority struct {
 
 func (a *authority) describe(state string) Authority {
 	return Authority{ID: a.id, Role: RoleIntermediate, State: state, Certificate: a.cert}
+}
+
+// under is the chain of a leaf that the authority has signed.
+func (a *authority) under(leaf []byte) [][]byte {
+	chain := make([][]byte, 1, 1+len(a.chain))
+	chain[0] = leaf
+	return append(chain, a.chain...)
 }
 
 // usable reports whether the authority can sign a leaf of the least life at now.
@@ -135,7 +146,7 @@ func (c *CA) makeIntermediate(r *root, sequence uint64, now time.Time) (*authori
 	if err := checkIntermediate(cert, r.cert, c.cfg.TrustDomain); err != nil {
 		return nil, fmt.Errorf("check what root %s signed: %w", r.id, err)
 	}
-	return newAuthority(cert, r, key, sequence, now)
+	return newAuthority([]*x509.Certificate{cert}, cert.NotAfter, r, key, sequence, now)
 }
 
 // intermediateEnd is when an intermediate made at now would expire.
@@ -147,7 +158,10 @@ func (c *CA) intermediateEnd(r *root, now time.Time) time.Time {
 	return end
 }
 
-func newAuthority(cert *x509.Certificate, r *root, key *ecdsa.PrivateKey, sequence uint64, now time.Time) (*authority, error) {
+// newAuthority makes an authority of a chain that begins with its certificate and
+// is good until notAfter.
+func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key *ecdsa.PrivateKey, sequence uint64, now time.Time) (*authority, error) {
+	cert := chain[0]
 	if err := selfCheck(key, cert.PublicKey); err != nil {
 		return nil, fmt.Errorf("check its key: %w", err)
 	}
@@ -155,7 +169,7 @@ func newAuthority(cert *x509.Certificate, r *root, key *ecdsa.PrivateKey, sequen
 	if err != nil {
 		return nil, fmt.Errorf("prepare its key: %w", err)
 	}
-	life := cert.NotAfter.Sub(now)
+	life := notAfter.Sub(now)
 	fingerprint := sha256.Sum256(cert.Raw)
 	a := &authority{
 		id:        hex.EncodeToString(cert.SubjectKeyId),
@@ -163,12 +177,15 @@ func newAuthority(cert *x509.Certificate, r *root, key *ecdsa.PrivateKey, sequen
 		root:      r,
 		spkiHash:  sha256.Sum256(cert.RawSubjectPublicKeyInfo),
 		notBefore: cert.NotBefore,
-		notAfter:  cert.NotAfter,
-		leafEnd:   floor(cert.NotAfter.Add(-margin(life))),
+		notAfter:  notAfter,
+		leafEnd:   floor(notAfter.Add(-margin(life))),
 		renewAt:   now.Round(0).Add(life / 2),
 		key:       key,
 		checker:   checker,
 		template:  newTemplate(cert.RawSubject, cert.SubjectKeyId),
+	}
+	for _, c := range chain {
+		a.chain = append(a.chain, c.Raw)
 	}
 	a.record = &ledgerv1.Authority{
 		Id: a.id, Role: RoleIntermediate, State: StateActive, Sha256: fingerprint[:],

@@ -58,7 +58,8 @@ const (
 type Root struct {
 	// Certificate is DER.
 	Certificate []byte
-	// Key is the reference of its private key in the key store.
+	// Key is the reference of its private key in the key store; empty for the root
+	// of an upstream CA.
 	Key string
 	// State is one of the State constants.
 	State     string
@@ -120,6 +121,9 @@ type Config struct {
 	// (X509-SVID §4.2). Off by default: verifiers that do not implement URI
 	// constraints, rustls among them, must refuse the whole chain.
 	NameConstraints bool
+	// Upstream, if set, signs the intermediates of a trust domain that begins with
+	// it, in place of a root of our own.
+	Upstream *Upstream
 
 	// Logger may be nil.
 	Logger *slog.Logger
@@ -193,6 +197,13 @@ type CA struct {
 	// kick wakes Run; the state is looked at afterwards.
 	kick chan struct{}
 
+	// kickMint wakes runMint; the state is looked at afterwards.
+	kickMint chan struct{}
+	// mintMu is held while the upstream CA is asked, and taken before mu.
+	mintMu sync.Mutex
+	// mintFailed is the last failure of the upstream CA, nil after a success.
+	mintFailed atomic.Pointer[mintFailure]
+
 	// failed is the error of the last renewal, nil after one that succeeded.
 	failed atomic.Pointer[error]
 
@@ -257,16 +268,24 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	c := &CA{
 		cfg: cfg, log: cfg.Logger, metrics: m,
 		live: newLiveKeys(cfg.MaxTTL, maxLiveKeys),
-		kick: make(chan struct{}, 1),
+		kick: make(chan struct{}, 1), kickMint: make(chan struct{}, 1),
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	now := time.Now()
 	s, err := c.loadRoots(ctx, now)
 	if err != nil {
 		return nil, fmt.Errorf("open the root of %s: %w", cfg.TrustDomain.Name(), err)
 	}
 	c.setState(s)
+	if s.signer.foreign {
+		// Who has been issued to before lives on without the upstream CA, and Run
+		// tries again: to start is better than not to.
+		if _, err := c.mintAndInstall(ctx); err != nil {
+			c.log.ErrorContext(ctx, "nothing is issued until the upstream ca gives an intermediate, will retry", "kind", cfg.Upstream.Kind, "err", err)
+		}
+		return c, nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err := c.replaceIntermediate(ctx, now); err != nil {
 		return nil, fmt.Errorf("make the first intermediate of %s: %w", cfg.TrustDomain.Name(), err)
 	}
@@ -317,6 +336,15 @@ func (c *CA) Authorities() []Authority {
 // on: its root is in every bundle already. The old one is kept as retiring until
 // the last certificate that it signed has expired.
 func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
+	if c.state.Load().signer.foreign {
+		a, err := c.mintAndInstall(ctx)
+		if err != nil {
+			return Authority{}, fmt.Errorf("rotate the intermediate: %w", err)
+		}
+		c.cfg.OnChange()
+		c.wake()
+		return a.describe(StateActive), nil
+	}
 	c.mu.Lock()
 	now := time.Now()
 	err := c.replaceIntermediate(ctx, now)
@@ -348,7 +376,10 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 		failure = c.noAuthority(s, now)
 	}
 	failed := c.failed.Load()
+	upstreamFailed := c.mintHealth(s, now)
 	switch end := s.signer.cert.NotAfter; {
+	case upstreamFailed != nil:
+		warning = upstreamFailed
 	case failed != nil:
 		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
 	case end.Sub(now) < max(2*c.cfg.IntermediateLife, c.cfg.RootLife/20):
@@ -364,6 +395,10 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 func (c *CA) ServerCertificate() (*tls.Certificate, error) {
 	own := c.own.Load()
 	now := time.Now()
+	if own == nil {
+		c.wake()
+		return nil, fmt.Errorf("there is no own x.509-svid yet: %w", ErrNoAuthority)
+	}
 	if !own.usable(now) {
 		c.wake()
 		return nil, fmt.Errorf("own x.509-svid, valid until %s, is being renewed: %w", own.notAfter.Format(time.RFC3339), ErrNoAuthority)
@@ -378,8 +413,10 @@ func (c *CA) setState(s *state) {
 
 // wake has Run look at the state now.
 func (c *CA) wake() {
-	select {
-	case c.kick <- struct{}{}:
-	default:
+	for _, kick := range []chan struct{}{c.kick, c.kickMint} {
+		select {
+		case kick <- struct{}{}:
+		default:
+		}
 	}
 }

@@ -17,12 +17,14 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ledger"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
@@ -59,6 +61,11 @@ const (
 // until ctx ends; it returns nil then. What fails is tried again, sooner first,
 // while the old one goes on signing.
 func (c *CA) Run(ctx context.Context) error {
+	var minting sync.WaitGroup
+	defer minting.Wait()
+	if c.cfg.Upstream != nil {
+		minting.Go(func() { c.runMint(ctx) })
+	}
 	for {
 		timer := time.NewTimer(c.maintain(ctx, time.Now()))
 		select {
@@ -126,6 +133,8 @@ func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error)
 func (c *CA) intermediateDue(now time.Time) bool {
 	s := c.state.Load()
 	switch a := s.active; {
+	case s.signer.foreign: // runMint does it
+		return false
 	case a == nil || !a.usable(now) || a.suspect.Load():
 		return true
 	case now.Before(a.renewAt):
@@ -137,8 +146,11 @@ func (c *CA) intermediateDue(now time.Time) bool {
 }
 
 func (c *CA) ownDue(now time.Time) bool {
-	own := c.own.Load()
-	return own == nil || !own.usable(now) || !now.Before(own.renewAt) || own.authority != c.state.Load().active.id
+	own, active := c.own.Load(), c.state.Load().active
+	if active == nil || !active.usable(now) {
+		return false // there is nothing to sign it with
+	}
+	return own == nil || !own.usable(now) || !now.Before(own.renewAt) || own.authority != active.id
 }
 
 // nextDue is when maintain has something to do; what is due already and was not
@@ -149,21 +161,34 @@ func (c *CA) nextDue(now time.Time) time.Time {
 	}
 	s := c.state.Load()
 	due := now.Add(longestNap)
-	for _, t := range []time.Time{s.active.renewAt, c.own.Load().renewAt} {
+	sooner := func(t time.Time) {
 		if t.After(now) && t.Before(due) {
 			due = t
 		}
 	}
+	if s.active != nil {
+		sooner(s.active.renewAt)
+	}
+	if own := c.own.Load(); own != nil {
+		sooner(own.renewAt)
+	}
 	return due
 }
 
-// replaceIntermediate puts a new intermediate in place. The caller holds mu.
+// replaceIntermediate makes an intermediate below our own root and puts it in
+// place. The caller holds mu.
 func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
 	s := c.state.Load()
 	a, err := c.makeIntermediate(s.signer, s.sequence, now)
 	if err != nil {
 		return err
 	}
+	return c.install(ctx, a, now)
+}
+
+// install has a sign from now on, once that is recorded. The caller holds mu.
+func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
+	s := c.state.Load()
 	drafts := []*ledger.Draft{c.authorityDraft(now, a.cert, RoleIntermediate, StateActive, s.sequence)}
 	if s.active != nil {
 		drafts = append(drafts, c.authorityDraft(now, s.active.cert, RoleIntermediate, StateRetiring, s.sequence))
@@ -229,7 +254,7 @@ func (c *CA) authorityRecord(now time.Time, cert *x509.Certificate, role, state 
 			NotBefore:    timestamppb.New(cert.NotBefore), NotAfter: timestamppb.New(cert.NotAfter),
 		},
 		Authority: &ledgerv1.Authority{
-			Id: hex.EncodeToString(cert.SubjectKeyId), Role: role, State: state, Sha256: fingerprint[:],
+			Id: authorityID(cert), Role: role, State: state, Sha256: fingerprint[:],
 			NotAfter: timestamppb.New(cert.NotAfter), BundleSequence: sequence,
 		},
 		CaInstance: c.cfg.Instance, CaVersion: c.cfg.Version,
@@ -242,7 +267,10 @@ func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the roots: %w", err)
 	}
-	if len(stored) == 0 {
+	switch {
+	case len(stored) == 0 && c.cfg.Upstream != nil:
+		return c.firstUse(ctx, now, sequence)
+	case len(stored) == 0:
 		return c.createRoot(ctx, now, sequence)
 	}
 	s := &state{sequence: sequence}
@@ -265,6 +293,12 @@ func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
 	if s.signer == nil {
 		return nil, errors.New("none of the roots in the store is active: restore the store from a backup")
 	}
+	if s.signer.foreign {
+		if c.cfg.Upstream == nil {
+			return nil, fmt.Errorf("root %s is that of an upstream CA, and none is configured: write the section upstream", s.signer.id)
+		}
+		return s, nil
+	}
 	if err := c.unlock(ctx, s.signer, reference, now); err != nil {
 		return nil, fmt.Errorf("root %s: %w", s.signer.id, err)
 	}
@@ -284,16 +318,30 @@ func (c *CA) parseRoot(r Root) (*root, error) {
 	if err != nil {
 		return nil, fmt.Errorf("a root of the store is not a certificate, restore the store from a backup: %w", err)
 	}
-	loaded := newRoot(cert, r.State)
-	if err := checkRoot(cert, c.cfg.TrustDomain); err != nil {
+	loaded, check := newRoot(cert, r.State), checkRoot
+	if r.Key == "" {
+		loaded.foreign = true
+		check = func(cert *x509.Certificate, td spiffeid.TrustDomain) error { return upstream.CheckRoot(td, cert) }
+	}
+	if err := check(cert, c.cfg.TrustDomain); err != nil {
 		return nil, fmt.Errorf("root %s of the store: %w", loaded.id, err)
 	}
 	return loaded, nil
 }
 
+// authorityID names an authority in lower-case hexadecimal: by its subject key
+// identifier, or, since an upstream CA's root may lack one, its key's SHA-256.
+func authorityID(cert *x509.Certificate) string {
+	if len(cert.SubjectKeyId) > 0 {
+		return hex.EncodeToString(cert.SubjectKeyId)
+	}
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:20])
+}
+
 func newRoot(cert *x509.Certificate, state string) *root {
 	return &root{
-		id: hex.EncodeToString(cert.SubjectKeyId), cert: cert, state: state,
+		id: authorityID(cert), cert: cert, state: state,
 		spkiHash: sha256.Sum256(cert.RawSubjectPublicKeyInfo),
 	}
 }
@@ -339,29 +387,60 @@ func (c *CA) createRoot(ctx context.Context, now time.Time, after uint64) (*stat
 	if err := selfCheck(key, cert.PublicKey); err != nil {
 		return nil, fmt.Errorf("check the new root's key: %w", err)
 	}
+	sequence, err := c.addFirstRoot(ctx, now, cert, reference, after)
+	if err != nil {
+		return nil, err
+	}
+	r := newRoot(cert, StateActive)
+	r.key = key
+	c.log.InfoContext(ctx, "root created", "authority", r.id, "not_after", cert.NotAfter)
+	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
+}
+
+// firstUse takes the root of the upstream CA as the first of the trust domain.
+func (c *CA) firstUse(ctx context.Context, now time.Time, after uint64) (*state, error) {
+	verified, _, _, err := c.ask(ctx)
+	if err != nil {
+		return nil, err
+	}
+	cert := verified.Anchors[0]
+	sum := sha256.Sum256(cert.Raw)
+	if len(c.cfg.Upstream.Pins) == 0 {
+		c.log.WarnContext(ctx, "root of the upstream ca is trusted on first use: compare it, and pin it", "kind", c.cfg.Upstream.Kind, "sha256", hex.EncodeToString(sum[:]),
+			"subject", cert.Subject.String())
+	}
+	sequence, err := c.addFirstRoot(ctx, now, cert, "", after)
+	if err != nil {
+		return nil, err
+	}
+	r := newRoot(cert, StateActive)
+	r.foreign = true
+	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
+}
+
+// addFirstRoot records and stores the first root, whose bundle, still empty, has
+// the sequence after.
+func (c *CA) addFirstRoot(ctx context.Context, now time.Time, cert *x509.Certificate, reference string, after uint64) (sequence uint64, err error) {
 	prepared := c.authorityDraft(now, cert, RoleRoot, StatePrepared, 0)
 	if _, err := c.cfg.Ledger.Append(ctx, prepared); err != nil {
-		return nil, fmt.Errorf("record the new root: %w", err)
+		return 0, fmt.Errorf("record the new root: %w", err)
 	}
-	sequence, err := c.cfg.Store.AddRoot(ctx, after, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
+	sequence, err = c.cfg.Store.AddRoot(ctx, after, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
 	if errors.Is(err, ErrBundleChanged) {
-		return nil, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+
+		return 0, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+
 			"give this CA that root's key, then start it again", err, c.cfg.TrustDomain.Name())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("store the new root: %w", err)
+		return 0, fmt.Errorf("store the new root: %w", err)
 	}
 	bundle := c.authorityRecord(now, cert, RoleRoot, StateActive, sequence)
 	bundle.Event = ledgerv1.Event_EVENT_BUNDLE
 	bundle.Bundle = &ledgerv1.Bundle{Sequence: sequence, Roots: []*ledgerv1.Authority{bundle.GetAuthority()}}
 	active := c.authorityDraft(now, cert, RoleRoot, StateActive, sequence)
 	if _, err := c.cfg.Ledger.Append(ctx, active, ledger.NewDraft(bundle, nil)); err != nil {
-		return nil, fmt.Errorf("record the new root: %w", err)
+		return 0, fmt.Errorf("record the new root: %w", err)
 	}
-	r := newRoot(cert, StateActive)
-	r.key = key
-	c.log.InfoContext(ctx, "root created", "authority", r.id, "not_after", cert.NotAfter)
-	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
+	return sequence, nil
 }
 
 // createRootKey takes the first free name: a key that an interrupted start has
@@ -445,7 +524,7 @@ func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
 	if len(durable) != 1 {
 		return fmt.Errorf("record it: the ledger returned %d records for 1", len(durable))
 	}
-	chain := append(slices.Clone(durable[0].Chain()), s.signer.cert.Raw)
+	chain := append(slices.Clone(durable[0].Chain()), s.active.root.cert.Raw)
 	parsedLeaf, err := x509.ParseCertificate(chain[0])
 	if err != nil {
 		return err

@@ -157,7 +157,7 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	a.sawLeaf(l.notAfter.Unix())
 	c.fill(record, a, &l, now, certificate)
 	signed := &Signed{
-		Draft:     ledger.NewDraft(record, [][]byte{certificate, a.cert.Raw}),
+		Draft:     ledger.NewDraft(record, a.under(certificate)),
 		NotBefore: l.notBefore, NotAfter: l.notAfter,
 		RenewAt: renewAt(now, l.notAfter),
 		Serial:  l.serial[:],
@@ -287,6 +287,9 @@ func (c *CA) fill(r *ledgerv1.Record, a *authority, l *leaf, now time.Time, cert
 
 // noAuthority says why.
 func (c *CA) noAuthority(s *state, now time.Time) error {
+	if s.signer.foreign {
+		return fmt.Errorf("%w: the upstream CA has not given an intermediate yet", ErrNoAuthority)
+	}
 	switch r := s.signer.cert; {
 	case now.Before(r.NotBefore):
 		return fmt.Errorf("%w: the root is valid from %s on, correct the clock", ErrNoAuthority, r.NotBefore.UTC().Format(time.RFC3339))
