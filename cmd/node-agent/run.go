@@ -31,6 +31,10 @@ import (
 // gcPercent is GOGC where the operator sets none.
 const gcPercent = 25
 
+// conditionSocket: workloads cannot connect, because something else is in the
+// place of the socket.
+const conditionSocket = "workload_socket"
+
 // shutdownTimeout bounds how long streams may stay open when the agent stops.
 const shutdownTimeout = time.Second
 
@@ -113,7 +117,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_agent", append(slices.Clone(agent.Conditions), sds.Conditions...)...)
+	tracker, err := health.New(registry, "meshid_agent", append(slices.Concat(agent.Conditions, sds.Conditions), conditionSocket)...)
 	if err != nil {
 		return err
 	}
@@ -140,7 +144,13 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err := durable.MkdirAll(filepath.Dir(v.AdminSocket), 0o755); err != nil {
 		return fmt.Errorf("admin_socket: %w", err)
 	}
-	socket, err := peer.Listen(ctx, v.Socket, peer.Options{Logger: logger, Registerer: registry})
+	socket, err := peer.Listen(ctx, v.Socket, peer.Options{Logger: logger, Registerer: registry, Report: func(problem error) {
+		if problem == nil {
+			tracker.Clear(conditionSocket)
+		} else {
+			tracker.Set(conditionSocket, health.Error, problem.Error())
+		}
+	}})
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -48,6 +49,9 @@ type Options struct {
 	// MaxConnsPerContainer those of one container, whichever users it has; 0 means
 	// the defaults. A connection above a bound is closed at once.
 	MaxConns, MaxConnsPerUID, MaxConnsPerContainer int
+	// Report is told when the socket's file is gone and cannot be made again, and
+	// with nil when it is there again. It may be nil and must not block.
+	Report func(error)
 	// Logger and Registerer may be nil.
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -57,16 +61,21 @@ type Options struct {
 
 // listener implements net.Listener.
 type listener struct {
-	socket  *net.UnixListener
-	file    *socketFile // nil for an abstract socket
 	addr    net.Addr
 	options Options
 	metrics *metrics
 	watcher *watcher
-	own     string   // ownContainer
-	drained *drained // nil where the kernel hands out pidfds
+	own     string // ownContainer
+	pidfds  bool   // the kernel hands them out
+
+	stopKeeping context.CancelFunc // nil for an abstract socket
+	kept        chan struct{}      // closed when the keeper has ended
+	complained  time.Time          // owned by the keeper
 
 	mu      sync.Mutex // guards what follows
+	socket  *net.UnixListener
+	file    *socketFile // nil for an abstract socket; the keeper replaces it and may read it
+	drained *drained    // nil where the kernel hands out pidfds
 	closed  bool
 	open    quota
 	warned  map[reason]time.Time
@@ -75,7 +84,8 @@ type listener struct {
 
 // Listen listens on the Unix socket path; one that begins with "@" is in the
 // abstract name space. A socket that nobody listens on any more is replaced
-// atomically; anything else at path is an error. Accept returns only
+// atomically; anything else at path is an error. If the socket's file is taken
+// away, it is made again within two seconds. Accept returns only
 // connections whose process is known; Credentials and FromConn say which.
 // ctx bounds the set-up only.
 func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
@@ -93,6 +103,9 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Report == nil {
+		o.Report = func(error) {}
 	}
 	m, err := newMetrics(o.Registerer)
 	if err != nil {
@@ -115,14 +128,21 @@ func Listen(ctx context.Context, path string, o Options) (net.Listener, error) {
 		options: o, metrics: m, watcher: w,
 		open:   newQuota("connections", o.MaxConns, o.MaxConnsPerUID, o.MaxConnsPerContainer),
 		own:    ownContainer(),
+		pidfds: !o.noPeerPIDFD && hasPeerPIDFD(),
+		kept:   make(chan struct{}),
 		warned: make(map[reason]time.Time), dropped: make(map[reason]int),
 	}
-	if o.noPeerPIDFD || !hasPeerPIDFD() {
+	if !l.pidfds {
 		if l.drained, err = watchDrained(socket); err != nil {
 			return nil, errors.Join(fmt.Errorf("listen on %s: %w", path, err), l.Close())
 		}
 		o.Logger.WarnContext(ctx, "kernel does not tell the pidfd of a peer, processes younger than their connection are refused once",
 			"since", "linux 6.5")
+	}
+	if file != nil {
+		var keeping context.Context
+		keeping, l.stopKeeping = context.WithCancel(context.WithoutCancel(ctx))
+		go l.keep(keeping, newFolderWatch(filepath.Dir(path)))
 	}
 	return l, nil
 }
@@ -155,6 +175,10 @@ func (l *listener) Close() error {
 	l.closed = true
 	l.mu.Unlock()
 
+	if l.stopKeeping != nil {
+		l.stopKeeping()
+		<-l.kept
+	}
 	var err error
 	if l.file != nil {
 		err = l.file.remove()
@@ -186,11 +210,26 @@ func (l *listener) Accept() (net.Conn, error) {
 // accept takes one connection off the queue. since is a time (CLOCK_BOOTTIME)
 // at which it had not been made yet; it is only known in the fallback.
 func (l *listener) accept() (c *net.UnixConn, since time.Duration, err error) {
-	if l.drained != nil {
-		return l.drained.accept()
+	for {
+		l.mu.Lock()
+		socket, drained, closed := l.socket, l.drained, l.closed
+		l.mu.Unlock()
+		if drained != nil {
+			c, since, err = drained.accept()
+		} else {
+			c, err = socket.AcceptUnix()
+		}
+		if !errors.Is(err, net.ErrClosed) || closed || !l.replaced(socket) {
+			return c, since, err
+		}
 	}
-	c, err = l.socket.AcceptUnix()
-	return c, 0, err
+}
+
+// replaced says whether another socket has taken the place of one.
+func (l *listener) replaced(socket *net.UnixListener) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.socket != socket
 }
 
 // take makes a connection with a Peer out of c, or says why it is refused.
@@ -201,7 +240,7 @@ func (l *listener) take(c *net.UnixConn, since time.Duration) (net.Conn, reason,
 	}
 	p := &Peer{
 		PID: int(cred.Pid), UID: cred.Uid, GID: cred.Gid,
-		proven: l.drained == nil, done: make(chan struct{}), pidfd: pidfd,
+		proven: l.pidfds, done: make(chan struct{}), pidfd: pidfd,
 	}
 	// What cannot be read (the administrator hides processes) is in no container,
 	// and bounded by its user.
@@ -237,7 +276,7 @@ func (l *listener) ask(c *net.UnixConn, since time.Duration) (*unix.Ucred, int, 
 		if cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); credErr != nil {
 			return
 		}
-		if cred.Pid > 0 && l.drained == nil {
+		if cred.Pid > 0 && l.pidfds {
 			pidfd, fdErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
 		}
 	})
@@ -247,7 +286,7 @@ func (l *listener) ask(c *net.UnixConn, since time.Duration) (*unix.Ucred, int, 
 	if err := checkPID(cred.Pid); err != nil {
 		return nil, -1, err
 	}
-	if l.drained != nil {
+	if !l.pidfds {
 		pidfd, err = openProven(cred, since)
 		return cred, pidfd, err
 	}

@@ -26,6 +26,7 @@ var reasons = []reason{reasonNamespace, reasonGone, reasonUnproven, reasonUIDLim
 type metrics struct {
 	connections prometheus.Gauge
 	refusals    map[reason]prometheus.Counter
+	restored    prometheus.Counter
 }
 
 // newMetrics registers the metrics. Several listeners of one program share
@@ -44,6 +45,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		Name: "meshid_agent_peer_refusals_total",
 		Help: "Connections to the agent's sockets that were refused at accept, or later for too many calls, by reason.",
 	}, []string{"reason"}))
+	if err != nil {
+		return nil, err
+	}
+	m.restored, err = register(reg, prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "meshid_agent_peer_sockets_restored_total",
+		Help: "Times that the file of a socket was gone and was made again.",
+	}))
 	if err != nil {
 		return nil, err
 	}
