@@ -6,12 +6,13 @@ import "sync"
 // stream. Only the latest snapshot is kept: a slow stream skips, it never
 // queues. All methods may be called concurrently.
 type Watch struct {
-	changed chan struct{} // capacity 1; state is read afterwards under mu
 	done    chan struct{}
 	onAck   func(sequence uint64)
 	onClose func()
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex    // guards what follows
+	changed  chan struct{} // capacity 1, nil until it is asked for; state is read afterwards under mu
+	notify   func()
 	snapshot *Snapshot
 	err      error
 	ended    bool
@@ -22,7 +23,6 @@ type Watch struct {
 // Acknowledge and onClose by the first Close; both may be nil.
 func NewWatch(onAck func(sequence uint64), onClose func()) *Watch {
 	return &Watch{
-		changed: make(chan struct{}, 1),
 		done:    make(chan struct{}),
 		onAck:   onAck,
 		onClose: onClose,
@@ -30,8 +30,27 @@ func NewWatch(onAck func(sequence uint64), onClose func()) *Watch {
 }
 
 // Changed receives after each change of the snapshot; changes that follow each
-// other quickly are one.
-func (w *Watch) Changed() <-chan struct{} { return w.changed }
+// other quickly are one. It may receive once too often.
+func (w *Watch) Changed() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.changed == nil {
+		w.changed = make(chan struct{}, 1)
+		if w.snapshot != nil {
+			w.changed <- struct{}{}
+		}
+	}
+	return w.changed
+}
+
+// Notify has f called after each change of the snapshot from now on, by whoever
+// publishes it: f must not block, and not call the producer. It is for consumers
+// that have no goroutine to wait on Changed with.
+func (w *Watch) Notify(f func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.notify = f
+}
 
 // Done is closed when the producer ended the watch; Err then says why.
 func (w *Watch) Done() <-chan struct{} { return w.done }
@@ -79,10 +98,16 @@ func (w *Watch) Publish(s *Snapshot) {
 		return
 	}
 	w.snapshot = s
+	notify := w.notify
+	if w.changed != nil {
+		select {
+		case w.changed <- struct{}{}:
+		default:
+		}
+	}
 	w.mu.Unlock()
-	select {
-	case w.changed <- struct{}{}:
-	default:
+	if notify != nil {
+		notify()
 	}
 }
 

@@ -56,6 +56,25 @@ func TestWatchCallbacks(t *testing.T) {
 	}
 }
 
+func TestWatchNotifies(t *testing.T) {
+	w := NewWatch(nil, nil)
+	one := &Snapshot{}
+	w.Publish(one) // nobody is to be told
+	told := 0
+	w.Notify(func() {
+		told++
+		w.Snapshot() // no lock is held
+	})
+	w.Publish(one)
+	w.Publish(&Snapshot{})
+	w.Publish(&Snapshot{Denied: true})
+	w.End(nil)
+	w.Publish(one)
+	if told != 2 {
+		t.Errorf("told %d times of 2 changes", told)
+	}
+}
+
 func TestWatchConcurrently(t *testing.T) {
 	w := NewWatch(func(uint64) {}, func() {})
 	last := &Snapshot{Denied: true}

@@ -54,7 +54,7 @@ func (c *cache) leaf(s *identity.SVID, b *identity.Bundle, now time.Time) (*secr
 		}
 		e.notBefore, e.notAfter = validity(s.Chain)
 		var err error
-		if e.secret, err = newLeaf(s.ID.String(), s.Chain, s.Key); err != nil {
+		if e.secret, err = newLeafOf(s); err != nil {
 			if !errors.As(err, &e.refusal) {
 				e.refusal = withhold(withheldProfile, "%w", err)
 			}

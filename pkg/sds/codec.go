@@ -28,19 +28,51 @@ const (
 
 // Unmarshal decodes data into v, without the node if v is a discovery request.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	var node protowire.Number
-	switch v.(type) {
+	switch v := v.(type) {
+	case *incoming:
+		return v.decode(data)
 	case *discoveryv3.DiscoveryRequest:
-		node = nodeOfRequest
+		return decode(data, nodeOfRequest, v)
 	case *discoveryv3.DeltaDiscoveryRequest:
-		node = nodeOfDeltaRequest
+		return decode(data, nodeOfDeltaRequest, v)
 	default:
 		return c.CodecV2.Unmarshal(data, v)
 	}
-	m, ok := v.(proto.Message)
-	if !ok {
-		return fmt.Errorf("decode %T: not a message", v)
+}
+
+// incoming is a request that is waited for, mostly for as long as the stream is
+// open: the message that it comes in exists only while it is decoded.
+type incoming struct {
+	delta    bool
+	received *received
+}
+
+func (i *incoming) decode(data mem.BufferSlice) error {
+	r := &received{}
+	if i.delta {
+		m := &discoveryv3.DeltaDiscoveryRequest{}
+		if err := decode(data, nodeOfDeltaRequest, m); err != nil {
+			return err
+		}
+		r.typeURL = m.GetTypeUrl()
+		r.nonce, r.subscribe, r.unsubscribe = m.GetResponseNonce(), m.GetResourceNamesSubscribe(), m.GetResourceNamesUnsubscribe()
+		r.initial = m.GetInitialResourceVersions()
+		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
+	} else {
+		m := &discoveryv3.DiscoveryRequest{}
+		if err := decode(data, nodeOfRequest, m); err != nil {
+			return err
+		}
+		r.typeURL = m.GetTypeUrl()
+		r.nonce, r.names, r.version = m.GetResponseNonce(), m.GetResourceNames(), m.GetVersionInfo()
+		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
 	}
+	i.received = r
+	return nil
+}
+
+// decode decodes data into m, without one field.
+func decode(data mem.BufferSlice, node protowire.Number, m proto.Message) error {
 	b := data.MaterializeToBuffer(mem.DefaultBufferPool())
 	defer b.Free()
 	rest, err := without(b.ReadOnlyData(), node)

@@ -189,7 +189,6 @@ func ServerOptions() []grpc.ServerOption {
 		grpc.StaticConnWindowSize(128 << 10),
 		grpc.ReadBufferSize(2 << 10),
 		grpc.WriteBufferSize(8 << 10),
-		grpc.SharedWriteBuffer(true), // one is held while something is written
 		// Envoy pings every 30 s with the bootstraps that are recommended; the
 		// default policy would answer with GOAWAY.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{

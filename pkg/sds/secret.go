@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"time"
+	"weak"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -26,8 +27,7 @@ import (
 
 // A secret comes into being here and nowhere else:
 //
-//  1. newLeaf and newRoot check what it is made from and encode it, once, without
-//     a name.
+//  1. newLeaf and newRoot check what it is made from and encode it, without a name.
 //  2. named puts a name in front, which must be of the secret's kind.
 //  3. guard reads the finished bytes again, with other code, just before they
 //     are sent.
@@ -51,24 +51,32 @@ const versionBytes = 12
 // maxNamedCopies bounds the names under which one secret is kept ready.
 const maxNamedCopies = 4
 
-// secret is an encoded secret without a name. It is immutable but for its lock's
-// contents, and shared by all streams.
+// secret is a secret without a name. It is immutable but for its lock's contents,
+// and shared by all streams. It is sent within a moment to all who are to have it,
+// and then hardly ever: what is ready to be sent is kept only until the memory is
+// wanted.
 type secret struct {
 	kind    kind
 	version string
 	// id is the leaf's SPIFFE ID.
 	id        string
 	tombstone bool
-	body      []byte // the encoded Secret without its name
 
-	mu    sync.Mutex // guards what follows
-	ready []namedSecret
+	mu sync.Mutex // guards what follows
+	// encode returns the encoded Secret without its name, always the same.
+	encode func() ([]byte, error)
+	ready  []namedSecret
+}
+
+// constant is the encode of a secret that is kept encoded.
+func constant(body []byte) func() ([]byte, error) {
+	return func() ([]byte, error) { return body, nil }
 }
 
 // namedSecret is a secret as it is sent.
 type namedSecret struct {
 	name string
-	any  *anypb.Any
+	any  weak.Pointer[anypb.Any]
 }
 
 // withheldError says why a secret cannot be sent.
@@ -86,8 +94,57 @@ func withhold(w withheld, format string, args ...any) *withheldError {
 	return &withheldError{reason: w, err: fmt.Errorf(format, args...)}
 }
 
-// newLeaf encodes a certificate chain with its key. The caller has checked it.
+// newLeaf makes the secret of a certificate chain with its key. The caller has
+// checked it.
 func newLeaf(id string, chain []*x509.Certificate, key crypto.Signer) (*secret, error) {
+	body, err := encodeLeaf(id, chain, key)
+	if err != nil {
+		return nil, err
+	}
+	digest := sha256.New()
+	for _, c := range chain {
+		digest.Write(c.Raw)
+	}
+	// The version must not say anything about the key, which the leaf is bound
+	// to anyway.
+	return &secret{kind: kindLeaf, version: shorten(digest.Sum(nil)), id: id, encode: constant(body)}, nil
+}
+
+// newLeafOf makes the secret of an SVID, which the caller has checked. It holds the
+// SVID and what it encodes weakly: it can be named for as long as somebody else
+// holds the SVID, and its key in clear is there only around the time it is sent.
+func newLeafOf(s *identity.SVID) (*secret, error) {
+	type encoded struct{ body []byte }
+	id := s.ID.String()
+	leaf, err := newLeaf(id, s.Chain, s.Key)
+	if err != nil {
+		return nil, err
+	}
+	body, err := leaf.encode()
+	if err != nil {
+		return nil, err
+	}
+	source, latest := weak.Make(s), weak.Make(&encoded{body})
+	leaf.encode = func() ([]byte, error) {
+		if e := latest.Value(); e != nil {
+			return e.body, nil
+		}
+		v := source.Value()
+		if v == nil {
+			return nil, fmt.Errorf("encode certificate of %s: it was dropped meanwhile", id)
+		}
+		body, err := encodeLeaf(id, v.Chain, v.Key)
+		if err != nil {
+			return nil, err
+		}
+		latest = weak.Make(&encoded{body})
+		return body, nil
+	}
+	return leaf, nil
+}
+
+// encodeLeaf encodes a certificate chain with its key.
+func encodeLeaf(id string, chain []*x509.Certificate, key crypto.Signer) ([]byte, error) {
 	if len(chain) == 0 {
 		return nil, withhold(withheldChain, "encode certificate of %s: no certificate", id)
 	}
@@ -96,10 +153,8 @@ func newLeaf(id string, chain []*x509.Certificate, key crypto.Signer) (*secret, 
 		return nil, withhold(withheldKey, "encode key of %s: key type %T cannot be delivered", id, key)
 	}
 	var chainPEM []byte
-	digest := sha256.New()
 	for _, c := range chain {
 		chainPEM = append(chainPEM, encodePEM("CERTIFICATE", c.Raw)...)
-		digest.Write(c.Raw)
 	}
 	body, err := encode(&tlsv3.Secret{Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
 		CertificateChain: inline(chainPEM),
@@ -108,9 +163,7 @@ func newLeaf(id string, chain []*x509.Certificate, key crypto.Signer) (*secret, 
 	if err != nil {
 		return nil, withhold(withheldProfile, "encode certificate of %s: %w", id, err)
 	}
-	// The version must not say anything about the key, which the leaf is bound
-	// to anyway.
-	return &secret{kind: kindLeaf, version: shorten(digest.Sum(nil)), id: id, body: body}, nil
+	return body, nil
 }
 
 // newRoot encodes trust bundles, for the validator that keeps them apart. A bundle
@@ -146,7 +199,7 @@ func newRoot(domains ...*trustDomain) (*secret, error) {
 		return nil, withhold(withheldBundle, "encode trust bundle: %w", err)
 	}
 	digest := sha256.Sum256(body)
-	return &secret{kind: kindRoot, version: shorten(digest[:]), body: body}, nil
+	return &secret{kind: kindRoot, version: shorten(digest[:]), encode: constant(body)}, nil
 }
 
 // trustDomain is one bundle, encoded.
@@ -195,22 +248,23 @@ func (s *secret) named(name string) (*anypb.Any, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.ready = slices.DeleteFunc(s.ready, func(r namedSecret) bool { return r.any.Value() == nil })
 	for _, r := range s.ready {
-		if r.name == name {
-			return r.any, nil
+		if a := r.any.Value(); a != nil && r.name == name {
+			return a, nil
 		}
 	}
-	value := make([]byte, 0, protowire.SizeTag(secretName)+protowire.SizeBytes(len(name))+len(s.body))
+	body, err := s.encode()
+	if err != nil {
+		return nil, err
+	}
+	value := make([]byte, 0, protowire.SizeTag(secretName)+protowire.SizeBytes(len(name))+len(body))
 	value = protowire.AppendTag(value, secretName, protowire.BytesType)
 	value = protowire.AppendString(value, name)
-	prefix := len(value)
-	value = append(value, s.body...)
+	value = append(value, body...)
 	a := &anypb.Any{TypeUrl: TypeURL, Value: value}
-	if len(s.ready) == 0 {
-		s.body = value[prefix:] // one copy is enough
-	}
 	if len(s.ready) < maxNamedCopies {
-		s.ready = append(s.ready, namedSecret{name: name, any: a})
+		s.ready = append(s.ready, namedSecret{name, weak.Make(a)})
 	}
 	return a, nil
 }

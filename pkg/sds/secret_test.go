@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"weak"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -232,6 +233,42 @@ func TestSecretIsShared(t *testing.T) {
 	if _, err := bundle.named("*"); err == nil {
 		t.Error("a trust bundle got a name of no kind")
 	}
+}
+
+// A certificate with its key is encoded around the time that it is sent, always to
+// the same, and not when the SVID has gone.
+func TestV_I5_EncodedOnlyWhileItIsSent(t *testing.T) {
+	root := identitytest.NewAuthority(t, "a.test")
+	v := root.SVID("/x")
+	s, refusal := newCache().leaf(v, root.Bundle(1), time.Now())
+	if refusal != nil {
+		t.Fatal(refusal)
+	}
+	first, err := s.named(nameDefault)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, sent := bytes.Clone(first.GetValue()), weak.Make(first)
+	collect := func(what string, done func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !done(); runtime.Gosched() {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+			runtime.GC()
+		}
+	}
+	runtime.KeepAlive(first)
+	collect("what was sent is kept", func() bool { return sent.Value() == nil })
+	again, err := s.named(nameDefault)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(again.GetValue(), want) {
+		t.Error("encoded to something else")
+	}
+	runtime.KeepAlive(v)
+	collect("named without its SVID", func() bool { _, err := s.named(nameDefault); return err != nil })
 }
 
 // TestV_I5_CacheForgets: what the agent has dropped, keys included, is dropped here.

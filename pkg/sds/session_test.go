@@ -93,7 +93,7 @@ func fakeSecret(t testing.TB, k kind, version string) *secret {
 		return s
 	case kindLeaf:
 		s := testLeaf(t)
-		return &secret{kind: kindLeaf, version: version, id: "spiffe://a.test/x", body: s.body}
+		return &secret{kind: kindLeaf, version: version, id: "spiffe://a.test/x", encode: s.encode}
 	default:
 		t.Fatal("no such kind")
 		return nil
@@ -476,7 +476,7 @@ func TestSession_LargeDeltaIsSentInParts(t *testing.T) {
 	const n = 1500
 	for i := range n {
 		name := "spiffe://a.test/w/" + strings.Repeat("a", i%7) + string(rune('a'+i%26)) + "/" + strconv.Itoa(i)
-		b.secrets[name] = resolution{action: actServe, secret: &secret{kind: kindLeaf, version: strconv.Itoa(i), body: leaf.body}}
+		b.secrets[name] = resolution{action: actServe, secret: &secret{kind: kindLeaf, version: strconv.Itoa(i), encode: leaf.encode}}
 		b.s.request(&request{subscribe: []string{name}})
 	}
 	parts, items := 0, 0

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -19,14 +21,15 @@ import (
 // The life of a stream:
 //
 //  1. serve counts it in, takes the peer from the connection and subscribes to
-//     the source, once.
+//     the source, once. It then waits for the end.
 //  2. receive, the stream's only goroutine besides the handler, takes requests
 //     into the session. It ends when the handler has returned, since gRPC then
 //     ends the stream.
-//  3. run, in the handler, sends what the session says is due, whenever the
-//     snapshot or the session has changed.
+//  3. work sends what the session says is due. It is called whenever the snapshot
+//     or the session may have changed, in a goroutine that ends when nothing more
+//     is due: streams are silent for nearly all of their life.
 //
-// Nothing is queued anywhere: both sides leave state, and wake the other.
+// Nothing is queued anywhere: each leaves state, and calls wake.
 
 // stream is one open stream.
 type stream struct {
@@ -35,52 +38,91 @@ type stream struct {
 	grpc     grpc.ServerStream
 	peer     *peer.Peer
 	watch    *identity.Watch
-	wake     chan struct{} // capacity 1: the session or err has changed
+	phase    atomic.Int32  // of work
+	ended    chan struct{} // closed by work when nothing will be sent any more
 
-	// Owned by run.
-	unanswered, held, rejecting bool // counted in the gauge of that name
+	// Owned by work; result is read when ended is closed.
+	result                      error
+	timer                       *time.Timer // nil if nothing is due by itself
+	unanswered, held, rejecting bool        // counted in the gauge of that name
 	// silentAt is when a client that has asked for nothing is sent away, heldAt
 	// when it is said that names wait; zero when that is settled.
 	silentAt, heldAt time.Time
 
 	mu      sync.Mutex // guards what follows
 	session *session
-	err     error // why receiving ended
+	err     error // why it is to end
 }
 
-// serve is the handler of all streams.
+// Phases of work.
+const (
+	idle    int32 = iota
+	working       // a goroutine works
+	again         // it is to look once more
+	over          // it will never again
+)
+
+// serve is the handler of all streams. What is on its stack is there for as long as
+// the stream is open.
 func (s *Server) serve(g grpc.ServerStream, p protocol) error {
+	st, release, err := s.open(g, p)
+	if err != nil {
+		return err
+	}
+	defer s.running.Done()
+	defer release()
+	st.wake()
+	go st.receive()
+	select {
+	case <-st.ended:
+		return st.result
+	case <-st.watch.Done():
+		s.metrics.refusals[refusedSource].Inc()
+		s.log.Debug("stream ended by its source", "pid", st.peer.PID, "err", st.watch.Err())
+		st.end(status.Error(codes.Unavailable, "the agent cannot serve this process at the moment"))
+	case <-st.peer.Done():
+		st.end(status.Error(codes.Unavailable, "the process has ended"))
+	case <-s.closing:
+		st.end(status.Error(codes.Unavailable, "the agent is stopping"))
+	}
+	<-st.ended
+	return st.result
+}
+
+// open counts a stream in and subscribes it. The caller calls release when nothing
+// works for it any more, and counts running down, as receive does.
+func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func(), err error) {
 	ctx := g.Context()
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
 		// Keys go over a local socket to a process that the kernel named, or not
 		// at all.
 		s.metrics.refusals[refusedPeer].Inc()
-		return status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
+		return nil, nil, status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
 	}
-	release, err := s.admit(caller.UID, 2)
+	leave, err := s.admit(caller.UID, 2)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	defer s.running.Done()
-	defer release()
 	watch, err := s.subscribe(ctx, caller)
 	if err != nil {
-		s.running.Done() // there is no receiver
-		return err
+		leave()
+		s.running.Add(-2)
+		return nil, nil, err
 	}
-	defer watch.Close()
-
-	st := &stream{
+	st = &stream{
 		server: s, protocol: p, grpc: g, peer: caller, watch: watch,
-		wake:    make(chan struct{}, 1),
-		session: newSession(p.delta(), s.names),
+		ended:    make(chan struct{}),
+		session:  newSession(p.delta(), s.names),
+		silentAt: time.Now().Add(firstRequestWithin),
 	}
 	s.metrics.streams[p].Inc()
-	defer s.metrics.streams[p].Dec()
-	defer st.forget()
-	go st.receive()
-	return st.run(ctx)
+	watch.Notify(st.wake)
+	return st, func() {
+		watch.Close()
+		s.metrics.streams[p].Dec()
+		leave()
+	}, nil
 }
 
 // subscribe asks the source for a peer's watch. It turns errors into such that a
@@ -108,55 +150,44 @@ func (st *stream) receive() {
 	defer st.server.running.Done()
 	for {
 		r, err := st.read()
-		st.mu.Lock()
 		if err != nil {
-			st.err = err
-		} else {
-			st.take(r)
-		}
-		st.mu.Unlock()
-		select {
-		case st.wake <- struct{}{}:
-		default:
-		}
-		if err != nil {
+			st.end(err)
 			return
 		}
+		st.mu.Lock()
+		st.take(r)
+		st.mu.Unlock()
+		st.wake()
 	}
+}
+
+// end says why the stream is to end: the first reason stays.
+func (st *stream) end(err error) {
+	st.mu.Lock()
+	if st.err == nil {
+		st.err = err
+	}
+	st.mu.Unlock()
+	st.wake()
 }
 
 // received is a request with what is said about it to people.
 type received struct {
 	request
+	typeURL string
 	problem string // of a refusal
 }
 
-// read reads one request. The message that it was in is garbage afterwards.
+// read reads one request.
 func (st *stream) read() (*received, error) {
-	r := &received{}
-	var typeURL string
-	if st.protocol.delta() {
-		var m discoveryv3.DeltaDiscoveryRequest
-		if err := st.grpc.RecvMsg(&m); err != nil {
-			return nil, err
-		}
-		typeURL = m.GetTypeUrl()
-		r.nonce, r.subscribe, r.unsubscribe = m.GetResponseNonce(), m.GetResourceNamesSubscribe(), m.GetResourceNamesUnsubscribe()
-		r.initial = m.GetInitialResourceVersions()
-		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
-	} else {
-		var m discoveryv3.DiscoveryRequest
-		if err := st.grpc.RecvMsg(&m); err != nil {
-			return nil, err
-		}
-		typeURL = m.GetTypeUrl()
-		r.nonce, r.names, r.version = m.GetResponseNonce(), m.GetResourceNames(), m.GetVersionInfo()
-		r.refuse, r.problem = m.GetErrorDetail() != nil, m.GetErrorDetail().GetMessage()
-	}
-	if err := st.server.checkType(typeURL, st.protocol); err != nil {
+	in := &incoming{delta: st.protocol.delta()}
+	if err := st.grpc.RecvMsg(in); err != nil {
 		return nil, err
 	}
-	return r, nil
+	if err := st.server.checkType(in.received.typeURL, st.protocol); err != nil {
+		return nil, err
+	}
+	return in.received, nil
 }
 
 // checkType refuses other resources than secrets. On the dedicated streams the type
@@ -199,43 +230,71 @@ func (st *stream) count() {
 	s.blocked = nil
 }
 
-// run sends what is due until the stream ends.
-func (st *stream) run(ctx context.Context) error {
-	st.silentAt = time.Now().Add(firstRequestWithin)
-	timer := time.NewTimer(firstRequestWithin)
-	defer timer.Stop()
+// wake has work look at what is due. It never blocks.
+func (st *stream) wake() {
+	for {
+		switch phase := st.phase.Load(); phase {
+		case idle:
+			if st.phase.CompareAndSwap(idle, working) {
+				go st.work()
+				return
+			}
+		case working:
+			if st.phase.CompareAndSwap(working, again) {
+				return
+			}
+		default:
+			return
+		}
+	}
+}
+
+// work sends what is due, until nothing is or the stream is to end.
+func (st *stream) work() {
+	for {
+		st.phase.Store(working) // what was left before is seen below
+		at, err := st.sendDue()
+		if err != nil {
+			if !errors.Is(err, io.EOF) { // the client is done
+				st.result = err
+			}
+			st.setTimer(time.Time{})
+			st.forget()
+			st.phase.Store(over)
+			close(st.ended)
+			return
+		}
+		st.setTimer(at)
+		if st.phase.CompareAndSwap(working, idle) {
+			return
+		}
+	}
+}
+
+// setTimer has work look again at a time, or not by itself if that is zero.
+func (st *stream) setTimer(at time.Time) {
+	switch {
+	case at.IsZero() && st.timer != nil:
+		st.timer.Stop()
+		st.timer = nil
+	case at.IsZero():
+	case st.timer == nil:
+		st.timer = time.AfterFunc(time.Until(at), st.wake)
+	default:
+		st.timer.Reset(time.Until(at))
+	}
+}
+
+// sendDue sends what is due and returns when to look again though nothing has
+// happened, zero for never. The error says that the stream is to end.
+func (st *stream) sendDue() (time.Time, error) {
 	for {
 		response, at, err := st.due(time.Now())
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil // the client is done
-		case err != nil:
-			return err
-		case response != nil:
-			if err := st.send(response); err != nil {
-				return err
-			}
-			continue
+		if err != nil || response == nil {
+			return at, err
 		}
-		if at.IsZero() {
-			timer.Stop()
-		} else {
-			timer.Reset(time.Until(at))
-		}
-		select {
-		case <-st.wake:
-		case <-st.watch.Changed():
-		case <-timer.C:
-		case <-st.watch.Done():
-			st.server.metrics.refusals[refusedSource].Inc()
-			st.server.log.DebugContext(ctx, "stream ended by its source", "pid", st.peer.PID, "err", st.watch.Err())
-			return status.Error(codes.Unavailable, "the agent cannot serve this process at the moment")
-		case <-st.peer.Done():
-			return status.Error(codes.Unavailable, "the process has ended")
-		case <-st.server.closing:
-			return status.Error(codes.Unavailable, "the agent is stopping")
-		case <-ctx.Done():
-			return status.FromContextError(ctx.Err()).Err()
+		if err := st.send(response); err != nil {
+			return at, err
 		}
 	}
 }
@@ -254,6 +313,7 @@ func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
 		at = earlier(at, again)
 		return r
 	})
+	runtime.KeepAlive(snapshot) // secrets hold their SVIDs weakly
 	sequence, acknowledged := st.session.acknowledge()
 	heard, waiting := st.session.heard, st.session.waiting
 	unanswered, rejecting := st.session.inflight != nil, st.session.rejecting
@@ -388,6 +448,7 @@ func (s *Server) fetch(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*d
 			r, _ := s.resolve(snapshot, sub, now)
 			return r
 		})
+		runtime.KeepAlive(snapshot) // secrets hold their SVIDs weakly
 		if due != nil {
 			if err := caller.Alive(); err != nil {
 				return nil, status.Error(codes.Unavailable, "the process has ended")
