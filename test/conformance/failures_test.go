@@ -7,6 +7,8 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
+	"math"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/testing/protocmp"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -253,6 +256,106 @@ func TestV_E2_NoIdentityByPosition(t *testing.T) {
 	defer conn.Close()
 	if _, err := adminv1.NewAdminServiceClient(conn).CreateToken(ctx, &adminv1.CreateTokenRequest{}); err == nil {
 		t.Error("another user makes a token")
+	}
+}
+
+// TestV_E9_NothingFeedsItsOwnEntitlement: whatever an agent reports, claims about itself
+// or asks for in the CSR of a renewal, its node's attributes and the entries that it
+// may have stay as they were.
+func TestV_E9_NothingFeedsItsOwnEntitlement(t *testing.T) {
+	w := shared(t)
+	uid := newUser()
+	mine, others := entry("v-e9-mine", uid), entry("v-e9-others", uid)
+	mine.Nodes, others.Nodes = `node.labels["zone"] == "a"`, `node.labels["zone"] == "b" || node.id == "shared" || node.method == "x509pop"`
+	w.apply(t, mine, others)
+	r := join(t, w.ca, "rogue-v-e9", map[string]string{"zone": "a"})
+	id := r.svid.ID.String()
+	// told returns what the CA says of this node, after the messages.
+	told := func(hello *nodev1.Hello, messages ...*nodev1.SyncRequest) *nodev1.Snapshot {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		s, err := r.client.Sync(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range append([]*nodev1.SyncRequest{{Message: &nodev1.SyncRequest_Hello{Hello: hello}}}, messages...) {
+			if err := s.Send(m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for {
+			m, err := s.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m.GetSnapshot() != nil {
+				return m.GetSnapshot()
+			}
+		}
+	}
+	isolated := func(what string, snapshot *nodev1.Snapshot, want *attributesv1.Node) {
+		t.Helper()
+		if diff := cmp.Diff(want, snapshot.GetNode(), protocmp.Transform()); diff != "" {
+			t.Errorf("%s: the node's attributes -before +after:\n%s", what, diff)
+		}
+		for _, e := range snapshot.GetEntries() {
+			if e.GetName() == others.GetName() {
+				t.Errorf("%s: it is told of %s", what, e.GetName())
+			}
+		}
+		i := item(mine.GetName(), uid, csrOf(t, newKey(t), nil))
+		i.Instance = what
+		r.issued(t, i)
+		i = item(others.GetName(), uid, csrOf(t, newKey(t), nil))
+		i.Instance = what
+		r.refused(t, i, nodev1.Reason_REASON_ENTRY_UNKNOWN)
+	}
+	before := told(&nodev1.Hello{}).GetNode()
+	if before.GetLabels()["zone"] != "a" {
+		t.Fatalf("the node is %v", before)
+	}
+	isolated("at first", told(&nodev1.Hello{}), before)
+
+	// All that an agent may report, as bold as can be.
+	workload := item(others.GetName(), uid, nil).GetWorkload()
+	reports := []*nodev1.SyncRequest{
+		{Message: &nodev1.SyncRequest_Applied{Applied: &nodev1.Applied{Revision: math.MaxUint64, BundleSequence: math.MaxUint64}}},
+		{Message: &nodev1.SyncRequest_BundleAcks{BundleAcks: &nodev1.BundleAcks{Streams: math.MaxUint32, Sequence: math.MaxUint64, Acknowledged: math.MaxUint32}}},
+		{Message: &nodev1.SyncRequest_InstancesEnded{InstancesEnded: &nodev1.InstancesEnded{Instances: []*nodev1.InstancesEnded_Instance{{Instance: "docker:x", Serials: [][]byte{{1}}}}}}},
+		{Message: &nodev1.SyncRequest_Inspected{Inspected: &nodev1.Inspected{Request: 1, Workload: workload, Instance: "docker:x"}}},
+	}
+	bold := &nodev1.Hello{AgentVersion: `shared", "zone": "b`, Epoch: "x", Revision: math.MaxUint64, BundleSequence: math.MaxUint64, Rotated: math.MaxUint64}
+	isolated("after reports", told(bold, reports...), before)
+
+	// A renewal that asks to be another node.
+	key := newKey(t)
+	renewal, err := r.client.Renew(t.Context(), &nodev1.RenewRequest{
+		Csr: csrOf(t, key, &x509.CertificateRequest{
+			Subject: pkix.Name{CommonName: "shared"}, URIs: []*url.URL{{Scheme: "spiffe", Host: td, Path: "/meshid/node/join_token/shared"}},
+		}),
+		PreviousSerial: r.svid.Certificates[0].SerialNumber.Bytes(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.svid = svidOf(t, renewal.GetIdentity().GetChain(), key)
+	if got := r.svid.ID.String(); got != id {
+		t.Fatalf("renewed as %s", got)
+	}
+	r.client = nodev1.NewNodeServiceClient(dialCA(t, w.ca, r.svid))
+	isolated("after a renewal", told(&nodev1.Hello{}), before)
+
+	nodes, err := w.ca.Admin.ListNodes(t.Context(), &adminv1.ListNodesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes.GetNodes() {
+		if n.GetId() == id {
+			if diff := cmp.Diff(before, n.GetAttributes(), protocmp.Transform()); diff != "" {
+				t.Errorf("operators are shown -before +after:\n%s", diff)
+			}
+		}
 	}
 }
 
