@@ -18,9 +18,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -33,6 +31,7 @@ import (
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
+	"github.com/meshid/meshid/test/stepclock"
 )
 
 const day = 24 * time.Hour
@@ -47,39 +46,6 @@ func must(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
-
-// clock is the wall clock that programs see; the monotonic one stays true.
-type clock struct {
-	program, file string
-	by            time.Duration
-}
-
-func newClock(t *testing.T) *clock {
-	t.Helper()
-	require.Root(t)
-	dir := t.TempDir()
-	c := &clock{program: filepath.Join(dir, "stepclock"), file: filepath.Join(dir, "clock")}
-	source := filepath.Join(require.Repository(), "test", "e2e", "testdata", "stepclock.c")
-	if out, err := exec.CommandContext(t.Context(), require.Program(t, "gcc"), "-O2", "-o", c.program, source).CombinedOutput(); err != nil {
-		t.Fatalf("gcc: %v\n%s", err, out)
-	}
-	c.step(t, 0)
-	return c
-}
-
-// wrap stands before a program that sees the clock.
-func (c *clock) wrap() []string { return []string{c.program, c.file} }
-
-// step sets how far the clock is from the machine's.
-func (c *clock) step(t *testing.T, by time.Duration) {
-	t.Helper()
-	c.by = by
-	must(t, os.WriteFile(c.file+".new", []byte(strconv.Itoa(int(by.Seconds()))), 0o600))
-	must(t, os.Rename(c.file+".new", c.file))
-}
-
-// now is what the clock shows.
-func (c *clock) now() time.Time { return time.Now().Add(c.by) }
 
 // freeze lets a program stand still, as on a machine that sleeps. It stands at its
 // next look at the clock, since whoever answers that stands still.
@@ -131,13 +97,13 @@ func newMachine(t *testing.T) machine {
 
 // site is a CA and an agent that attests with a machine certificate; both see the
 // same clock.
-func site(t *testing.T, c *clock, ttl string) (*local.CA, *local.Agent) {
+func site(t *testing.T, c *stepclock.Clock, ttl string) (*local.CA, *local.Agent) {
 	t.Helper()
 	m := newMachine(t)
-	ca := local.StartCA(t, local.CAOptions{Wrap: c.wrap(), Config: fmt.Sprintf("node_attestation: {x509pop: {ca_bundle: %s}}\n", m.ca)})
+	ca := local.StartCA(t, local.CAOptions{Wrap: c.Wrap(), Config: fmt.Sprintf("node_attestation: {x509pop: {ca_bundle: %s}}\n", m.ca)})
 	ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0, ttl: "+ttl+"}\n")
 	a := ca.StartAgent(t, "web-1", local.AgentOptions{
-		Wrap: c.wrap(), NodeAttestation: fmt.Sprintf("{x509pop: {certificate: %s, key: %s}}", m.certificate, m.key),
+		Wrap: c.Wrap(), NodeAttestation: fmt.Sprintf("{x509pop: {certificate: %s, key: %s}}", m.certificate, m.key),
 	})
 	return ca, a
 }
@@ -188,20 +154,20 @@ func (ignore) OnX509ContextUpdate(*workloadapi.X509Context) {}
 func (ignore) OnX509ContextWatchError(error) {}
 
 // renewed says whether a certificate is another than an older one, and valid.
-func renewed(c *clock, old *x509svid.SVID) func(*x509.Certificate) bool {
+func renewed(c *stepclock.Clock, old *x509svid.SVID) func(*x509.Certificate) bool {
 	return func(leaf *x509.Certificate) bool {
-		return leaf.SerialNumber.Cmp(old.Certificates[0].SerialNumber) != 0 && validAt(c.now())(leaf)
+		return leaf.SerialNumber.Cmp(old.Certificates[0].SerialNumber) != 0 && validAt(c.Now())(leaf)
 	}
 }
 
 // A machine sleeps for longer than every certificate and token on it lives. After
 // it woke up, all is as before, and nobody was needed.
 func TestV_C10_AsleepForDays(t *testing.T) {
-	c := newClock(t)
+	c := stepclock.New(t)
 	_, a := site(t, c, "1h")
-	old := fetch(t, a, "the first X.509-SVID", validAt(c.now()))
+	old := fetch(t, a, "the first X.509-SVID", validAt(c.Now()))
 	thaw := freeze(t, a.Process)
-	c.step(t, 3*day) // the CA, awake, is as far
+	c.Step(t, 3*day) // the CA, awake, is as far
 	thaw()
 	fetch(t, a, "an X.509-SVID after the sleep", renewed(c, old))
 	a.AwaitConnected(t)
@@ -213,12 +179,12 @@ func TestV_C10_AsleepForDays(t *testing.T) {
 // A whole site is without power for longer than all its certificates live, those
 // of the CA but for the root included.
 func TestFault_F43_SiteWithoutPowerForDays(t *testing.T) {
-	c := newClock(t)
+	c := stepclock.New(t)
 	ca, a := site(t, c, "1h")
-	old := fetch(t, a, "the first X.509-SVID", validAt(c.now()))
+	old := fetch(t, a, "the first X.509-SVID", validAt(c.Now()))
 	a.Kill()
 	ca.Kill()
-	c.step(t, 20*day)
+	c.Step(t, 20*day)
 	a.Start(t) // and the CA is late
 	ca.Start(t)
 	ca.AwaitReady(t)
@@ -247,16 +213,16 @@ func handshakeCertificate(ctx context.Context, ca *local.CA) (*x509.Certificate,
 // it jumps back it does so again; what the nodes hold is from the future then, and
 // is replaced at half of its life, or when the operator says so.
 func TestFault_F45_CAsClockJumpsByDays(t *testing.T) {
-	c := newClock(t)
+	c := stepclock.New(t)
 	ca, a := site(t, c, "1h")
-	svid := fetch(t, a, "the first X.509-SVID", validAt(c.now()))
+	svid := fetch(t, a, "the first X.509-SVID", validAt(c.Now()))
 	jump := func(by time.Duration) {
 		t.Helper()
-		c.step(t, by)
+		c.Step(t, by)
 		local.Await(t, "wait for the CA's own certificate", func(ctx context.Context) error {
 			leaf, err := handshakeCertificate(ctx, ca)
-			if err == nil && !validAt(c.now())(leaf) {
-				err = fmt.Errorf("it is valid from %s to %s, and it is %s", leaf.NotBefore, leaf.NotAfter, c.now())
+			if err == nil && !validAt(c.Now())(leaf) {
+				err = fmt.Errorf("it is valid from %s to %s, and it is %s", leaf.NotBefore, leaf.NotAfter, c.Now())
 			}
 			return err
 		})
@@ -290,17 +256,17 @@ func TestFault_F46_AgentAnHourWrong(t *testing.T) {
 		{"behind, where all is from the future", -time.Hour, "3h", false},
 	} {
 		t.Run(r.name, func(t *testing.T) {
-			c := newClock(t)
+			c := stepclock.New(t)
 			ca := local.StartCA(t, local.CAOptions{})
 			ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0, ttl: "+r.ttl+"}\n")
-			a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.wrap()})
+			a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.Wrap()})
 			stay(t, a)
 			old := fetch(t, a, "the first X.509-SVID", validAt(time.Now()))
-			c.step(t, r.by)
+			c.Step(t, r.by)
 			_, err := ca.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{Within: durationpb.New(time.Millisecond)})
 			must(t, err)
 			if r.good {
-				fetch(t, a, "the renewal", renewed(&clock{}, old))
+				fetch(t, a, "the renewal", renewed(&stepclock.Clock{}, old))
 				return
 			}
 			local.Await(t, "wait for the report", func(ctx context.Context) error {
@@ -315,7 +281,7 @@ func TestFault_F46_AgentAnHourWrong(t *testing.T) {
 				}
 				return fmt.Errorf("no word about the clock: %+v", s.Conditions)
 			})
-			c.step(t, 0)
+			c.Step(t, 0)
 			fetch(t, a, "the renewal, once the clock is right", renewed(c, old))
 		})
 	}
@@ -390,15 +356,15 @@ func roots(t *testing.T, ca *local.CA) *x509.CertPool {
 // A verifier whose clock is minutes behind accepts what has just been issued, by
 // an authority that has just been made.
 func TestV_B8_VerifierMinutesBehind(t *testing.T) {
-	c := newClock(t)
+	c := stepclock.New(t)
 	ca := local.StartCA(t, local.CAOptions{})
 	ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0}\n")
 	a := ca.StartAgent(t, "web-1", local.AgentOptions{})
-	c.step(t, -4*time.Minute)
-	e := startEnvoy(t, a, c.wrap())
-	svid := fetch(t, a, "an X.509-SVID", validAt(c.now()))
+	c.Step(t, -4*time.Minute)
+	e := startEnvoy(t, a, c.Wrap())
+	svid := fetch(t, a, "an X.509-SVID", validAt(c.Now()))
 	local.Await(t, "wait for an answer", func(ctx context.Context) error {
-		_, err := e.call(ctx, svid, roots(t, ca), c.now())
+		_, err := e.call(ctx, svid, roots(t, ca), c.Now())
 		return err
 	})
 }
@@ -407,16 +373,16 @@ func TestV_B8_VerifierMinutesBehind(t *testing.T) {
 // on, then nobody is let in any more, and when the CA is back all is as before,
 // with the Envoy that was there all the time.
 func TestSpec_S26_CADownForLongerThanTheTTL(t *testing.T) {
-	c := newClock(t)
-	ca := local.StartCA(t, local.CAOptions{Wrap: c.wrap()})
+	c := stepclock.New(t)
+	ca := local.StartCA(t, local.CAOptions{Wrap: c.Wrap()})
 	ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0, ttl: 1h}\n")
-	a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.wrap()})
-	e := startEnvoy(t, a, c.wrap())
-	svid := fetch(t, a, "an X.509-SVID", validAt(c.now()))
+	a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.Wrap()})
+	e := startEnvoy(t, a, c.Wrap())
+	svid := fetch(t, a, "an X.509-SVID", validAt(c.Now()))
 	trusted := roots(t, ca)
 	var served *x509.Certificate
 	local.Await(t, "wait for an answer", func(ctx context.Context) (err error) {
-		served, err = e.call(ctx, svid, trusted, c.now())
+		served, err = e.call(ctx, svid, trusted, c.Now())
 		return err
 	})
 	ca.Kill()
@@ -425,20 +391,20 @@ func TestSpec_S26_CADownForLongerThanTheTTL(t *testing.T) {
 	if other := svid.Certificates[0].NotAfter; other.Before(end) {
 		end = other
 	}
-	c.step(t, time.Until(end)/2)
-	if _, err := e.call(t.Context(), svid, trusted, c.now()); err != nil {
+	c.Step(t, time.Until(end)/2)
+	if _, err := e.call(t.Context(), svid, trusted, c.Now()); err != nil {
 		t.Fatalf("in the middle of its life: %v", err)
 	}
-	c.step(t, time.Until(end)-30*time.Second)
-	if _, err := e.call(t.Context(), svid, trusted, c.now()); err != nil {
-		t.Fatalf("%s before its end: %v", end.Sub(c.now()), err)
+	c.Step(t, time.Until(end)-30*time.Second)
+	if _, err := e.call(t.Context(), svid, trusted, c.Now()); err != nil {
+		t.Fatalf("%s before its end: %v", end.Sub(c.Now()), err)
 	}
-	c.step(t, time.Until(end)+2*time.Second)
+	c.Step(t, time.Until(end)+2*time.Second)
 	if _, err := e.call(t.Context(), svid, trusted, end.Add(-time.Minute)); err == nil {
-		t.Errorf("an Envoy whose clock shows %s lets in who has a certificate until %s", c.now(), end)
+		t.Errorf("an Envoy whose clock shows %s lets in who has a certificate until %s", c.Now(), end)
 	}
-	c.step(t, time.Until(end)+10*time.Minute)
-	if _, err := e.call(t.Context(), svid, trusted, c.now()); err == nil {
+	c.Step(t, time.Until(end)+10*time.Minute)
+	if _, err := e.call(t.Context(), svid, trusted, c.Now()); err == nil {
 		t.Error("after the end there is an answer")
 	}
 
@@ -447,7 +413,7 @@ func TestSpec_S26_CADownForLongerThanTheTTL(t *testing.T) {
 	a.AwaitConnected(t)
 	next := fetch(t, a, "the next X.509-SVID", renewed(c, svid))
 	local.Await(t, "wait for an answer by the same Envoy", func(ctx context.Context) error {
-		_, err := e.call(ctx, next, trusted, c.now())
+		_, err := e.call(ctx, next, trusted, c.Now())
 		return err
 	})
 	select {
