@@ -29,6 +29,7 @@ func New(t testing.TB) *Clock {
 	dir := t.TempDir()
 	c := &Clock{program: filepath.Join(dir, "stepclock"), file: filepath.Join(dir, "clock")}
 	source := filepath.Join(require.Repository(), "test", "stepclock", "testdata", "stepclock.c")
+	//nolint:gosec // a compiler of this machine, a source of this repository
 	if out, err := exec.CommandContext(t.Context(), require.Program(t, "gcc"), "-O2", "-o", c.program, source).CombinedOutput(); err != nil {
 		t.Fatalf("gcc: %v\n%s", err, out)
 	}
