@@ -66,6 +66,30 @@ type settings struct {
 	Upstream upstreamSettings `yaml:"upstream"`
 	// How machines may prove who they are. Without this section, join tokens.
 	NodeAttestation nodeAttestation `yaml:"node_attestation"`
+	// Where the ledger's records are sent besides: a list. See docs/audit.md.
+	Exports []exportSettings `yaml:"exports"`
+}
+
+// exportSettings is one export, with one section for each kind of target in
+// plugins.go.
+type exportSettings struct {
+	// Name of the export in metrics and conditions, and of its cursor: which records
+	// were delivered belongs to the name.
+	Name string `yaml:"name"`
+	// Where an export begins that has no cursor yet: now, or beginning.
+	From string `yaml:"from" default:"now"`
+	// The events that are sent, such as issue, attest or entry_applied.
+	Events []string `yaml:"events" default:"all"`
+	// The outcomes that are sent: success, refused, error.
+	Outcomes []string `yaml:"outcomes" default:"all"`
+	// To a file, one record a line.
+	File config.Section `yaml:"file" settings:"pkg/ledger/export/file"`
+	// To a syslog receiver (RFC 5424).
+	Syslog config.Section `yaml:"syslog" settings:"pkg/ledger/export/syslog"`
+	// To an OpenTelemetry collector, as logs.
+	OTLP config.Section `yaml:"otlp" settings:"pkg/ledger/export/otlp"`
+	// To a URL, as signed requests.
+	Webhook config.Section `yaml:"webhook" settings:"pkg/ledger/export/webhook"`
 }
 
 // upstreamSettings has one section for each kind in plugins.go, of which one is used.
@@ -101,6 +125,7 @@ type overrides struct {
 // validated is what `ca run` works with.
 type validated struct {
 	settings
+	file        *config.File // for errors that are found later
 	trustDomain spiffeid.TrustDomain
 	pins        [][sha256.Size]byte
 }
@@ -121,6 +146,7 @@ func loadSettings(path string, asked bool, o overrides) (*validated, error) {
 	case err != nil:
 		return nil, err
 	}
+	v.file = file
 	if err := file.Decode(&v.settings); err != nil {
 		return nil, err
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 
 	"github.com/meshid/meshid/pkg/attest"
@@ -12,6 +13,14 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
 	"github.com/meshid/meshid/pkg/config"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/ledger/export"
+	"github.com/meshid/meshid/pkg/ledger/export/cef"
+	"github.com/meshid/meshid/pkg/ledger/export/file"
+	"github.com/meshid/meshid/pkg/ledger/export/ocsf"
+	"github.com/meshid/meshid/pkg/ledger/export/otlp"
+	"github.com/meshid/meshid/pkg/ledger/export/syslog"
+	"github.com/meshid/meshid/pkg/ledger/export/webhook"
 	"github.com/meshid/meshid/pkg/store"
 )
 
@@ -88,4 +97,39 @@ func openUpstreamCA(u upstreamSettings, pins [][32]byte) (*ca.Upstream, error) {
 		return nil, fmt.Errorf("upstream: roots_sha256 is set, and no upstream CA: write a section of one of %s", strings.Join(names, ", "))
 	}
 	return found, nil
+}
+
+// exportFormats is the table of formats of exported records: one line a format.
+var exportFormats = export.Formats{
+	"json": ledger.FormatJSON,
+	"cef":  cef.Format,
+	"ocsf": ocsf.Format,
+}
+
+// exportKinds is the table of kinds of exports: one line a kind.
+var exportKinds = []struct {
+	name    string
+	section func(exportSettings) config.Section
+	open    func(config.Section, *slog.Logger) (export.Target, error)
+}{
+	{"file", func(s exportSettings) config.Section { return s.File }, target(func(c file.Config, _ *slog.Logger) (export.Target, error) { return file.New(c, exportFormats) })},
+	{"syslog", func(s exportSettings) config.Section { return s.Syslog }, target(func(c syslog.Config, _ *slog.Logger) (export.Target, error) { return syslog.New(c, exportFormats) })},
+	{"otlp", func(s exportSettings) config.Section { return s.OTLP }, target(func(c otlp.Config, l *slog.Logger) (export.Target, error) { return otlp.New(c, exportFormats, l) })},
+	{"webhook", func(s exportSettings) config.Section { return s.Webhook }, target(func(c webhook.Config, _ *slog.Logger) (export.Target, error) { return webhook.New(c, exportFormats) })},
+}
+
+// target decodes the settings of a kind, and says where in the file a mistake in
+// them is.
+func target[C any](open func(C, *slog.Logger) (export.Target, error)) func(config.Section, *slog.Logger) (export.Target, error) {
+	return func(s config.Section, logger *slog.Logger) (export.Target, error) {
+		var c C
+		if err := s.Decode(&c); err != nil {
+			return nil, err
+		}
+		t, err := open(c, logger)
+		if bad, ok := errors.AsType[*export.SettingError](err); ok {
+			return nil, s.Errorf(bad.Setting, "%s", bad.Message)
+		}
+		return t, err
+	}
 }

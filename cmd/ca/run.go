@@ -87,6 +87,9 @@ func newCheckCommand() *cobra.Command {
 			if _, err := openUpstreamCA(v.Upstream, v.pins); err != nil {
 				return err
 			}
+			if _, err := exportTargets(v, slog.New(slog.DiscardHandler)); err != nil {
+				return err
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
 			return nil
 		},
@@ -111,10 +114,14 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err := cli.RegisterProcessMetrics(registry, "meshid_ca"); err != nil {
 		return err
 	}
+	exports, err := exportTargets(v, logger)
+	if err != nil {
+		return err
+	}
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", append(slices.Clone(server.Conditions), conditionAuthority, conditionLedger)...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger}, exportConditions(exports))...)
 	if err != nil {
 		return err
 	}
@@ -129,6 +136,14 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, journal.Close()) }()
+	feedMetrics, err := ledger.NewFeedMetrics(registry)
+	if err != nil {
+		return err
+	}
+	feeds, err := openExports(ctx, v.DataDir, exports, journal, feedMetrics, tracker, logger)
+	if err != nil {
+		return err
+	}
 	stopped, err := recordStart(ctx, journal, v)
 	if err != nil {
 		return err
@@ -181,6 +196,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, tracker) })
+	for _, f := range feeds {
+		group.Go(func() error { f.run(ctx, logger); return nil })
+	}
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.AdminGRPC(), admin, shutdownTimeout) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.GRPC(), listener, shutdownTimeout) })
 	if v.MetricsListen != "off" {

@@ -337,6 +337,10 @@ func setFile(v reflect.Value, name string) {
 		if !v.IsNil() {
 			setFile(v.Elem(), name)
 		}
+	case reflect.Slice:
+		for i := range v.Len() {
+			setFile(v.Index(i), name)
+		}
 	case reflect.Struct:
 		if v.Type() == sectionType {
 			v.Addr().Interface().(*Section).file = name // the type was just compared

@@ -64,6 +64,7 @@ type Journal struct {
 	options Options
 	metrics *metrics
 	lock    *durable.Lock
+	name    [16]byte
 	head    atomic.Pointer[Head] // of what is durable
 
 	queue   chan *request
@@ -145,7 +146,7 @@ func Open(dir string, o Options) (_ *Journal, err error) {
 	w.observe()
 	m.writable.Set(1)
 	j := &Journal{
-		dir: dir, options: o, metrics: m, lock: lock, writer: w,
+		dir: dir, options: o, metrics: m, lock: lock, name: w.journal, writer: w,
 		queue:   make(chan *request, queueLength),
 		closing: make(chan struct{}),
 		broken:  make(chan struct{}),
@@ -364,6 +365,10 @@ func (j *Journal) hasStopped() bool {
 		return false
 	}
 }
+
+// Name returns the journal's name: random, the same as long as it lives, and
+// different for every other journal. With it, an index names a record everywhere.
+func (j *Journal) Name() [16]byte { return j.name }
 
 // Size returns the number of durable records: the index of the next one.
 func (j *Journal) Size() uint64 { return j.head.Load().Size }

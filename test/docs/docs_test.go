@@ -11,6 +11,7 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -94,16 +95,8 @@ in these files, only the paths of theirs. ` + "`ca check` and `node-agent check`
 		if err != nil {
 			t.Fatal(err)
 		}
-		types := make(map[string]*ast.StructType)
-		ast.Inspect(file, func(n ast.Node) bool {
-			if s, ok := n.(*ast.TypeSpec); ok {
-				if st, ok := s.Type.(*ast.StructType); ok {
-					types[s.Name.Name] = st
-				}
-			}
-			return true
-		})
-		writeKeys(&page, types, types["settings"], "")
+		types := structs(file)
+		writeKeys(t, &page, types, types["settings"], "")
 	}
 	page.WriteString(examples)
 	generated(t, "configuration.md", page.String())
@@ -124,8 +117,45 @@ node_attestation:
 	"Every mistake says where it is and what to write:\n\n```yaml file=typo.yaml\ntrust_domain: example.org\nsvid:\n  default_tll: 1h\n```\n\n" +
 	"```console\n$ ca check --config typo.yaml\nerror: typo.yaml:3:3: unknown key \"default_tll\"; did you mean \"default_ttl\"?\n```\n"
 
-func writeKeys(page *strings.Builder, types map[string]*ast.StructType, s *ast.StructType, prefix string) {
-	for _, f := range s.Fields.List {
+// structs are the struct types that a file declares, by name.
+func structs(file *ast.File) map[string]*ast.StructType {
+	types := make(map[string]*ast.StructType)
+	ast.Inspect(file, func(n ast.Node) bool {
+		if s, ok := n.(*ast.TypeSpec); ok {
+			if st, ok := s.Type.(*ast.StructType); ok {
+				types[s.Name.Name] = st
+			}
+		}
+		return true
+	})
+	return types
+}
+
+// packageStructs are those of a folder.
+func packageStructs(t *testing.T, dir string) map[string]*ast.StructType {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join("../..", dir, "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no Go files in %s: %v", dir, err)
+	}
+	types := make(map[string]*ast.StructType)
+	for _, path := range files {
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(path, "_test.go") {
+			maps.Copy(types, structs(file))
+		}
+	}
+	return types
+}
+
+// writeKeys writes a row for each key of s and of what is in it. The settings of a
+// plug-in are those of the type Config in the folder that the tag names.
+func writeKeys(t *testing.T, page *strings.Builder, types map[string]*ast.StructType, s *ast.StructType, prefix string) {
+	t.Helper()
+	for i, f := range s.Fields.List {
 		tag := reflect.StructTag("")
 		if f.Tag != nil {
 			tag = reflect.StructTag(strings.Trim(f.Tag.Value, "`"))
@@ -135,13 +165,30 @@ func writeKeys(page *strings.Builder, types map[string]*ast.StructType, s *ast.S
 		if strings.ContainsAny(def, "0123456789/") {
 			def = "`" + def + "`"
 		}
-		fmt.Fprintf(page, "| `%s` | %s | %s |\n", key, def, strings.Join(strings.Fields(f.Doc.Text()), " "))
+		doc := f.Doc
+		if doc == nil && i > 0 {
+			doc = s.Fields.List[i-1].Doc // of two that belong together
+		}
+		fmt.Fprintf(page, "| `%s` | %s | %s |\n", key, def, strings.Join(strings.Fields(doc.Text()), " "))
+		if dir := tag.Get("settings"); dir != "" {
+			settings := packageStructs(t, dir)
+			writeKeys(t, page, settings, settings["Config"], key+".")
+		}
 		switch ft := f.Type.(type) {
 		case *ast.StructType:
-			writeKeys(page, types, ft, key+".")
+			writeKeys(t, page, types, ft, key+".")
 		case *ast.Ident:
 			if nested := types[ft.Name]; nested != nil {
-				writeKeys(page, types, nested, key+".")
+				writeKeys(t, page, types, nested, key+".")
+			}
+		case *ast.ArrayType:
+			if element, ok := ft.Elt.(*ast.Ident); ok && types[element.Name] != nil {
+				writeKeys(t, page, types, types[element.Name], key+"[].")
+			}
+		case *ast.SelectorExpr: // a type that plug-ins share
+			if ft.Sel.Name == "TLS" {
+				shared := packageStructs(t, "pkg/ledger/export")
+				writeKeys(t, page, shared, shared["TLS"], key+".")
 			}
 		}
 	}
