@@ -94,6 +94,10 @@ func forAll(t testing.TB, name, from string) string {
 	in, err := os.Open(from)
 	must(t, err)
 	defer in.Close()
+	// A process that another test forks meanwhile would hold the file open for
+	// writing until its exec, and "text file busy" is what its first user gets.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	out, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
 	must(t, err)
 	_, err = io.Copy(out, in)
