@@ -388,6 +388,12 @@ func (j *Journal) Failed() error {
 // Broken returns a channel that is closed when Failed begins to return an error.
 func (j *Journal) Broken() <-chan struct{} { return j.broken }
 
+// Closed returns a channel that is closed when Close has written what waited.
+func (j *Journal) Closed() <-chan struct{} { return j.stopped }
+
+// HeadAt returns the head of the first size records, as the function HeadAt does.
+func (j *Journal) HeadAt(size uint64) (Head, error) { return HeadAt(j.dir, size) }
+
 // Close takes no further records, writes those that wait, and gives up the lock.
 // It may be called again, and then returns the same.
 func (j *Journal) Close() error {

@@ -43,6 +43,7 @@ var arrows = []struct {
 	{"internal/**", []string{"internal/*"}},
 	// Level 1.
 	{"pkg/identity", []string{"proto/attributes/v1", "proto/entry/v1", "internal/*"}},
+	{"pkg/ledger/tree", []string{"pkg/ledger", "internal/*"}},
 	{"pkg/ledger", []string{"proto/ledger/v1", "proto/attributes/v1", "proto/entry/v1", "internal/*"}},
 	{"pkg/ledger/**", []string{"pkg/ledger", "pkg/ledger/**", "pkg/config", "proto/**", "internal/*"}},
 	// Level 2.
