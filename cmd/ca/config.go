@@ -15,6 +15,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/pkg/ledger/tree"
 )
 
 const (
@@ -31,8 +32,8 @@ type settings struct {
 	// The name under which all identities are issued, such as "example.org".
 	// It cannot be changed later.
 	TrustDomain string `yaml:"trust_domain"`
-	// Folder of the database, the root's key and the ledger's journal; created
-	// with mode 0700.
+	// Folder of the database, the root's key, and the ledger's journal and tree;
+	// created with mode 0700.
 	DataDir string `yaml:"data_dir" default:"/var/lib/meshid/ca"`
 	// Name of this CA process in records; the host's name by default.
 	Instance string `yaml:"instance" default:"the host name"`
@@ -64,6 +65,16 @@ type settings struct {
 	// The CA of somebody else, as the root above this one's intermediates. Without
 	// this section, a root of its own.
 	Upstream upstreamSettings `yaml:"upstream"`
+	// The record of every decision.
+	Ledger struct {
+		// Who cosigns the signed checkpoints (C2SP tlog-witness), so that whoever
+		// has this machine cannot take records back unseen.
+		Witnesses []witnessSettings `yaml:"witnesses"`
+		// How many of the witnesses must have cosigned a checkpoint before it is
+		// published. With 0 it is published at once, and again with what came.
+		// Issuing never waits for witnesses.
+		WitnessQuorum int `yaml:"witness_quorum" default:"0"`
+	} `yaml:"ledger"`
 	// How machines may prove who they are. Without this section, join tokens.
 	NodeAttestation nodeAttestation `yaml:"node_attestation"`
 	// Where the ledger's records are sent besides: a list. See docs/audit.md.
@@ -104,6 +115,15 @@ type upstreamSettings struct {
 	Disk config.Section `yaml:"disk"`
 }
 
+// witnessSettings is one witness.
+type witnessSettings struct {
+	// Where it listens, such as "https://witness.example.org/": add-checkpoint
+	// is below it.
+	URL string `yaml:"url"`
+	// Its public key as it prints it: <name>+<hash>+<base64>.
+	Key string `yaml:"key"`
+}
+
 // nodeAttestation has one section for each method in plugins.go.
 type nodeAttestation struct {
 	// Single-use tokens made by `ca token create`. No settings.
@@ -128,6 +148,7 @@ type validated struct {
 	file        *config.File // for errors that are found later
 	trustDomain spiffeid.TrustDomain
 	pins        [][sha256.Size]byte
+	witnesses   []tree.Witness
 }
 
 // loadSettings reads path, lets the flags stand above it, fills in the
@@ -202,6 +223,16 @@ func (v *validated) check(file *config.File) error {
 		if _, _, err := net.SplitHostPort(v.MetricsListen); err != nil {
 			bad("metrics_listen", "%q is not an address; write host:port, or off", v.MetricsListen)
 		}
+	}
+	for i, w := range v.Ledger.Witnesses {
+		witness, err := tree.NewWitness(w.URL, w.Key)
+		if err != nil {
+			bad(fmt.Sprintf("ledger.witnesses[%d]", i), "%v", err)
+		}
+		v.witnesses = append(v.witnesses, witness)
+	}
+	if q := v.Ledger.WitnessQuorum; q < 0 || q > len(v.Ledger.Witnesses) {
+		bad("ledger.witness_quorum", "%d of %d witnesses cannot be reached; write a number from 0 to %d", q, len(v.Ledger.Witnesses), len(v.Ledger.Witnesses))
 	}
 	between := func(path string, d *config.Duration, otherwise, least, most time.Duration) time.Duration {
 		got := d.Or(otherwise)

@@ -8,12 +8,15 @@ import (
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/ledger/tree"
 )
 
 // Conditions that are reported here: pkg/ca and pkg/ledger do not know of health.
 const (
 	conditionAuthority = "authority"
 	conditionLedger    = "ledger"
+	conditionTree      = "ledger_tree"
+	conditionWitness   = "ledger_witness"
 )
 
 // healthInterval is how often the authority and the journal are looked at.
@@ -30,20 +33,31 @@ func reportLedger(t *health.Tracker) func(error) {
 	}
 }
 
-// watchHealth keeps the condition of the authority until ctx ends. A journal that can never be written again ends the program: it cannot
+// report keeps one condition.
+func report(t *health.Tracker, name string, warning, failure error) {
+	switch {
+	case failure != nil:
+		t.Set(name, health.Error, failure.Error())
+	case warning != nil:
+		t.Set(name, health.Warning, warning.Error())
+	default:
+		t.Clear(name)
+	}
+}
+
+// watchHealth keeps the conditions of the authority and of the ledger's tree until
+// ctx ends. A journal that can never be written again ends the program: it cannot
 // know what is on the disk, and only opening the journal anew can tell.
-func watchHealth(ctx context.Context, authority *ca.CA, journal *ledger.Journal, t *health.Tracker) error {
+func watchHealth(ctx context.Context, authority *ca.CA, journal *ledger.Journal, proofs *tree.Tree, t *health.Tracker) error {
 	ticker := time.NewTicker(healthInterval)
 	defer ticker.Stop()
 	for {
-		switch warning, failure := authority.Health(time.Now()); {
-		case failure != nil:
-			t.Set(conditionAuthority, health.Error, failure.Error())
-		case warning != nil:
-			t.Set(conditionAuthority, health.Warning, warning.Error())
-		default:
-			t.Clear(conditionAuthority)
-		}
+		now := time.Now()
+		warning, failure := authority.Health(now)
+		report(t, conditionAuthority, warning, failure)
+		warning, failure = proofs.Health(now)
+		report(t, conditionTree, warning, failure)
+		report(t, conditionWitness, proofs.WitnessHealth(now), nil)
 		select {
 		case <-ctx.Done():
 			return nil

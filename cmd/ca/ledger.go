@@ -33,7 +33,7 @@ the CA need not run, and a copied folder is as good as the original.`,
 	}
 	cmd.PersistentFlags().StringVar(&f.dir, "dir", "", "folder of the journal; by default that of the configuration")
 	cmd.PersistentFlags().StringVar(&f.config, "config", defaultConfigPath, "configuration file that names the data folder")
-	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f))
+	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f))
 	return cmd
 }
 
@@ -137,41 +137,6 @@ func newLedgerGet(f *ledgerFlags) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&serial, "serial", "", "serial number of a certificate, in hexadecimal")
-	return cmd
-}
-
-func newLedgerVerify(f *ledgerFlags) *cobra.Command {
-	var known string
-	cmd := &cobra.Command{
-		Use:   "verify",
-		Short: "Check that no record was changed, removed or moved",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			dir, err := f.path()
-			if err != nil {
-				return err
-			}
-			var heads []ledger.Head
-			if known != "" {
-				head, err := ledger.ParseHead(known)
-				if err != nil {
-					return fmt.Errorf("--head: %w", err)
-				}
-				heads = append(heads, head)
-			}
-			report, err := ledger.Verify(cmd.Context(), dir, heads...)
-			if err != nil {
-				return fmt.Errorf("%d records are intact, then: %w", report.Head.Size, err)
-			}
-			w := cmd.OutOrStdout()
-			fmt.Fprintf(w, "%d records in %d segments are intact\nhead %s\n", report.Head.Size, report.Segments, report.Head)
-			if report.TornBytes > 0 {
-				fmt.Fprintf(w, "%d bytes behind them are of a write that is going on or was interrupted\n", report.TornBytes)
-			}
-			return nil
-		},
-	}
-	cmd.Flags().StringVar(&known, "head", "", "a head that an earlier verify printed: proves that nothing before it was changed or cut off since")
 	return cmd
 }
 

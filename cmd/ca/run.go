@@ -22,6 +22,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/ledger/tree"
 	"github.com/meshid/meshid/pkg/server"
 	"github.com/meshid/meshid/pkg/store"
 )
@@ -100,7 +101,7 @@ func newCheckCommand() *cobra.Command {
 
 // serve puts the parts together and runs them until ctx ends:
 //
-//  1. the store and the ledger's journal are opened, each under a lock
+//  1. the store, the ledger's journal and its tree are opened, each under a lock
 //  2. the authority is opened: root from its key file or from the upstream CA, a
 //     new intermediate
 //  3. the server takes both, and the listeners are opened
@@ -121,7 +122,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger}, exportConditions(exports))...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness}, exportConditions(exports))...)
 	if err != nil {
 		return err
 	}
@@ -135,7 +136,17 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, journal.Close()) }()
+	proofs, err := tree.Open(treeDir(v.DataDir), journal, tree.Options{
+		Key: logKey(v.DataDir), Origin: tree.Origin(v.trustDomain.Name(), v.Instance),
+		Witnesses: v.witnesses, Quorum: v.Ledger.WitnessQuorum, Registerer: registry, Logger: logger,
+	})
+	if err != nil {
+		return errors.Join(err, journal.Close())
+	}
+	// It ends when the journal is closed, with a checkpoint of all that is in it.
+	signed := make(chan error, 1)
+	go func() { signed <- proofs.Run(context.WithoutCancel(ctx)) }()
+	defer func() { err = errors.Join(err, journal.Close(), <-signed) }()
 	feedMetrics, err := ledger.NewFeedMetrics(registry)
 	if err != nil {
 		return err
@@ -144,7 +155,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	stopped, err := recordStart(ctx, journal, v)
+	stopped, err := recordStart(ctx, journal, proofs.Key(), v)
 	if err != nil {
 		return err
 	}
@@ -195,7 +206,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
-	group.Go(func() error { return watchHealth(ctx, authority, journal, tracker) })
+	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })
 	}

@@ -20,26 +20,26 @@ const recordTimeout = 10 * time.Second
 
 // recordStart records that the CA starts, with which version and configuration.
 // stopped records that it has stopped in good order.
-func recordStart(ctx context.Context, journal *ledger.Journal, v *validated) (stopped func(context.Context) error, err error) {
+func recordStart(ctx context.Context, journal *ledger.Journal, vkey string, v *validated) (stopped func(context.Context) error, err error) {
 	settings, err := effectiveSettings(v)
 	if err != nil {
 		return nil, err
 	}
 	digest := sha256.Sum256([]byte(settings))
-	record := func(ctx context.Context, event ledgerv1.Event, c *ledgerv1.Configuration) error {
+	record := func(ctx context.Context, event ledgerv1.Event, detail string, c *ledgerv1.Configuration) error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
 		defer cancel()
 		_, err := journal.Append(ctx, ledger.NewDraft(&ledgerv1.Record{
 			Version: 1, Time: timestamppb.Now(), Event: event, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
-			TrustDomain: v.trustDomain.Name(), CaInstance: v.Instance, CaVersion: cli.Version(), Configuration: c,
+			TrustDomain: v.trustDomain.Name(), CaInstance: v.Instance, CaVersion: cli.Version(), Configuration: c, Detail: detail,
 		}, nil))
 		return err
 	}
-	if err := record(ctx, ledgerv1.Event_EVENT_STARTED, &ledgerv1.Configuration{Digest: digest[:], Settings: settings}); err != nil {
+	if err := record(ctx, ledgerv1.Event_EVENT_STARTED, "the ledger's tree is signed with "+vkey, &ledgerv1.Configuration{Digest: digest[:], Settings: settings}); err != nil {
 		return nil, fmt.Errorf("record the start: %w", err)
 	}
 	return func(ctx context.Context) error {
-		if err := record(ctx, ledgerv1.Event_EVENT_STOPPED, nil); err != nil {
+		if err := record(ctx, ledgerv1.Event_EVENT_STOPPED, "", nil); err != nil {
 			return fmt.Errorf("record the end: %w", err)
 		}
 		return nil
