@@ -15,6 +15,18 @@ import (
 	"github.com/meshid/meshid/test/require"
 )
 
+// awaitAs waits until a user's process gets a SPIFFE ID; before, it may be refused.
+func awaitAs(t *testing.T, uid uint32, a *local.Agent, want string) {
+	t.Helper()
+	local.Await(t, "wait for "+want, func(context.Context) error {
+		out, err := as(t, uid, "fetch", a.Socket).CombinedOutput()
+		if err == nil && !strings.HasPrefix(string(out), want+" ") {
+			t.Errorf("%d got %q", uid, out)
+		}
+		return err
+	})
+}
+
 // The CA stands still, as a machine does that swaps or is moved: the agent notices,
 // who asks meanwhile is told to come again, not that there is nothing for him, and all
 // goes on by itself.
@@ -44,11 +56,8 @@ func TestFault_F6_CAStandsStill(t *testing.T) {
 		t.Errorf("bob got %q", out)
 	}
 	w.agent.AwaitConnected(t)
-	for uid, want := range map[uint32]string{alice: "spiffe://example.org/alice", bob: "spiffe://example.org/bob"} {
-		if id, _ := fetchAs(t, uid, w.agent); id != want {
-			t.Errorf("%d got %q", uid, id)
-		}
-	}
+	awaitAs(t, alice, w.agent, "spiffe://example.org/alice")
+	awaitAs(t, bob, w.agent, "spiffe://example.org/bob")
 	if out := w.ca.MustCommand(t, "ledger", "verify", "--dir", filepath.Join(w.ca.DataDir, "ledger")); !strings.Contains(out, "intact") {
 		t.Error(out)
 	}
@@ -73,9 +82,7 @@ func TestFault_F38_AgentStandsStill(t *testing.T) {
 	})
 	w.agent.Signal(t, syscall.SIGCONT)
 	w.agent.AwaitConnected(t)
-	if id, _ := fetchAs(t, mallory, w.agent); id != "spiffe://example.org/mallory" {
-		t.Errorf("mallory got %q", id)
-	}
+	awaitAs(t, mallory, w.agent, "spiffe://example.org/mallory")
 	if out, err := as(t, bob, "fetch", w.agent.Socket).CombinedOutput(); err == nil || !strings.Contains(string(out), "PermissionDenied") {
 		t.Errorf("bob got %q: %v", out, err)
 	}
