@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -71,9 +72,14 @@ func ServeMetrics(ctx context.Context, address string, g prometheus.Gatherer, t 
 // RegisterProcessMetrics registers the metrics of the process and the Go
 // runtime, and <prefix>_build_info.
 func RegisterProcessMetrics(r prometheus.Registerer, prefix string) error {
+	fips := "off"
+	if fips140.Enabled() {
+		fips = "on"
+	}
 	info := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: prefix + "_build_info", Help: "Always 1; the labels say what was built with what.",
-		ConstLabels: prometheus.Labels{"version": Version(), "go_version": runtime.Version()},
+		Name:        prefix + "_build_info",
+		Help:        "Always 1; the labels say what was built with what, and whether the FIPS 140-3 module is in use.",
+		ConstLabels: prometheus.Labels{"version": Version(), "go_version": runtime.Version(), "fips": fips},
 	})
 	info.Set(1)
 	return errors.Join(

@@ -43,14 +43,16 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 			Help: "X.509-SVIDs asked of the CA, by why and by what became of it.",
 		}, []string{"kind", "outcome"}),
 		lag: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_agent_renewal_lag_seconds",
-			Help:    "From the moment an X.509-SVID was to be had until it was in hand.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 30, 300, 3600},
+			Name:                        "meshid_agent_renewal_lag_seconds",
+			Help:                        "From the moment an X.509-SVID was to be had until it was in hand.",
+			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 30, 300, 3600},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		first: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_agent_first_svid_seconds",
-			Help:    "From a stream's opening until its first X.509-SVID was published to it.",
-			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 30},
+			Name:                        "meshid_agent_first_svid_seconds",
+			Help:                        "From a stream's opening until its first X.509-SVID was published to it.",
+			Buckets:                     []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 30},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		attestations: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_agent_workload_attestations_total",
@@ -61,9 +63,10 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 			Help: "Attempts to attest this node.",
 		}, []string{"outcome"}),
 		keys: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_agent_key_generate_seconds",
-			Help:    "Time to make one key and its CSR.",
-			Buckets: []float64{.00005, .0001, .00025, .0005, .001, .0025, .01, .1},
+			Name:                        "meshid_agent_key_generate_seconds",
+			Help:                        "Time to make one key and its CSR.",
+			Buckets:                     []float64{.00005, .0001, .00025, .0005, .001, .0025, .01, .1},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_agent_ca_sessions_total",

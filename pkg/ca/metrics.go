@@ -78,9 +78,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}, []string{"role"})
 	m := &metrics{
 		duration: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_ca_sign_duration_seconds",
-			Help:    "Time to validate, sign and check one X.509-SVID.",
-			Buckets: prometheus.ExponentialBuckets(25e-6, 2, 14),
+			Name:                        "meshid_ca_sign_duration_seconds",
+			Help:                        "Time to validate, sign and check one X.509-SVID.",
+			Buckets:                     prometheus.ExponentialBuckets(25e-6, 2, 14),
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		retiring: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "meshid_ca_intermediates_retiring",

@@ -135,7 +135,8 @@ func Open(dir string, o Options) (_ *Journal, err error) {
 			err = errors.Join(err, lock.Release())
 		}
 	}()
-	m, err := newMetrics(o.Registerer)
+	queue := make(chan *request, queueLength)
+	m, err := newMetrics(o.Registerer, func() float64 { return float64(len(queue)) })
 	if err != nil {
 		return nil, fmt.Errorf("open ledger: %w", err)
 	}
@@ -147,7 +148,7 @@ func Open(dir string, o Options) (_ *Journal, err error) {
 	m.writable.Set(1)
 	j := &Journal{
 		dir: dir, options: o, metrics: m, lock: lock, name: w.journal, writer: w,
-		queue:   make(chan *request, queueLength),
+		queue:   queue,
 		closing: make(chan struct{}),
 		broken:  make(chan struct{}),
 		stopped: make(chan struct{}),

@@ -345,6 +345,7 @@ meshid_ca_ledger_failures_total[name:"reason" value:"full"] 0
 meshid_ca_ledger_failures_total[name:"reason" value:"sync"] 0
 meshid_ca_ledger_failures_total[name:"reason" value:"write"] 0
 meshid_ca_ledger_fsync_duration_seconds count 9
+meshid_ca_ledger_queue_requests 0
 meshid_ca_ledger_records 9
 meshid_ca_ledger_records_total[] 9
 meshid_ca_ledger_segments 2

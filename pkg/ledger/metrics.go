@@ -24,24 +24,28 @@ type metrics struct {
 	bytes    prometheus.Gauge
 	segments prometheus.Gauge
 	size     prometheus.Gauge
+	queue    prometheus.GaugeFunc
 }
 
-// newMetrics registers the metrics of one journal; reg may be nil.
-func newMetrics(reg prometheus.Registerer) (*metrics, error) {
+// newMetrics registers the metrics of one journal; reg may be nil. queued is how
+// many requests wait.
+func newMetrics(reg prometheus.Registerer, queued func() float64) (*metrics, error) {
 	m := &metrics{
 		records: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "meshid_ca_ledger_records_total",
 			Help: "Records made durable since the start.",
 		}),
 		sync: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_ca_ledger_fsync_duration_seconds",
-			Help:    "How long the disk took to make a batch of records durable.",
-			Buckets: prometheus.ExponentialBuckets(0.000_05, 2, 18), // 50 µs to 6.5 s
+			Name:                        "meshid_ca_ledger_fsync_duration_seconds",
+			Help:                        "How long the disk took to make a batch of records durable.",
+			Buckets:                     prometheus.ExponentialBuckets(0.000_05, 2, 18), // 50 µs to 6.5 s
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		batch: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_ca_ledger_batch_records",
-			Help:    "Records that shared one fsync.",
-			Buckets: prometheus.ExponentialBuckets(1, 2, 12),
+			Name:                        "meshid_ca_ledger_batch_records",
+			Help:                        "Records that shared one fsync.",
+			Buckets:                     prometheus.ExponentialBuckets(1, 2, 12),
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_ca_ledger_failures_total",
@@ -63,6 +67,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "meshid_ca_ledger_records",
 			Help: "Records in the journal; the next one gets this index.",
 		}),
+		queue: prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "meshid_ca_ledger_queue_requests",
+			Help: "Requests that wait for their records to be written: the next batch.",
+		}, queued),
 	}
 	for _, r := range []string{reasonFull, reasonWrite, reasonSync} {
 		m.failures.WithLabelValues(r)
@@ -71,7 +79,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		return m, nil
 	}
 	var errs []error
-	for _, c := range []prometheus.Collector{m.records, m.sync, m.batch, m.failures, m.writable, m.bytes, m.segments, m.size} {
+	for _, c := range []prometheus.Collector{m.records, m.sync, m.batch, m.failures, m.writable, m.bytes, m.segments, m.size, m.queue} {
 		errs = append(errs, reg.Register(c))
 	}
 	return m, errors.Join(errs...)

@@ -160,9 +160,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Help: "Expired certificates sent in place of a withdrawn identity.",
 		}),
 		acknowledging: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "meshid_agent_sds_ack_seconds",
-			Help:    "Time from sending a response to its acknowledgement.",
-			Buckets: []float64{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30},
+			Name:                        "meshid_agent_sds_ack_seconds",
+			Help:                        "Time from sending a response to its acknowledgement.",
+			Buckets:                     []float64{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 	}
 	for p := range protocols {

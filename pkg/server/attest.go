@@ -48,6 +48,7 @@ func (n *nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestReques
 	defer cancel()
 	a := &attestation{s: n.s, c: c, stream: stream}
 	identity, err := a.run(ctx)
+	n.s.metrics.attesting.WithLabelValues(n.s.methodLabel(a.method)).Observe(time.Since(c.began).Seconds())
 	n.s.metrics.attestations.WithLabelValues(n.s.methodLabel(a.method), outcomeOf(err)).Inc()
 	if err != nil {
 		return err

@@ -105,9 +105,11 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 		s: s, c: c, entries: s.registry.Entries(),
 		node: nodeRef(c.node, c.address), began: timestamppb.New(c.began),
 	}
+	start := time.Now()
 	if err := s.eachOnAllCores(ctx, admitted, func(i int) { batch.decide(&decisions[i], items[i]) }); err != nil {
 		return nil, err
 	}
+	s.metrics.stages.WithLabelValues(stageDecide).Observe(time.Since(start).Seconds())
 	return s.record(ctx, c, decisions)
 }
 
@@ -353,8 +355,11 @@ func (s *Server) record(ctx context.Context, c *caller, decisions []decision) (*
 	if len(drafts) > 0 {
 		appendCtx, cancel := context.WithTimeout(ctx, ledgerTimeout)
 		defer cancel()
+		start := time.Now()
 		var err error
-		if durable, err = s.cfg.Ledger.Append(appendCtx, drafts...); err != nil {
+		durable, err = s.cfg.Ledger.Append(appendCtx, drafts...)
+		s.metrics.stages.WithLabelValues(stageRecord).Observe(time.Since(start).Seconds())
+		if err != nil {
 			s.log.ErrorContext(ctx, "issuance cannot be recorded", "request_id", c.requestID, "node_id", c.node.ID, "err", err)
 			durable = nil
 		}

@@ -2,6 +2,14 @@ package server
 
 import (
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/meshid/meshid/pkg/server/registry"
+)
+
+// Stages of a request for X.509-SVIDs.
+const (
+	stageDecide = "decide"
+	stageRecord = "record"
 )
 
 type metrics struct {
@@ -19,6 +27,8 @@ type metrics struct {
 	panics        prometheus.Counter
 	batchSize     prometheus.Histogram
 	issueDuration prometheus.Histogram
+	stages        *prometheus.HistogramVec
+	attesting     *prometheus.HistogramVec
 }
 
 // newMetrics registers the server's metrics. Every series exists from the start.
@@ -56,12 +66,28 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		panics: counter("meshid_ca_panics_total", "Panics in handlers, each answered as an internal error."),
 		batchSize: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "meshid_ca_issue_batch_items", Help: "Items in one request for X.509-SVIDs.",
-			Buckets: []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512},
+			Buckets:                     []float64{1, 2, 4, 8, 16, 32, 64, 128, 256, 512},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
 		issueDuration: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "meshid_ca_issue_duration_seconds", Help: "Time from a request for X.509-SVIDs to its answer.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}),
+		stages: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:                        "meshid_ca_issue_stage_duration_seconds",
+			Help:                        "Time of a request for X.509-SVIDs by stage: decide (rules, signatures, on all cores), record (until the ledger is durable).",
+			Buckets:                     []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}, []string{"stage"}),
+		attesting: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "meshid_ca_attestation_duration_seconds", Help: "Time of one attestation of a node, with the node's own part.",
+			Buckets:                     []float64{.0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}, []string{"method"}),
+	}
+	for _, stage := range []string{stageDecide, stageRecord} {
+		m.stages.WithLabelValues(stage)
 	}
 	for _, kind := range []string{"first", "renewal", "rotation", "unspecified"} {
 		m.issued.WithLabelValues(kind)
@@ -70,6 +96,7 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		m.refused.WithLabelValues(reason)
 	}
 	for _, method := range append([]string{"unknown"}, methods...) {
+		m.attesting.WithLabelValues(method)
 		for _, outcome := range []string{"success", "refused", "error", "overload"} {
 			m.attestations.WithLabelValues(method, outcome)
 		}
@@ -94,12 +121,12 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 	for _, c := range []prometheus.Collector{
 		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.entryChanges,
 		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
+		m.stages, m.attesting,
+		nodesByState{s.registry},
 		gauge("meshid_ca_revision", "Revision of the last change of entries or trust bundle.",
 			func() float64 { return float64(s.registry.Entries().Revision) }),
 		gauge("meshid_ca_entries", "Registration entries in force.",
 			func() float64 { return float64(s.registry.Entries().Set.Len()) }),
-		gauge("meshid_ca_nodes", "Nodes that have attested and are not forgotten yet.",
-			func() float64 { return float64(s.registry.CountNodes()) }),
 		gauge("meshid_ca_nodes_connected", "Nodes with an open Sync stream.",
 			func() float64 { return float64(s.hub.count()) }),
 	} {
@@ -108,4 +135,21 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		}
 	}
 	return m, nil
+}
+
+// nodesByState counts the nodes when it is asked.
+type nodesByState struct{ registry *registry.Registry }
+
+var nodesDesc = prometheus.NewDesc("meshid_ca_nodes",
+	"Nodes that have attested and are not forgotten yet, by state: active, evicted or banned.", []string{"state"}, nil)
+
+// Describe implements prometheus.Collector.
+func (n nodesByState) Describe(ch chan<- *prometheus.Desc) { ch <- nodesDesc }
+
+// Collect implements prometheus.Collector.
+func (n nodesByState) Collect(ch chan<- prometheus.Metric) {
+	count := n.registry.CountNodesByState()
+	for _, state := range []registry.State{registry.Active, registry.Evicted, registry.Banned} {
+		ch <- prometheus.MustNewConstMetric(nodesDesc, prometheus.GaugeValue, float64(count[state]), string(state))
+	}
 }

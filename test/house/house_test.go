@@ -72,6 +72,7 @@ var arrows = []struct {
 	{"test/shop/image", nil},
 	{"test/shop/mesh", []string{"test/shop/engine", "test/shop/image", "proto/**"}},
 	{"test/**", []string{"test/**", "proto/**", "pkg/**", "internal/*"}},
+	{"deploy/grafana", nil},
 	{"deploy/demo", []string{"test/shop/**", "proto/admin/v1"}},
 	{"scripts/*", []string{"test/shop/engine"}},
 }

@@ -348,6 +348,17 @@ func (r *Registry) CountNodes() int {
 	return len(r.nodes)
 }
 
+// CountNodesByState returns how many nodes are in which state.
+func (r *Registry) CountNodesByState() map[State]int {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	count := make(map[State]int, 3)
+	for _, s := range r.nodes {
+		count[s.node.State]++
+	}
+	return count
+}
+
 // Verdict is what Authenticate found out about a node's X.509-SVID.
 type Verdict int
 
