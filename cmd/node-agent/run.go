@@ -28,9 +28,6 @@ import (
 	"github.com/meshid/meshid/pkg/workloadapi"
 )
 
-// gcPercent is GOGC where the operator sets none.
-const gcPercent = 25
-
 // conditionSocket: workloads cannot connect, because something else is in the
 // place of the socket.
 const conditionSocket = "workload_socket"
@@ -106,8 +103,6 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		logger.WarnContext(ctx, "process hardening is incomplete", "err", err)
 	}
 	if os.Getenv("GOGC") == "" {
-		// An agent is on every machine and has little to do: its memory is dearer
-		// than its collector's time.
 		debug.SetGCPercent(gcPercent)
 	}
 	registry := prometheus.NewRegistry()
@@ -159,6 +154,10 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		return errors.Join(fmt.Errorf("admin_socket: %w", err), socket.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		tendMemory(ctx, calm)
+		return nil
+	})
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })

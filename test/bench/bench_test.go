@@ -281,6 +281,15 @@ func (c *crowd) release(b testing.TB) (waits []time.Duration, all time.Duration)
 	return waits, time.Duration(last - first)
 }
 
+// processorTime is what the processes have used.
+func (c *crowd) processorTime(b testing.TB) (all time.Duration) {
+	b.Helper()
+	for _, p := range c.processes {
+		all += processorTime(b, p.Process.Pid)
+	}
+	return all
+}
+
 // leave ends the processes.
 func (c *crowd) leave() {
 	for _, p := range c.processes {

@@ -124,6 +124,42 @@ func (s *standard) issue(b testing.TB, item *nodev1.IssueItem) {
 	must(b, err)
 }
 
+// yardstick measures the standard library's bare work for one certificate while
+// something else is measured: how fast the machine is just then.
+type yardstick struct {
+	standard *standard
+	item     *nodev1.IssueItem
+	taken    time.Duration
+	issued   int
+}
+
+func newYardstick(b testing.TB) *yardstick {
+	b.Helper()
+	return &yardstick{standard: newStandard(b), item: items(b, 1)[0]}
+}
+
+// measure issues some certificates.
+func (y *yardstick) measure(b testing.TB) {
+	b.Helper()
+	const n = 10
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	began := threadTime(b)
+	for range n {
+		y.standard.issue(b, y.item)
+	}
+	y.taken += threadTime(b) - began
+	y.issued += n
+}
+
+// report reports it, and how many times that a processor time is.
+func (y *yardstick) report(b *testing.B, of time.Duration) {
+	b.Helper()
+	bare := y.taken / time.Duration(y.issued)
+	b.ReportMetric(float64(bare.Nanoseconds())/1000, "stdlib-µs")
+	b.ReportMetric(float64(of)/float64(bare), "x-stdlib")
+}
+
 // BenchmarkIssue reports the processor time that the CA's process takes for one
 // X.509-SVID, all included (TLS, gRPC, rule, linter, durable record), and how many
 // times that of the standard library's bare work it is. The two take turns.
