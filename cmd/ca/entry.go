@@ -38,7 +38,7 @@ docs/entries.md); what stands in {} is one too. One entry covers every container
 that it matches, whenever it starts.`,
 	}
 	c.add(cmd)
-	cmd.AddCommand(newEntryApply(c), newEntryDiff(c), newEntryGet(c), newEntryDelete(c), newEntryExplain(c), newEntryStatus(c), newEntryCheck())
+	cmd.AddCommand(newEntryApply(c), newEntryDiff(c), newEntryGet(c), newEntryDelete(c), newEntryExplain(c), newEntryStatus(c), newEntryCheck(), newEntryReplay())
 	return cmd
 }
 

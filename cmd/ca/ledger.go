@@ -31,10 +31,14 @@ func newLedgerCommand() *cobra.Command {
 refused, to whom, where, why and when. These commands read its folder directly:
 the CA need not run, and a copied folder is as good as the original.`,
 	}
+	f.add(cmd)
+	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerWhy(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f))
+	return cmd
+}
+
+func (f *ledgerFlags) add(cmd *cobra.Command) {
 	cmd.PersistentFlags().StringVar(&f.dir, "dir", "", "folder of the journal; by default that of the configuration")
 	cmd.PersistentFlags().StringVar(&f.config, "config", defaultConfigPath, "configuration file that names the data folder")
-	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f))
-	return cmd
 }
 
 // path returns the journal's folder.

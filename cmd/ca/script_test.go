@@ -16,6 +16,9 @@ func TestMain(m *testing.M) {
 		"ca": func() {
 			os.Exit(cli.Main(run)) //nolint:forbidigo // this is the main of the program that the scripts call
 		},
+		"makejournal": func() {
+			os.Exit(makeJournal()) //nolint:forbidigo // as above
+		},
 	})
 }
 

@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"math"
 )
@@ -18,4 +19,15 @@ func Size(dir string) (uint64, error) {
 		return 0, nil
 	}
 	return c.seg.index, nil
+}
+
+// Segments returns the index of the first record of each segment of the journal in
+// dir, in order. Whoever has to look at a part of a long journal begins at one of
+// them: a scan reads its first segment from the beginning.
+func Segments(dir string) ([]uint64, error) {
+	firsts, err := listSegments(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open ledger: %w", err)
+	}
+	return firsts, nil
 }

@@ -53,6 +53,7 @@ var arrows = []struct {
 	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
 	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
 	// Level 3.
+	{"pkg/audit", []string{"pkg/identity", "pkg/ledger", "proto/**"}},
 	{"pkg/attest/attesttest", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "proto/**"}},
 	{"pkg/attest/node/*", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
 	{"pkg/attest/workload/**", []string{"pkg/attest", "pkg/attest/peer", "pkg/attest/workload/**", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},

@@ -1,0 +1,26 @@
+package cli
+
+import (
+	"strconv"
+	"strings"
+)
+
+// Printable returns text for one line of a terminal: what somebody else may have
+// chosen, such as a label, cannot move the cursor or look like another line.
+func Printable(s string) string {
+	if !strings.ContainsFunc(s, unprintable) {
+		return s
+	}
+	var b strings.Builder
+	for _, r := range s {
+		if unprintable(r) {
+			quoted := strconv.QuoteRune(r)
+			b.WriteString(quoted[1 : len(quoted)-1])
+		} else {
+			b.WriteRune(r)
+		}
+	}
+	return b.String()
+}
+
+func unprintable(r rune) bool { return !strconv.IsPrint(r) }
