@@ -71,7 +71,7 @@ generate: ## Go from .proto files, and what is generated into docs/ and deploy/
 	PATH=$(CURDIR)/bin:$$PATH protoc -I. --go_out=. --go_opt=module=github.com/meshid/meshid \
 		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid $(PROTOS)
 	go generate ./...
-	go test -count=1 -run 'TestConfiguration|TestMetrics' ./test/docs -update
+	go test -count=1 -run 'TestConfiguration|TestMetrics|TestRecord' ./test/docs -update
 
 clean: ## remove what was built and installed here
 	rm -rf bin .cache

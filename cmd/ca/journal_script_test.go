@@ -1,12 +1,21 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"os"
+	"strings"
+	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/tools/txtar"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -30,21 +39,87 @@ type scriptJournal struct {
 // makeJournal is the program `makejournal DIR [old]` of the scripts. An old
 // journal is one of a version that recorded neither starts nor whole entries.
 func makeJournal() int {
-	journal, err := ledger.Open(os.Args[1], ledger.Options{})
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	s := &scriptJournal{journal: journal, at: time.Date(2026, 11, 23, 9, 0, 0, 0, time.UTC)}
-	err = s.write(len(os.Args) > 2)
-	if closing := journal.Close(); err == nil {
-		err = closing
-	}
-	if err != nil {
+	if err := writeJournal(os.Args[1], len(os.Args) > 2); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return 0
+}
+
+func writeJournal(dir string, old bool) (err error) {
+	journal, err := ledger.Open(dir, ledger.Options{})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, journal.Close()) }()
+	s := &scriptJournal{journal: journal, at: time.Date(2026, 11, 23, 9, 0, 0, 0, time.UTC)}
+	return s.write(old)
+}
+
+var update = flag.Bool("update", false, "write the example of a record in docs/audit.md")
+
+// TestRecordInDocs holds the example in docs/audit.md to what the programs print.
+func TestRecordInDocs(t *testing.T) {
+	const begin = "```json golden=record\n"
+	page, err := os.ReadFile("../../docs/audit.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(page), begin)
+	got, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("docs/audit.md has no example of a record")
+	}
+	dir := t.TempDir()
+	if err := writeJournal(dir, false); err != nil {
+		t.Fatal(err)
+	}
+	for e, err := range ledger.Scan(dir, 3) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		line, err := ledger.FormatJSON(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The chain begins with the journal's name, which is random.
+		line = bytes.Replace(line, []byte(hex.EncodeToString(e.Link[:])), []byte("…"), 1)
+		var want bytes.Buffer
+		if err := json.Indent(&want, line, "", "  "); err != nil {
+			t.Fatal(err)
+		}
+		if *update {
+			fresh := strings.Replace(string(page), begin+got, begin+want.String()+"\n", 1)
+			if err := os.WriteFile("../../docs/audit.md", []byte(fresh), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			return
+		}
+		if diff := cmp.Diff(want.String()+"\n", got); diff != "" {
+			t.Errorf("the example in docs/audit.md is not what is printed (-want +got):\n%s", diff)
+		}
+		return
+	}
+}
+
+// TestAnswersInDocs holds the answers that docs/audit.md shows to those that the
+// scripts compare with what is printed.
+func TestAnswersInDocs(t *testing.T) {
+	page, err := os.ReadFile("../../docs/audit.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for script, answer := range map[string]string{"why": "issued.txt", "replay": "stricter.txt"} {
+		archive, err := txtar.ParseFile("testdata/script/" + script + ".txtar")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range archive.Files {
+			if f.Name == answer && !bytes.Contains(page, f.Data) {
+				t.Errorf("docs/audit.md does not show what %s.txtar has as %s", script, answer)
+			}
+		}
+	}
 }
 
 func (s *scriptJournal) write(old bool) error {
@@ -128,6 +203,8 @@ func (s *scriptJournal) decision(e *entryv1.Entry, app, container string) *ledge
 	r := s.record(ledgerv1.Event_EVENT_ISSUE)
 	r.Entry, r.Instance, r.VerifiedBy = s.ref(e), "docker:"+container, "agent"
 	r.Attestors = []string{"unix", "docker"}
+	r.Process = &attributesv1.Process{Pid: 4711, StartTime: timestamppb.New(s.at.Add(-time.Second))}
+	r.RequestId, r.Took = "5ac0e2a7c1f0b3d4", durationpb.New(412*time.Microsecond)
 	r.Workload = &attributesv1.Workload{
 		Unix: &attributesv1.Unix{Uid: 1000, Gid: 1000, Path: "/" + app},
 		Docker: &attributesv1.Docker{
@@ -150,6 +227,11 @@ func (s *scriptJournal) issued(e *entryv1.Entry, app, container string) *ledgerv
 		Serial: []byte{0x7f, s.serial}, Sha256: sum[:], SpkiSha256: sum[:], KeyAlgorithm: "EC-P256",
 		NotBefore: timestamppb.New(s.at.Add(-5 * time.Minute)), NotAfter: timestamppb.New(s.at.Add(time.Hour)),
 		DnsNames: []string{app + ".shop.internal"},
+	}
+	issuer := sha256.Sum256([]byte("intermediate"))
+	r.Authority = &ledgerv1.Authority{
+		Id: hex.EncodeToString(issuer[:20]), Role: "intermediate", State: "active", Sha256: issuer[:],
+		NotAfter: timestamppb.New(s.at.AddDate(0, 0, 7)), BundleSequence: 1,
 	}
 	return r
 }

@@ -125,6 +125,8 @@ type Agent struct {
 	unattested int  // streams whose process could not be attested so far
 	ended      bool // Run has ended
 	attributes map[subject]*attributesv1.Workload
+	// processes are those that have an open stream, the latest of each workload.
+	processes map[subject]*attributesv1.Process
 
 	node     *attributesv1.Node // as the CA established it
 	raw      map[string]*entryv1.Entry
@@ -202,6 +204,7 @@ func New(c Config) (*Agent, error) {
 		cache:      cache.New(cache.Config{Random: rand.Float64}),
 		streams:    make(map[cache.WatchID]*stream),
 		attributes: make(map[subject]*attributesv1.Workload),
+		processes:  make(map[subject]*attributesv1.Process),
 		since:      time.Now(),
 	}
 	if err := c.Registerer.Register(collector{a}); err != nil {

@@ -65,7 +65,7 @@ func TestFirstSVID(t *testing.T) {
 		}
 		item := h.ca.items[0]
 		if item.GetKind() != nodev1.IssueKind_ISSUE_KIND_FIRST || item.GetInstance() != "unix:1000:1000:/bin/app" ||
-			item.GetWorkload().GetUnix().GetUid() != 1000 || len(item.GetPreviousSerial()) > 0 {
+			item.GetWorkload().GetUnix().GetUid() != 1000 || len(item.GetPreviousSerial()) > 0 || item.GetProcess().GetPid() != 1 {
 			t.Errorf("item %v", item)
 		}
 	})

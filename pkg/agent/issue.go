@@ -53,15 +53,16 @@ func (a *Agent) issue(ctx context.Context) error {
 		r := a.take(now, room)
 		for first := 0; first < len(r.Issue); first += maxBatch {
 			batch := r.Issue[first:min(first+maxBatch, len(r.Issue))]
-			attributes := make([]*attributesv1.Workload, len(batch))
+			facts := make([]facts, len(batch))
 			for n, q := range batch {
-				attributes[n] = a.attributes[subject{q.Instance, q.Digest}]
+				of := subject{q.Instance, q.Digest}
+				facts[n].attributes, facts[n].process = a.attributes[of], a.processes[of]
 			}
 			a.flights++
 			s.calls.Add(1)
 			a.tasks.Go(func() {
 				defer s.calls.Done()
-				a.ask(ctx, s, batch, attributes)
+				a.ask(ctx, s, batch, facts)
 			})
 		}
 		wait := idle
@@ -121,10 +122,16 @@ type result struct {
 	invalid bool // err is about what the CA sent
 }
 
+// facts are what the CA is told of a workload.
+type facts struct {
+	attributes *attributesv1.Workload
+	process    *attributesv1.Process // nil if none has an open stream
+}
+
 // ask has one batch issued and tells the cache.
-func (a *Agent) ask(ctx context.Context, s *session, batch []cache.Request, attributes []*attributesv1.Workload) {
+func (a *Agent) ask(ctx context.Context, s *session, batch []cache.Request, facts []facts) {
 	results := make([]result, len(batch))
-	response, pairs, err := a.call(ctx, s, batch, attributes)
+	response, pairs, err := a.call(ctx, s, batch, facts)
 	defer func() {
 		a.mu.Lock()
 		a.flights--
@@ -154,7 +161,7 @@ func (a *Agent) ask(ctx context.Context, s *session, batch []cache.Request, attr
 }
 
 // call sends one batch.
-func (a *Agent) call(ctx context.Context, s *session, batch []cache.Request, attributes []*attributesv1.Workload) (*nodev1.IssueResponse, []*keyPair, error) {
+func (a *Agent) call(ctx context.Context, s *session, batch []cache.Request, facts []facts) (*nodev1.IssueResponse, []*keyPair, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	request := &nodev1.IssueRequest{Items: make([]*nodev1.IssueItem, len(batch))}
@@ -169,7 +176,8 @@ func (a *Agent) call(ctx context.Context, s *session, batch []cache.Request, att
 			Entry:          q.Identity.Entry.Name(),
 			Csr:            pair.csr,
 			Instance:       q.Instance,
-			Workload:       attributes[n],
+			Workload:       facts[n].attributes,
+			Process:        facts[n].process,
 			Kind:           kindOf(q.Kind),
 			PreviousSerial: q.PreviousSerial,
 		}

@@ -17,7 +17,9 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 
@@ -47,6 +49,9 @@ type stream struct {
 	watch  *identity.Watch
 	peer   *peer.Peer
 	opened time.Time
+
+	is      subject               // what it was attested as; zero before
+	process *attributesv1.Process // of the peer, for the CA's ledger
 
 	served bool   // an X.509-SVID has been published to it
 	acked  uint64 // sequence of the bundle it has acknowledged
@@ -97,9 +102,17 @@ func (a *Agent) unsubscribe(id cache.WatchID) {
 // forget removes a stream from the agent's books. a.mu is held.
 func (a *Agent) forget(id cache.WatchID, s *stream) {
 	delete(a.streams, id)
+	a.unname(s)
 	if s.acked > 0 {
 		a.report.acks = true
 		signal(a.up)
+	}
+}
+
+// unname forgets that a stream's process asks for its workload. a.mu is held.
+func (a *Agent) unname(s *stream) {
+	if a.processes[s.is] == s.process {
+		delete(a.processes, s.is)
 	}
 }
 
@@ -204,7 +217,30 @@ var errNobodyKnows = errors.New("no workload attestor knows this process")
 type workload struct {
 	subject
 	attributes *attributesv1.Workload
+	process    *attributesv1.Process
 }
+
+// processOf names the process of a peer for the CA's ledger: without its start if
+// that cannot be read, since nothing is decided by it.
+func processOf(p *peer.Peer, now time.Time) *attributesv1.Process {
+	named := &attributesv1.Process{Pid: int64(p.PID)}
+	proc, err := p.Process()
+	if err != nil {
+		return named
+	}
+	defer proc.Close() //nolint:errcheck // nothing was written
+	stat, err := proc.Stat()
+	var up unix.Timespec
+	if err != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) != nil {
+		return named
+	}
+	age := time.Duration(up.Nano()) - time.Duration(stat.StartTime)*clockTick
+	named.StartTime = timestamppb.New(now.Add(-age).Truncate(clockTick))
+	return named
+}
+
+// clockTick is the unit of start times in procfs on all of Linux's ABIs.
+const clockTick = 10 * time.Millisecond
 
 // attest asks all attestors. If one of them cannot answer now the process gets
 // nothing: fewer facts could match a rule that more facts would not.
@@ -233,7 +269,7 @@ func (a *Agent) attest(ctx context.Context, p *peer.Peer) (*workload, error) {
 	if err := p.Alive(); err != nil { // what was read may be another process's
 		return nil, err
 	}
-	found, rank := &workload{attributes: &attributesv1.Workload{}}, 0
+	found, rank := &workload{attributes: &attributesv1.Workload{}, process: processOf(p, time.Now())}, 0
 	for n, f := range facts {
 		switch err := errs[n]; {
 		case errors.Is(err, attest.ErrNotMine):
@@ -286,6 +322,9 @@ func (a *Agent) enroll(id cache.WatchID, s *stream, w *workload) error {
 		return fmt.Errorf("enroll instance %s: %w", w.instance, err)
 	}
 	s.again = false
+	a.unname(s)
+	s.is, s.process = w.subject, w.process
+	a.processes[s.is] = s.process
 	a.settle(now)
 	return nil
 }
