@@ -70,15 +70,15 @@ Exit code 1 if anything would have been different.`,
 				return err
 			}
 			end()
-			if format == "json" {
-				err = cli.JSON(cmd.OutOrStdout(), report)
-			} else {
-				err = writeReplay(cmd.OutOrStdout(), report)
+			if format == "text" {
+				writeReplay(cmd.OutOrStdout(), report)
+			} else if err := cli.JSON(cmd.OutOrStdout(), report); err != nil {
+				return err
 			}
-			if err == nil && (len(report.Groups) > 0 || report.Uncounted > 0) {
+			if len(report.Groups) > 0 || report.Uncounted > 0 {
 				return &cli.ExitError{Code: 1}
 			}
-			return err
+			return nil
 		},
 	}
 	fileFlag(cmd, &file)
@@ -149,7 +149,7 @@ func ledgerTrustDomain(dir string) (spiffeid.TrustDomain, error) {
 	return spiffeid.TrustDomain{}, fmt.Errorf("there is no record in %s", dir)
 }
 
-func writeReplay(w io.Writer, r *audit.Report) error {
+func writeReplay(w io.Writer, r *audit.Report) {
 	fmt.Fprintf(w, "%d issuances and %d refusals from %s to %s: %d would be the same\n", r.Issued, r.Refusals,
 		r.Since.Local().Format(time.RFC3339), r.Until.Local().Format(time.RFC3339), r.Kept)
 	if r.Other > 0 {
@@ -175,7 +175,6 @@ func writeReplay(w io.Writer, r *audit.Report) error {
 	if r.Uncounted > 0 {
 		fmt.Fprintf(w, "and %d more records with an effect of other kinds\n", r.Uncounted)
 	}
-	return nil
 }
 
 // named is an identity with its DNS names.

@@ -234,7 +234,7 @@ func processOf(p *peer.Peer, now time.Time) *attributesv1.Process {
 	if err != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &up) != nil {
 		return named
 	}
-	age := time.Duration(up.Nano()) - time.Duration(stat.StartTime)*clockTick
+	age := time.Duration(up.Nano()) - time.Duration(stat.StartTime)*clockTick //nolint:gosec // of 292 years at most
 	named.StartTime = timestamppb.New(now.Add(-age).Truncate(clockTick))
 	return named
 }

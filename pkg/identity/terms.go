@@ -44,9 +44,9 @@ func (e *Entry) Terms(f *Facts) []FieldTerms {
 		return all
 	}
 	id := FieldTerms{"spiffe_id", Term{Source: e.proto.GetSpiffeId(), Holds: true}}
-	if got, err := e.staticID, (*renderError)(nil); !got.IsZero() {
-		id.Why = got.String()
-	} else if got, err = e.renderID(f); err != nil {
+	if static, ok := e.StaticID(); ok {
+		id.Why = static.String()
+	} else if got, err := e.renderID(f); err != nil {
 		id.Holds, id.Why = false, err.why.Error()
 	} else {
 		id.Why = got.String()
