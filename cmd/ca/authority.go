@@ -77,6 +77,28 @@ func newSVIDCommand() *cobra.Command {
 	return cmd
 }
 
+func newClockCommand() *cobra.Command {
+	c := &clientFlags{}
+	cmd := &cobra.Command{Use: "clock", Short: "Confirm the CA's clock after it was set"}
+	c.add(cmd)
+	cmd.AddCommand(printing(&cobra.Command{
+		Use:   "confirm",
+		Short: "Say that the CA's clock, which was set, is right now",
+		Long: `Say that the CA's clock is right. When it is set by more than five minutes, the CA
+issues nothing and lets nothing end: whoever can set the clock could have it sign
+for the future, or forget what has not expired. "ca status" says by how much it was
+set. If it is wrong, set it back instead; the CA goes on by itself then.`,
+		Args: cobra.NoArgs,
+	}, func(cmd *cobra.Command, _ []string) (*adminv1.ConfirmClockResponse, error) {
+		return call(cmd.Context(), c, adminv1.AdminServiceClient.ConfirmClock, &adminv1.ConfirmClockRequest{})
+	}, func(cmd *cobra.Command, _ string, answer *adminv1.ConfirmClockResponse) error {
+		fmt.Fprintf(cmd.OutOrStdout(), "the CA relies on its clock again: it shows %s, and was set by %s\n",
+			answer.GetTime().AsTime().Format(time.RFC3339), answer.GetBy().AsDuration().Round(time.Second))
+		return nil
+	}, "text"))
+	return cmd
+}
+
 func newBundleCommand() *cobra.Command {
 	c := &clientFlags{}
 	cmd := &cobra.Command{Use: "bundle", Short: "See the trust bundle"}

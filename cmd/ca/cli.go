@@ -50,6 +50,6 @@ then let a machine join, and say who gets which identity:
 	}
 	add("server", newRunCommand(), newCheckCommand(), newLedgerCommand())
 	add("operate", newEntryCommand(), newNodeCommand(), newTokenCommand(),
-		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newStatusCommand())
+		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newStatusCommand())
 	return root
 }

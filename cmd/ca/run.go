@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/clock"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/peer"
@@ -170,12 +171,14 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 
+	guard := clock.NewGuard(clock.Read)
 	var srv *server.Server
 	authority, err := ca.Open(ctx, ca.Config{
 		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		Upstream: above, Logger: logger, Registerer: registry,
+		Clock: guard.Check,
 		OnChange: func() {
 			if srv != nil {
 				srv.BundleChanged()
@@ -188,7 +191,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	srv, err = server.New(ctx, server.Config{
 		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
-		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0),
+		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
 		Logger: logger, Registerer: registry, Health: tracker,
 	})
 	if err != nil {

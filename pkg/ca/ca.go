@@ -125,6 +125,10 @@ type Config struct {
 	// it, in place of a root of our own.
 	Upstream *Upstream
 
+	// Clock says why the time is not to be relied on, such as that the clock was
+	// set; nil if it is. While it is not, nothing is signed, renewed or ended. It
+	// is asked at each signature; nil means that the time is always relied on.
+	Clock func() error
 	// Logger may be nil.
 	Logger *slog.Logger
 	// Registerer may be nil.
@@ -153,6 +157,9 @@ func (cfg Config) withDefaults() Config {
 	}
 	if cfg.Registerer == nil {
 		cfg.Registerer = prometheus.NewRegistry()
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = func() error { return nil }
 	}
 	if cfg.OnChange == nil {
 		cfg.OnChange = func() {}
@@ -344,6 +351,9 @@ func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
 		c.cfg.OnChange()
 		c.wake()
 		return a.describe(StateActive), nil
+	}
+	if err := c.cfg.Clock(); err != nil {
+		return Authority{}, fmt.Errorf("rotate the intermediate: %w", err)
 	}
 	c.mu.Lock()
 	now := time.Now()

@@ -51,6 +51,8 @@ const (
 	longestNap = 30 * time.Second
 	// A renewal that failed is tried again after 1 s, doubling up to this.
 	longestRetry = time.Minute
+	// clockNap is between two looks while the clock is not to be relied on.
+	clockNap = time.Second
 	// maxRetiring bounds what an operator who rotates in a loop can pile up.
 	maxRetiring = 32
 	// maxKeyNames is how many taken names Open tries to get around.
@@ -84,6 +86,9 @@ func (c *CA) maintain(ctx context.Context, now time.Time) (nap time.Duration) {
 	now = now.Round(0) // wall time: the monotonic clock stops in sleep
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err := c.cfg.Clock(); err != nil {
+		return clockNap
+	}
 	// More than the longest retry can only mean that the clock went back.
 	if wait := c.retryAt.Sub(now); wait > 0 && wait <= longestRetry {
 		return wait

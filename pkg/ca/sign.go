@@ -107,6 +107,10 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	if record == nil {
 		record = &ledgerv1.Record{}
 	}
+	if err := c.cfg.Clock(); err != nil {
+		c.metrics.refused[refusedAuthority].Inc()
+		return nil, fmt.Errorf("%w: %w", ErrNoAuthority, err)
+	}
 	// 1. Validate.
 	id, refused, err := c.validate(s, r, own)
 	if err != nil {

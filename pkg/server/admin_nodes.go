@@ -56,6 +56,9 @@ func (a *adminService) CreateToken(ctx context.Context, req *adminv1.CreateToken
 	if err := checkLabels(req.GetLabels()); err != nil {
 		return nil, err
 	}
+	if err := s.checkClock(); err != nil { // tokens that have expired by it are deleted
+		return nil, err
+	}
 	name := req.GetNodeName()
 	if name == "" {
 		name = newRequestID()
@@ -345,6 +348,9 @@ func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.Rota
 		return nil, err
 	}
 	s := a.s
+	if err := s.checkClock(); err != nil {
+		return nil, err
+	}
 	old := ""
 	for _, authority := range s.cfg.CA.Authorities() {
 		if authority.Role == ca.RoleIntermediate && authority.State == ca.StateActive {
@@ -375,6 +381,9 @@ func (a *adminService) RenewSVIDs(ctx context.Context, req *adminv1.RenewSVIDsRe
 	}
 	within, err := rotateWithin(req.GetWithin())
 	if err != nil {
+		return nil, err
+	}
+	if err := a.s.checkClock(); err != nil {
 		return nil, err
 	}
 	if err := a.s.recordOrder(ctx, c, "", within); err != nil {

@@ -96,6 +96,9 @@ type tokenEvidence interface {
 }
 
 func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
+	if err := a.s.checkClock(); err != nil { // before a token is used up
+		return nil, err
+	}
 	first, err := a.receive(ctx)
 	if err != nil {
 		return nil, err
@@ -353,6 +356,9 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 		return nil, fail(kindDenied, "permission denied", errors.New("caller is not a node"))
 	}
 	s := n.s
+	if err := s.checkClock(); err != nil {
+		return nil, err
+	}
 	r := s.newRecord(c, ledgerv1.Event_EVENT_RENEW_AGENT)
 	r.VerifiedBy, r.Kind = "ca", ledgerv1.Kind_KIND_RENEWAL
 	r.Node, r.PreviousSerial = nodeRef(c.node, c.address), c.serial

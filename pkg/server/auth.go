@@ -63,6 +63,7 @@ var methods = map[string]role{
 	adminv1.AdminService_ListAuthorities_FullMethodName:    roleAdmin,
 	adminv1.AdminService_RotateIntermediate_FullMethodName: roleAdmin,
 	adminv1.AdminService_RenewSVIDs_FullMethodName:         roleAdmin,
+	adminv1.AdminService_ConfirmClock_FullMethodName:       roleAdmin,
 	adminv1.AdminService_GetStatus_FullMethodName:          roleAdmin,
 }
 

@@ -19,6 +19,7 @@ type metrics struct {
 	attestations  *prometheus.CounterVec
 	renewals      prometheus.Counter
 	clones        prometheus.Counter
+	clockJumps    prometheus.Counter
 	evictions     *prometheus.CounterVec
 	entryChanges  *prometheus.CounterVec
 	syncMessages  *prometheus.CounterVec
@@ -52,7 +53,8 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		attestations: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_ca_attestations_total", Help: "Attestations of nodes.",
 		}, []string{"method", "outcome"}),
-		renewals: counter("meshid_ca_agent_renewals_total", "X.509-SVIDs of agents that were renewed."),
+		renewals:   counter("meshid_ca_agent_renewals_total", "X.509-SVIDs of agents that were renewed."),
+		clockJumps: counter("meshid_ca_clock_jumps_total", "Times that the CA's clock was set by more than five minutes."),
 		clones: counter("meshid_ca_agent_clones_total",
 			"Times that an agent presented an X.509-SVID that it had replaced."),
 		evictions: counters("meshid_ca_node_changes_total", "Changes of nodes by operators.", "action"),
@@ -123,6 +125,8 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
 		m.stages, m.attesting,
 		nodesByState{s.registry},
+		m.clockJumps,
+		gauge("meshid_ca_clock_jump_seconds", "By how much the CA's clock was set, and not confirmed; 0 while it is relied on.", s.clockJump),
 		gauge("meshid_ca_revision", "Revision of the last change of entries or trust bundle.",
 			func() float64 { return float64(s.registry.Entries().Revision) }),
 		gauge("meshid_ca_entries", "Registration entries in force.",

@@ -22,6 +22,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/internal/clock"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/health"
@@ -31,7 +32,7 @@ import (
 )
 
 // Conditions are the names of what this package reports to its health.Tracker.
-var Conditions = []string{conditionEntries, conditionClone, conditionStore}
+var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock}
 
 const (
 	// conditionEntries: some stored entries do not compile and are not in force.
@@ -99,6 +100,9 @@ type Config struct {
 	// DefaultTTL is what an entry without a ttl gets; it is used to work out
 	// the outage budget only. Default 1 h.
 	DefaultTTL time.Duration
+	// Clock watches the clock; nil means that nobody does. It is the same that the
+	// CA asks.
+	Clock      *clock.Guard
 	Limits     Limits
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
@@ -182,6 +186,9 @@ type Server struct {
 
 	entryMu sync.Mutex     // held from reading entries to having applied the change
 	nodeMu  [64]sync.Mutex // by hash of the SPIFFE ID: held while a node is changed
+
+	clockMu  sync.Mutex // held while the state of the clock is recorded; guards what follows
+	clockSet bool       // it was set, and that was recorded
 
 	cloneMu sync.Mutex // guards what follows
 	clones  map[string]bool
@@ -283,6 +290,8 @@ func (s *Server) reportBroken() {
 func (s *Server) Run(ctx context.Context) error {
 	ticker := time.NewTicker(flushInterval)
 	defer ticker.Stop()
+	clockTicker := time.NewTicker(clockInterval)
+	defer clockTicker.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -294,6 +303,8 @@ func (s *Server) Run(ctx context.Context) error {
 			return nil
 		case <-ticker.C:
 			s.flush(ctx)
+		case <-clockTicker.C:
+			s.watchClock(ctx)
 		case <-s.bundleCh:
 			s.noteBundle(ctx)
 		}

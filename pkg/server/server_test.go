@@ -109,6 +109,12 @@ func (h *house) start(options ...func(*Config)) {
 	var server *Server
 	h.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, Instance: "test", Keys: keys.File(filepath.Join(h.dir, "keys")), Store: h.store, Ledger: h.journal,
+		Clock: func() error {
+			if server == nil || server.cfg.Clock == nil {
+				return nil
+			}
+			return server.cfg.Clock.Check()
+		},
 		OnChange: func() {
 			if server != nil {
 				server.BundleChanged()

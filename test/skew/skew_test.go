@@ -164,10 +164,11 @@ func renewed(c *stepclock.Clock, old *x509svid.SVID) func(*x509.Certificate) boo
 // it woke up, all is as before, and nobody was needed.
 func TestV_C10_AsleepForDays(t *testing.T) {
 	c := stepclock.New(t)
-	_, a := site(t, c, "1h")
+	ca, a := site(t, c, "1h")
 	old := fetch(t, a, "the first X.509-SVID", validAt(c.Now()))
 	thaw := freeze(t, a.Process)
-	c.Step(t, 3*day) // the CA, awake, is as far
+	c.Step(t, 3*day)
+	confirm(t, ca) // awake, it saw the clock being set: the shim moves no other
 	thaw()
 	fetch(t, a, "an X.509-SVID after the sleep", renewed(c, old))
 	a.AwaitConnected(t)
@@ -208,17 +209,49 @@ func handshakeCertificate(ctx context.Context, ca *local.CA) (*x509.Certificate,
 	return c.ConnectionState().PeerCertificates[0], nil
 }
 
+// confirm waits until the CA says that its clock was set, and says that it is right.
+func confirm(t *testing.T, ca *local.CA) {
+	t.Helper()
+	local.Await(t, "wait for the CA to notice that its clock was set", func(ctx context.Context) error {
+		s, err := ca.Admin.GetStatus(ctx, &adminv1.GetStatusRequest{})
+		if err != nil {
+			return err
+		}
+		for _, k := range s.GetConditions() {
+			if k.GetName() == "clock" && strings.Contains(k.GetMessage(), "ca clock confirm") {
+				return nil
+			}
+		}
+		return fmt.Errorf("conditions are %v", s.GetConditions())
+	})
+	if out := ca.MustCommand(t, "clock", "confirm"); !strings.Contains(out, "relies on its clock again") {
+		t.Error(out)
+	}
+}
+
 // The CA's clock jumps by more than its intermediate and its own certificate live:
-// it replaces both by itself and issues to nodes whose clocks jumped as well. When
-// it jumps back it does so again; what the nodes hold is from the future then, and
-// is replaced at half of its life, or when the operator says so.
+// it does nothing, and the nodes keep what they have, until an operator has
+// confirmed it. Then it replaces both and issues to nodes whose clocks jumped as
+// well. When it jumps back it is the same again; what the nodes hold is from the
+// future then, and is replaced at half of its life, or when the operator says so.
 func TestFault_F45_CAsClockJumpsByDays(t *testing.T) {
 	c := stepclock.New(t)
 	ca, a := site(t, c, "1h")
 	svid := fetch(t, a, "the first X.509-SVID", validAt(c.Now()))
 	jump := func(by time.Duration) {
 		t.Helper()
+		before, err := ca.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
+		must(t, err)
 		c.Step(t, by)
+		if _, err := ca.Admin.RotateIntermediate(t.Context(), &adminv1.RotateIntermediateRequest{}); err == nil {
+			t.Error("the intermediate was rotated by a clock that nobody has confirmed")
+		}
+		after, err := ca.Admin.ListAuthorities(t.Context(), &adminv1.ListAuthoritiesRequest{})
+		must(t, err)
+		if len(after.GetAuthorities()) != len(before.GetAuthorities()) {
+			t.Error("authorities have changed")
+		}
+		confirm(t, ca)
 		local.Await(t, "wait for the CA's own certificate", func(ctx context.Context) error {
 			leaf, err := handshakeCertificate(ctx, ca)
 			if err == nil && !validAt(c.Now())(leaf) {
@@ -420,5 +453,35 @@ func TestSpec_S26_CADownForLongerThanTheTTL(t *testing.T) {
 	case <-e.Done():
 		t.Error("the Envoy has ended")
 	default:
+	}
+}
+
+// The CA's clock is set, and set back: it goes on by itself, and the agent, whose
+// clock is right, has kept what it had.
+func TestFault_F45_CAsClockComesBack(t *testing.T) {
+	c := stepclock.New(t)
+	ca := local.StartCA(t, local.CAOptions{Wrap: c.Wrap()})
+	ca.Apply(t, "- {name: me, spiffe_id: 'spiffe://example.org/me', workloads: unix.uid == 0, ttl: 1h}\n")
+	a := ca.StartAgent(t, "web-1", local.AgentOptions{})
+	stay(t, a)
+	old := fetch(t, a, "the first X.509-SVID", validAt(time.Now()))
+	for _, by := range []time.Duration{-time.Hour, 365 * day} {
+		c.Step(t, by)
+		if _, err := ca.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{}); err == nil {
+			t.Error("renewals were ordered by a clock that nobody has confirmed")
+		}
+		svid, err := workloadapi.FetchX509SVID(t.Context(), workloadapi.WithAddr(a.Address()))
+		must(t, err)
+		if svid.Certificates[0].SerialNumber.Cmp(old.Certificates[0].SerialNumber) != 0 {
+			t.Error("something was issued")
+		}
+		c.Step(t, 0)
+		a.AwaitConnected(t)
+		_, err = ca.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{Within: durationpb.New(time.Millisecond)})
+		must(t, err)
+		old = fetch(t, a, "an X.509-SVID once the clock is back", renewed(&stepclock.Clock{}, old))
+	}
+	if out := ca.MustCommand(t, "ledger", "verify", "--dir", filepath.Join(ca.DataDir, "ledger")); !strings.Contains(out, "intact") {
+		t.Error(out)
 	}
 }

@@ -27,6 +27,95 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type ConfirmClockRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfirmClockRequest) Reset() {
+	*x = ConfirmClockRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfirmClockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfirmClockRequest) ProtoMessage() {}
+
+func (x *ConfirmClockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfirmClockRequest.ProtoReflect.Descriptor instead.
+func (*ConfirmClockRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+}
+
+type ConfirmClockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the CA's clock shows, and by how far it had been set.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	By            *durationpb.Duration   `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfirmClockResponse) Reset() {
+	*x = ConfirmClockResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfirmClockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfirmClockResponse) ProtoMessage() {}
+
+func (x *ConfirmClockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfirmClockResponse.ProtoReflect.Descriptor instead.
+func (*ConfirmClockResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ConfirmClockResponse) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *ConfirmClockResponse) GetBy() *durationpb.Duration {
+	if x != nil {
+		return x.By
+	}
+	return nil
+}
+
 type ApplyEntriesRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Entries []*v1.Entry            `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
@@ -40,7 +129,7 @@ type ApplyEntriesRequest struct {
 
 func (x *ApplyEntriesRequest) Reset() {
 	*x = ApplyEntriesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +141,7 @@ func (x *ApplyEntriesRequest) String() string {
 func (*ApplyEntriesRequest) ProtoMessage() {}
 
 func (x *ApplyEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +154,7 @@ func (x *ApplyEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ApplyEntriesRequest) GetEntries() []*v1.Entry {
@@ -99,7 +188,7 @@ type ApplyEntriesResponse struct {
 
 func (x *ApplyEntriesResponse) Reset() {
 	*x = ApplyEntriesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -111,7 +200,7 @@ func (x *ApplyEntriesResponse) String() string {
 func (*ApplyEntriesResponse) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -124,7 +213,7 @@ func (x *ApplyEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ApplyEntriesResponse) GetChanges() []*ApplyEntriesResponse_Change {
@@ -150,7 +239,7 @@ type DeleteEntriesRequest struct {
 
 func (x *DeleteEntriesRequest) Reset() {
 	*x = DeleteEntriesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -162,7 +251,7 @@ func (x *DeleteEntriesRequest) String() string {
 func (*DeleteEntriesRequest) ProtoMessage() {}
 
 func (x *DeleteEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -175,7 +264,7 @@ func (x *DeleteEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEntriesRequest.ProtoReflect.Descriptor instead.
 func (*DeleteEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DeleteEntriesRequest) GetNames() []string {
@@ -194,7 +283,7 @@ type DeleteEntriesResponse struct {
 
 func (x *DeleteEntriesResponse) Reset() {
 	*x = DeleteEntriesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -206,7 +295,7 @@ func (x *DeleteEntriesResponse) String() string {
 func (*DeleteEntriesResponse) ProtoMessage() {}
 
 func (x *DeleteEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -219,7 +308,7 @@ func (x *DeleteEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEntriesResponse.ProtoReflect.Descriptor instead.
 func (*DeleteEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DeleteEntriesResponse) GetRevision() uint64 {
@@ -239,7 +328,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -251,7 +340,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -264,7 +353,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ListEntriesRequest) GetNames() []string {
@@ -284,7 +373,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -296,7 +385,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -309,7 +398,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*v1.Entry {
@@ -350,7 +439,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -362,7 +451,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -375,7 +464,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ExplainRequest) GetNode() isExplainRequest_Node {
@@ -480,7 +569,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +581,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +594,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ExplainResponse) GetVerdicts() []*ExplainResponse_Verdict {
@@ -544,7 +633,7 @@ type EntryStatusRequest struct {
 
 func (x *EntryStatusRequest) Reset() {
 	*x = EntryStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -556,7 +645,7 @@ func (x *EntryStatusRequest) String() string {
 func (*EntryStatusRequest) ProtoMessage() {}
 
 func (x *EntryStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -569,7 +658,7 @@ func (x *EntryStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryStatusRequest.ProtoReflect.Descriptor instead.
 func (*EntryStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 type EntryStatusResponse struct {
@@ -585,7 +674,7 @@ type EntryStatusResponse struct {
 
 func (x *EntryStatusResponse) Reset() {
 	*x = EntryStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -597,7 +686,7 @@ func (x *EntryStatusResponse) String() string {
 func (*EntryStatusResponse) ProtoMessage() {}
 
 func (x *EntryStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -610,7 +699,7 @@ func (x *EntryStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryStatusResponse.ProtoReflect.Descriptor instead.
 func (*EntryStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *EntryStatusResponse) GetRevision() uint64 {
@@ -654,7 +743,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +755,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +768,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateTokenRequest) GetNodeName() string {
@@ -715,7 +804,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -727,7 +816,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -740,7 +829,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -772,7 +861,7 @@ type ListTokensRequest struct {
 
 func (x *ListTokensRequest) Reset() {
 	*x = ListTokensRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -784,7 +873,7 @@ func (x *ListTokensRequest) String() string {
 func (*ListTokensRequest) ProtoMessage() {}
 
 func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -797,7 +886,7 @@ func (x *ListTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListTokensRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 type ListTokensResponse struct {
@@ -809,7 +898,7 @@ type ListTokensResponse struct {
 
 func (x *ListTokensResponse) Reset() {
 	*x = ListTokensResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +910,7 @@ func (x *ListTokensResponse) String() string {
 func (*ListTokensResponse) ProtoMessage() {}
 
 func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +923,7 @@ func (x *ListTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListTokensResponse) GetTokens() []*ListTokensResponse_Token {
@@ -853,7 +942,7 @@ type DeleteTokenRequest struct {
 
 func (x *DeleteTokenRequest) Reset() {
 	*x = DeleteTokenRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +954,7 @@ func (x *DeleteTokenRequest) String() string {
 func (*DeleteTokenRequest) ProtoMessage() {}
 
 func (x *DeleteTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +967,7 @@ func (x *DeleteTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTokenRequest.ProtoReflect.Descriptor instead.
 func (*DeleteTokenRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteTokenRequest) GetId() string {
@@ -896,7 +985,7 @@ type DeleteTokenResponse struct {
 
 func (x *DeleteTokenResponse) Reset() {
 	*x = DeleteTokenResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +997,7 @@ func (x *DeleteTokenResponse) String() string {
 func (*DeleteTokenResponse) ProtoMessage() {}
 
 func (x *DeleteTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +1010,7 @@ func (x *DeleteTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteTokenResponse.ProtoReflect.Descriptor instead.
 func (*DeleteTokenResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type Node struct {
@@ -948,7 +1037,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1049,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1062,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Node) GetId() string {
@@ -1082,7 +1171,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1094,7 +1183,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1107,7 +1196,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 type ListNodesResponse struct {
@@ -1119,7 +1208,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1220,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,7 +1233,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -1164,7 +1253,7 @@ type EvictNodeRequest struct {
 
 func (x *EvictNodeRequest) Reset() {
 	*x = EvictNodeRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1265,7 @@ func (x *EvictNodeRequest) String() string {
 func (*EvictNodeRequest) ProtoMessage() {}
 
 func (x *EvictNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1278,7 @@ func (x *EvictNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictNodeRequest.ProtoReflect.Descriptor instead.
 func (*EvictNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EvictNodeRequest) GetId() string {
@@ -1214,7 +1303,7 @@ type EvictNodeResponse struct {
 
 func (x *EvictNodeResponse) Reset() {
 	*x = EvictNodeResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1226,7 +1315,7 @@ func (x *EvictNodeResponse) String() string {
 func (*EvictNodeResponse) ProtoMessage() {}
 
 func (x *EvictNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1239,7 +1328,7 @@ func (x *EvictNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictNodeResponse.ProtoReflect.Descriptor instead.
 func (*EvictNodeResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 type BanNodeRequest struct {
@@ -1252,7 +1341,7 @@ type BanNodeRequest struct {
 
 func (x *BanNodeRequest) Reset() {
 	*x = BanNodeRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1264,7 +1353,7 @@ func (x *BanNodeRequest) String() string {
 func (*BanNodeRequest) ProtoMessage() {}
 
 func (x *BanNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1277,7 +1366,7 @@ func (x *BanNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanNodeRequest.ProtoReflect.Descriptor instead.
 func (*BanNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *BanNodeRequest) GetId() string {
@@ -1302,7 +1391,7 @@ type BanNodeResponse struct {
 
 func (x *BanNodeResponse) Reset() {
 	*x = BanNodeResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1314,7 +1403,7 @@ func (x *BanNodeResponse) String() string {
 func (*BanNodeResponse) ProtoMessage() {}
 
 func (x *BanNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1327,7 +1416,7 @@ func (x *BanNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanNodeResponse.ProtoReflect.Descriptor instead.
 func (*BanNodeResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 type UnbanNodeRequest struct {
@@ -1339,7 +1428,7 @@ type UnbanNodeRequest struct {
 
 func (x *UnbanNodeRequest) Reset() {
 	*x = UnbanNodeRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +1440,7 @@ func (x *UnbanNodeRequest) String() string {
 func (*UnbanNodeRequest) ProtoMessage() {}
 
 func (x *UnbanNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1453,7 @@ func (x *UnbanNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanNodeRequest.ProtoReflect.Descriptor instead.
 func (*UnbanNodeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UnbanNodeRequest) GetId() string {
@@ -1382,7 +1471,7 @@ type UnbanNodeResponse struct {
 
 func (x *UnbanNodeResponse) Reset() {
 	*x = UnbanNodeResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1394,7 +1483,7 @@ func (x *UnbanNodeResponse) String() string {
 func (*UnbanNodeResponse) ProtoMessage() {}
 
 func (x *UnbanNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1407,7 +1496,7 @@ func (x *UnbanNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnbanNodeResponse.ProtoReflect.Descriptor instead.
 func (*UnbanNodeResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 type GetBundleRequest struct {
@@ -1418,7 +1507,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1430,7 +1519,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1443,7 +1532,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 type GetBundleResponse struct {
@@ -1457,7 +1546,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1469,7 +1558,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1482,7 +1571,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetBundleResponse) GetTrustDomain() string {
@@ -1514,7 +1603,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1526,7 +1615,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1539,7 +1628,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 type Authority struct {
@@ -1557,7 +1646,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1569,7 +1658,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1582,7 +1671,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Authority) GetId() string {
@@ -1636,7 +1725,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +1737,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +1750,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
@@ -1680,7 +1769,7 @@ type RotateIntermediateRequest struct {
 
 func (x *RotateIntermediateRequest) Reset() {
 	*x = RotateIntermediateRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1781,7 @@ func (x *RotateIntermediateRequest) String() string {
 func (*RotateIntermediateRequest) ProtoMessage() {}
 
 func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1794,7 @@ func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateRequest.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RotateIntermediateRequest) GetWithin() *durationpb.Duration {
@@ -1724,7 +1813,7 @@ type RotateIntermediateResponse struct {
 
 func (x *RotateIntermediateResponse) Reset() {
 	*x = RotateIntermediateResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1825,7 @@ func (x *RotateIntermediateResponse) String() string {
 func (*RotateIntermediateResponse) ProtoMessage() {}
 
 func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1838,7 @@ func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateResponse.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RotateIntermediateResponse) GetAuthority() *Authority {
@@ -1768,7 +1857,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1780,7 +1869,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1793,7 +1882,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -1812,7 +1901,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1913,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1926,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -1855,7 +1944,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1956,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1969,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 type GetStatusResponse struct {
@@ -1906,7 +1995,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +2007,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2020,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -2046,7 +2135,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2058,7 +2147,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2071,7 +2160,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Condition) GetName() string {
@@ -2115,7 +2204,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2127,7 +2216,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2140,7 +2229,7 @@ func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEntriesResponse_Change.ProtoReflect.Descriptor instead.
 func (*ApplyEntriesResponse_Change) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{1, 0}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{3, 0}
 }
 
 func (x *ApplyEntriesResponse_Change) GetName() string {
@@ -2189,7 +2278,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2201,7 +2290,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2214,7 +2303,7 @@ func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse_Verdict.ProtoReflect.Descriptor instead.
 func (*ExplainResponse_Verdict) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{7, 0}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{9, 0}
 }
 
 func (x *ExplainResponse_Verdict) GetName() string {
@@ -2280,7 +2369,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2292,7 +2381,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2305,7 +2394,7 @@ func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTokensResponse_Token.ProtoReflect.Descriptor instead.
 func (*ListTokensResponse_Token) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{13, 0}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{15, 0}
 }
 
 func (x *ListTokensResponse_Token) GetId() string {
@@ -2347,7 +2436,11 @@ var File_proto_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x1aproto/admin/v1/admin.proto\x12\x0fmeshid.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"v\n" +
+	"\x1aproto/admin/v1/admin.proto\x12\x0fmeshid.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\x15\n" +
+	"\x13ConfirmClockRequest\"q\n" +
+	"\x14ConfirmClockResponse\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12)\n" +
+	"\x02by\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x02by\"v\n" +
 	"\x13ApplyEntriesRequest\x120\n" +
 	"\aentries\x18\x01 \x03(\v2\x16.meshid.entry.v1.EntryR\aentries\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x14\n" +
@@ -2507,7 +2600,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xf6\v\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xd3\f\n" +
 	"\fAdminService\x12[\n" +
 	"\fApplyEntries\x12$.meshid.admin.v1.ApplyEntriesRequest\x1a%.meshid.admin.v1.ApplyEntriesResponse\x12^\n" +
 	"\rDeleteEntries\x12%.meshid.admin.v1.DeleteEntriesRequest\x1a&.meshid.admin.v1.DeleteEntriesResponse\x12X\n" +
@@ -2526,7 +2619,8 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fListAuthorities\x12'.meshid.admin.v1.ListAuthoritiesRequest\x1a(.meshid.admin.v1.ListAuthoritiesResponse\x12m\n" +
 	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12U\n" +
 	"\n" +
-	"RenewSVIDs\x12\".meshid.admin.v1.RenewSVIDsRequest\x1a#.meshid.admin.v1.RenewSVIDsResponse\x12R\n" +
+	"RenewSVIDs\x12\".meshid.admin.v1.RenewSVIDsRequest\x1a#.meshid.admin.v1.RenewSVIDsResponse\x12[\n" +
+	"\fConfirmClock\x12$.meshid.admin.v1.ConfirmClockRequest\x1a%.meshid.admin.v1.ConfirmClockResponse\x12R\n" +
 	"\tGetStatus\x12!.meshid.admin.v1.GetStatusRequest\x1a\".meshid.admin.v1.GetStatusResponseB1Z/github.com/meshid/meshid/proto/admin/v1;adminv1b\x06proto3"
 
 var (
@@ -2541,126 +2635,132 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
-	(*ApplyEntriesRequest)(nil),         // 0: meshid.admin.v1.ApplyEntriesRequest
-	(*ApplyEntriesResponse)(nil),        // 1: meshid.admin.v1.ApplyEntriesResponse
-	(*DeleteEntriesRequest)(nil),        // 2: meshid.admin.v1.DeleteEntriesRequest
-	(*DeleteEntriesResponse)(nil),       // 3: meshid.admin.v1.DeleteEntriesResponse
-	(*ListEntriesRequest)(nil),          // 4: meshid.admin.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),         // 5: meshid.admin.v1.ListEntriesResponse
-	(*ExplainRequest)(nil),              // 6: meshid.admin.v1.ExplainRequest
-	(*ExplainResponse)(nil),             // 7: meshid.admin.v1.ExplainResponse
-	(*EntryStatusRequest)(nil),          // 8: meshid.admin.v1.EntryStatusRequest
-	(*EntryStatusResponse)(nil),         // 9: meshid.admin.v1.EntryStatusResponse
-	(*CreateTokenRequest)(nil),          // 10: meshid.admin.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),         // 11: meshid.admin.v1.CreateTokenResponse
-	(*ListTokensRequest)(nil),           // 12: meshid.admin.v1.ListTokensRequest
-	(*ListTokensResponse)(nil),          // 13: meshid.admin.v1.ListTokensResponse
-	(*DeleteTokenRequest)(nil),          // 14: meshid.admin.v1.DeleteTokenRequest
-	(*DeleteTokenResponse)(nil),         // 15: meshid.admin.v1.DeleteTokenResponse
-	(*Node)(nil),                        // 16: meshid.admin.v1.Node
-	(*ListNodesRequest)(nil),            // 17: meshid.admin.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),           // 18: meshid.admin.v1.ListNodesResponse
-	(*EvictNodeRequest)(nil),            // 19: meshid.admin.v1.EvictNodeRequest
-	(*EvictNodeResponse)(nil),           // 20: meshid.admin.v1.EvictNodeResponse
-	(*BanNodeRequest)(nil),              // 21: meshid.admin.v1.BanNodeRequest
-	(*BanNodeResponse)(nil),             // 22: meshid.admin.v1.BanNodeResponse
-	(*UnbanNodeRequest)(nil),            // 23: meshid.admin.v1.UnbanNodeRequest
-	(*UnbanNodeResponse)(nil),           // 24: meshid.admin.v1.UnbanNodeResponse
-	(*GetBundleRequest)(nil),            // 25: meshid.admin.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),           // 26: meshid.admin.v1.GetBundleResponse
-	(*ListAuthoritiesRequest)(nil),      // 27: meshid.admin.v1.ListAuthoritiesRequest
-	(*Authority)(nil),                   // 28: meshid.admin.v1.Authority
-	(*ListAuthoritiesResponse)(nil),     // 29: meshid.admin.v1.ListAuthoritiesResponse
-	(*RotateIntermediateRequest)(nil),   // 30: meshid.admin.v1.RotateIntermediateRequest
-	(*RotateIntermediateResponse)(nil),  // 31: meshid.admin.v1.RotateIntermediateResponse
-	(*RenewSVIDsRequest)(nil),           // 32: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 33: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 34: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 35: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 36: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 37: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 38: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 39: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 40: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 41: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*v1.Entry)(nil),                    // 42: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 43: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 44: meshid.attributes.v1.Workload
+	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
+	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
+	(*ApplyEntriesRequest)(nil),         // 2: meshid.admin.v1.ApplyEntriesRequest
+	(*ApplyEntriesResponse)(nil),        // 3: meshid.admin.v1.ApplyEntriesResponse
+	(*DeleteEntriesRequest)(nil),        // 4: meshid.admin.v1.DeleteEntriesRequest
+	(*DeleteEntriesResponse)(nil),       // 5: meshid.admin.v1.DeleteEntriesResponse
+	(*ListEntriesRequest)(nil),          // 6: meshid.admin.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),         // 7: meshid.admin.v1.ListEntriesResponse
+	(*ExplainRequest)(nil),              // 8: meshid.admin.v1.ExplainRequest
+	(*ExplainResponse)(nil),             // 9: meshid.admin.v1.ExplainResponse
+	(*EntryStatusRequest)(nil),          // 10: meshid.admin.v1.EntryStatusRequest
+	(*EntryStatusResponse)(nil),         // 11: meshid.admin.v1.EntryStatusResponse
+	(*CreateTokenRequest)(nil),          // 12: meshid.admin.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),         // 13: meshid.admin.v1.CreateTokenResponse
+	(*ListTokensRequest)(nil),           // 14: meshid.admin.v1.ListTokensRequest
+	(*ListTokensResponse)(nil),          // 15: meshid.admin.v1.ListTokensResponse
+	(*DeleteTokenRequest)(nil),          // 16: meshid.admin.v1.DeleteTokenRequest
+	(*DeleteTokenResponse)(nil),         // 17: meshid.admin.v1.DeleteTokenResponse
+	(*Node)(nil),                        // 18: meshid.admin.v1.Node
+	(*ListNodesRequest)(nil),            // 19: meshid.admin.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),           // 20: meshid.admin.v1.ListNodesResponse
+	(*EvictNodeRequest)(nil),            // 21: meshid.admin.v1.EvictNodeRequest
+	(*EvictNodeResponse)(nil),           // 22: meshid.admin.v1.EvictNodeResponse
+	(*BanNodeRequest)(nil),              // 23: meshid.admin.v1.BanNodeRequest
+	(*BanNodeResponse)(nil),             // 24: meshid.admin.v1.BanNodeResponse
+	(*UnbanNodeRequest)(nil),            // 25: meshid.admin.v1.UnbanNodeRequest
+	(*UnbanNodeResponse)(nil),           // 26: meshid.admin.v1.UnbanNodeResponse
+	(*GetBundleRequest)(nil),            // 27: meshid.admin.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),           // 28: meshid.admin.v1.GetBundleResponse
+	(*ListAuthoritiesRequest)(nil),      // 29: meshid.admin.v1.ListAuthoritiesRequest
+	(*Authority)(nil),                   // 30: meshid.admin.v1.Authority
+	(*ListAuthoritiesResponse)(nil),     // 31: meshid.admin.v1.ListAuthoritiesResponse
+	(*RotateIntermediateRequest)(nil),   // 32: meshid.admin.v1.RotateIntermediateRequest
+	(*RotateIntermediateResponse)(nil),  // 33: meshid.admin.v1.RotateIntermediateResponse
+	(*RenewSVIDsRequest)(nil),           // 34: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 35: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 36: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 37: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 38: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 39: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 40: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 41: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 42: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 43: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 44: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),         // 45: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 46: google.protobuf.Timestamp
+	(*v1.Entry)(nil),                    // 46: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 47: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 48: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	42, // 0: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	37, // 1: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	42, // 2: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	43, // 3: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	44, // 4: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	38, // 5: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	43, // 6: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	44, // 7: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	45, // 8: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	39, // 9: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	46, // 10: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	40, // 11: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	43, // 12: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	46, // 13: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	46, // 14: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	16, // 15: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	46, // 16: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	46, // 17: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	28, // 18: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	45, // 19: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	28, // 20: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	45, // 21: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	46, // 22: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	36, // 23: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	45, // 24: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	46, // 25: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	42, // 26: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	42, // 27: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	46, // 28: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	41, // 29: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	0,  // 30: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	2,  // 31: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	4,  // 32: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	6,  // 33: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	8,  // 34: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	10, // 35: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	12, // 36: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	14, // 37: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	17, // 38: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	19, // 39: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	21, // 40: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	23, // 41: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	25, // 42: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	27, // 43: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	30, // 44: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	32, // 45: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	34, // 46: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	1,  // 47: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	3,  // 48: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	5,  // 49: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	7,  // 50: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	9,  // 51: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	11, // 52: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	13, // 53: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	15, // 54: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	18, // 55: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	20, // 56: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	22, // 57: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	24, // 58: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	26, // 59: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	29, // 60: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	31, // 61: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	33, // 62: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	35, // 63: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	47, // [47:64] is the sub-list for method output_type
-	30, // [30:47] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	44, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	45, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	46, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	39, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	46, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	47, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	48, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	40, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	47, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	48, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	45, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	41, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	44, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	42, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	47, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	44, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	44, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	18, // 17: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
+	44, // 18: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	44, // 19: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	30, // 20: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	45, // 21: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	30, // 22: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	45, // 23: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	44, // 24: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	38, // 25: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	45, // 26: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	44, // 27: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	46, // 28: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	46, // 29: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	44, // 30: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	43, // 31: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 32: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 33: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 34: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 35: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 36: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 37: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 38: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 39: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 40: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 41: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 42: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 43: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	27, // 44: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	29, // 45: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	32, // 46: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	34, // 47: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 48: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	36, // 49: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 50: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 51: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 52: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 53: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 54: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 55: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 56: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 57: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 58: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 59: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 60: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 61: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	28, // 62: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	31, // 63: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	33, // 64: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	35, // 65: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 66: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	37, // 67: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	50, // [50:68] is the sub-list for method output_type
+	32, // [32:50] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -2668,7 +2768,7 @@ func file_proto_admin_v1_admin_proto_init() {
 	if File_proto_admin_v1_admin_proto != nil {
 		return
 	}
-	file_proto_admin_v1_admin_proto_msgTypes[6].OneofWrappers = []any{
+	file_proto_admin_v1_admin_proto_msgTypes[8].OneofWrappers = []any{
 		(*ExplainRequest_NodeId)(nil),
 		(*ExplainRequest_NodeAttributes)(nil),
 		(*ExplainRequest_Workload)(nil),
@@ -2680,7 +2780,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

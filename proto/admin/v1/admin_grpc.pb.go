@@ -37,6 +37,7 @@ const (
 	AdminService_ListAuthorities_FullMethodName    = "/meshid.admin.v1.AdminService/ListAuthorities"
 	AdminService_RotateIntermediate_FullMethodName = "/meshid.admin.v1.AdminService/RotateIntermediate"
 	AdminService_RenewSVIDs_FullMethodName         = "/meshid.admin.v1.AdminService/RenewSVIDs"
+	AdminService_ConfirmClock_FullMethodName       = "/meshid.admin.v1.AdminService/ConfirmClock"
 	AdminService_GetStatus_FullMethodName          = "/meshid.admin.v1.AdminService/GetStatus"
 )
 
@@ -69,6 +70,9 @@ type AdminServiceClient interface {
 	RotateIntermediate(ctx context.Context, in *RotateIntermediateRequest, opts ...grpc.CallOption) (*RotateIntermediateResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(ctx context.Context, in *RenewSVIDsRequest, opts ...grpc.CallOption) (*RenewSVIDsResponse, error)
+	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
+	// nothing is issued, unless the clock is set back.
+	ConfirmClock(ctx context.Context, in *ConfirmClockRequest, opts ...grpc.CallOption) (*ConfirmClockResponse, error)
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error)
 }
 
@@ -240,6 +244,16 @@ func (c *adminServiceClient) RenewSVIDs(ctx context.Context, in *RenewSVIDsReque
 	return out, nil
 }
 
+func (c *adminServiceClient) ConfirmClock(ctx context.Context, in *ConfirmClockRequest, opts ...grpc.CallOption) (*ConfirmClockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ConfirmClockResponse)
+	err := c.cc.Invoke(ctx, AdminService_ConfirmClock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*GetStatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetStatusResponse)
@@ -279,6 +293,9 @@ type AdminServiceServer interface {
 	RotateIntermediate(context.Context, *RotateIntermediateRequest) (*RotateIntermediateResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error)
+	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
+	// nothing is issued, unless the clock is set back.
+	ConfirmClock(context.Context, *ConfirmClockRequest) (*ConfirmClockResponse, error)
 	GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
@@ -337,6 +354,9 @@ func (UnimplementedAdminServiceServer) RotateIntermediate(context.Context, *Rota
 }
 func (UnimplementedAdminServiceServer) RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenewSVIDs not implemented")
+}
+func (UnimplementedAdminServiceServer) ConfirmClock(context.Context, *ConfirmClockRequest) (*ConfirmClockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ConfirmClock not implemented")
 }
 func (UnimplementedAdminServiceServer) GetStatus(context.Context, *GetStatusRequest) (*GetStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStatus not implemented")
@@ -650,6 +670,24 @@ func _AdminService_RenewSVIDs_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ConfirmClock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ConfirmClockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ConfirmClock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ConfirmClock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ConfirmClock(ctx, req.(*ConfirmClockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_GetStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetStatusRequest)
 	if err := dec(in); err != nil {
@@ -738,6 +776,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RenewSVIDs",
 			Handler:    _AdminService_RenewSVIDs_Handler,
+		},
+		{
+			MethodName: "ConfirmClock",
+			Handler:    _AdminService_ConfirmClock_Handler,
 		},
 		{
 			MethodName: "GetStatus",

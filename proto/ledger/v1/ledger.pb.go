@@ -64,7 +64,10 @@ const (
 	// The CA started, with this configuration.
 	Event_EVENT_STARTED Event = 14
 	// A join token was withdrawn before it was used.
-	Event_EVENT_TOKEN_DELETED Event = 15 // 16 is EVENT_CLOCK's; 17 and 18 are for quarantines and for CRLs.
+	Event_EVENT_TOKEN_DELETED Event = 15
+	// The CA's clock was set (reason "set"), is back where it was ("back"), or was
+	// confirmed by an operator ("confirmed"); detail says by how much.
+	Event_EVENT_CLOCK Event = 16 // 17 and 18 are for quarantines and for CRLs.
 	// A registration entry is in force in this CA without having been applied
 	// here: it was there when the CA started, or another CA applied it. So each
 	// journal has every entry that its decisions rest on.
@@ -97,6 +100,7 @@ var (
 		13: "EVENT_INSTANCE_ENDED",
 		14: "EVENT_STARTED",
 		15: "EVENT_TOKEN_DELETED",
+		16: "EVENT_CLOCK",
 		19: "EVENT_ENTRY_LOADED",
 		20: "EVENT_CALL_REFUSED",
 		21: "EVENT_RENEWAL_ORDERED",
@@ -119,6 +123,7 @@ var (
 		"EVENT_INSTANCE_ENDED":  13,
 		"EVENT_STARTED":         14,
 		"EVENT_TOKEN_DELETED":   15,
+		"EVENT_CLOCK":           16,
 		"EVENT_ENTRY_LOADED":    19,
 		"EVENT_CALL_REFUSED":    20,
 		"EVENT_RENEWAL_ORDERED": 21,
@@ -1418,7 +1423,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xb5\x03\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xc6\x03\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1436,7 +1441,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\fEVENT_BUNDLE\x10\f\x12\x18\n" +
 	"\x14EVENT_INSTANCE_ENDED\x10\r\x12\x11\n" +
 	"\rEVENT_STARTED\x10\x0e\x12\x17\n" +
-	"\x13EVENT_TOKEN_DELETED\x10\x0f\x12\x16\n" +
+	"\x13EVENT_TOKEN_DELETED\x10\x0f\x12\x0f\n" +
+	"\vEVENT_CLOCK\x10\x10\x12\x16\n" +
 	"\x12EVENT_ENTRY_LOADED\x10\x13\x12\x16\n" +
 	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
 	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +
