@@ -44,9 +44,11 @@ type settings struct {
 	} `yaml:"ca"`
 	// Folder of the sealed cache; created with mode 0700.
 	DataDir string `yaml:"data_dir" default:"/var/lib/meshid/agent"`
-	// File with at least 16 secret bytes, such as a systemd credential, that
-	// seals the cache. Without it the key is kept in the kernel's keyring, and
-	// is gone after a reboot.
+	// File with at least 16 secret bytes that seals the cache. Without it, the
+	// systemd credential "sealing_key", which the unit that comes with meshid
+	// makes, else a key in the kernel's keyring. That one is gone after a
+	// reboot, and the node's identity with it: a machine that attested with a
+	// join token needs a new token then.
 	SealingKeyFile string `yaml:"sealing_key_file"`
 	// Unix socket of SDS and of the Workload API, for all processes.
 	Socket string `yaml:"socket" default:"/run/meshid/agent.sock"`
@@ -115,7 +117,24 @@ func loadSettings(path string) (*validated, error) {
 			*d.field = d.otherwise
 		}
 	}
+	if v.SealingKeyFile == "" {
+		v.SealingKeyFile = sealingCredential()
+	}
 	return v, v.check(file)
+}
+
+// sealingCredential returns the file of the credential that seals the cache, if
+// systemd has given one to this service.
+func sealingCredential() string {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if dir == "" {
+		return ""
+	}
+	file := filepath.Join(dir, "sealing_key")
+	if _, err := os.Lstat(file); errors.Is(err, os.ErrNotExist) {
+		return ""
+	}
+	return file // whatever else is wrong with it is said when it is read
 }
 
 func (v *validated) check(file *config.File) error {

@@ -136,6 +136,7 @@ type Agent struct {
 	rotated  uint64 // sequence of the last order to rotate that was carried out
 	bundle   *identity.Bundle
 	own      *ownIdentity // nil before the node is attested
+	dropped  error        // why the sealed cache was of no use; nil once the node is attested
 	reattest bool         // the CA does not accept own any more
 
 	session   *session // nil while there is none

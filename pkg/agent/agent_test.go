@@ -31,6 +31,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/internal/sealed"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/health"
@@ -552,6 +553,119 @@ func endedInstances(ca *fakeCA) []string {
 		}
 	}
 	return out
+}
+
+// inAnotherBoot makes a sealed cache one that was written before the machine was
+// started anew.
+func inAnotherBoot(t *testing.T, h *harness) {
+	t.Helper()
+	v, err := h.openVault()
+	if err != nil {
+		t.Fatal(err)
+	}
+	box, err := os.ReadFile(v.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.vault = v
+	s, err := h.unseal(box)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Boot = "another"
+	plain, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(v.path, v.sealer.Seal(plain), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestFault_F31_Reboot: with a key that outlives a reboot the node is who it was,
+// and its workloads, which are others, have new keys.
+func TestFault_F31_Reboot(t *testing.T) {
+	dir := t.TempDir()
+	seal := filepath.Join(dir, "seal")
+	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	data := filepath.Join(dir, "agent")
+	with := func(c *Config) { c.SealingKeyFile = seal }
+	synctest.Test(t, func(t *testing.T) {
+		ca := newFakeCA(t)
+		defer ca.close()
+		h := newHarness(t, ca, data, with)
+		h.start()
+		settleDown()
+		ca.apply(uidEntry("web", "/web", 1000))
+		w := h.subscribe(1, 1000)
+		settleDown()
+		before := mustHave(t, w, "/web")
+		h.stop()
+		inAnotherBoot(t, h)
+
+		h = newHarness(t, ca, data, with)
+		h.start()
+		settleDown()
+		w = h.subscribe(1, 1000)
+		settleDown()
+		after := mustHave(t, w, "/web")
+		if ca.attestations != 1 {
+			t.Errorf("%d attestations, want that the node is who it was", ca.attestations)
+		}
+		if after.SVIDs[0].Chain[0].Equal(before.SVIDs[0].Chain[0]) {
+			t.Error("the key of a workload has outlived the machine's reboot")
+		}
+		h.stop()
+	})
+}
+
+// TestFault_F31_RebootWithoutKey: without such a key the node has to be attested
+// anew, and what an operator reads says why and what to do.
+func TestFault_F31_RebootWithoutKey(t *testing.T) {
+	data := filepath.Join(t.TempDir(), "agent")
+	if err := os.Mkdir(data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	other, err := sealed.New([]byte(strings.Repeat("x", 32)), "a key that is gone", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(data, sealedFile), other.Seal([]byte("{}")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := "meshid:" + filepath.Join(data, sealedFile)
+	if _, err := sealed.KeyringSecret(name); err != nil {
+		t.Skipf("the kernel gives no keyring here: %v", err)
+	}
+	defer func() {
+		if err := sealed.RemoveKeyringSecret(name); err != nil {
+			t.Error(err)
+		}
+	}()
+	synctest.Test(t, func(t *testing.T) {
+		ca := newFakeCA(t)
+		defer ca.close()
+		ca.refuseAttest = status.Error(codes.PermissionDenied, "attestation refused: the CA's ledger says why")
+		h := newHarness(t, ca, data, func(c *Config) { c.SealingKeyFile = "" })
+		h.start()
+		time.Sleep(time.Minute)
+		settleDown()
+		c := h.condition(condNode)
+		for _, want := range []string{"make a new join token", "a reboot empties", "sealing_key_file"} {
+			if c.Severity != health.Error || !strings.Contains(c.Message, want) {
+				t.Errorf("condition %+v does not say %q", c, want)
+			}
+		}
+		ca.refuseAttest = nil
+		time.Sleep(time.Minute)
+		settleDown()
+		if c := h.condition(condNode); c.Severity != health.OK {
+			t.Errorf("condition %+v", c)
+		}
+		h.stop()
+	})
 }
 
 // TestFault_F42_CorruptedCache: whatever is in the file, the agent starts, and

@@ -2,8 +2,9 @@ package agent
 
 // The sealed cache: what the agent needs to serve its workloads again after a
 // restart without asking anybody. It is one file in DataDir, encrypted with a
-// key that is gone after a reboot (see internal/sealed), and it is read once, at
-// the start.
+// key that is gone after a reboot or, if the operator gave one, outlives it; it is
+// read once, at the start. After a reboot the node is who it was, so that it needs
+// no new join token; its workloads have all ended, and their keys with them.
 
 import (
 	"context"
@@ -45,6 +46,7 @@ const (
 // vault is where the sealed cache is kept.
 type vault struct {
 	path   string
+	boot   string // names this boot of the machine
 	sealer *sealed.Sealer
 
 	mu sync.Mutex // one write at a time, in the order of what they hold
@@ -54,6 +56,7 @@ type vault struct {
 type state struct {
 	Version     int                 `json:"version"`
 	TrustDomain string              `json:"trust_domain"`
+	Boot        string              `json:"boot"` // of the machine; the keys of SVIDs are of no other
 	Epoch       string              `json:"epoch"`
 	Revision    uint64              `json:"revision"`
 	Entries     [][]byte            `json:"entries"`
@@ -92,9 +95,11 @@ func (a *Agent) openVault() (*vault, error) {
 	}
 	path := filepath.Join(a.cfg.DataDir, sealedFile)
 	var secret []byte
+	var binding string
 	if a.cfg.SealingKeyFile != "" {
 		secret, err = sealed.FileSecret(a.cfg.SealingKeyFile)
 	} else {
+		binding = boot
 		name, aerr := filepath.Abs(path)
 		if aerr != nil {
 			return nil, fmt.Errorf("name the sealing key: %w", aerr)
@@ -104,11 +109,11 @@ func (a *Agent) openVault() (*vault, error) {
 	if err != nil {
 		return nil, err
 	}
-	sealer, err := sealed.New(secret, "agent of "+a.cfg.TrustDomain.Name(), boot)
+	sealer, err := sealed.New(secret, "agent of "+a.cfg.TrustDomain.Name(), binding)
 	if err != nil {
 		return nil, err
 	}
-	return &vault{path: path, sealer: sealer}, nil
+	return &vault{path: path, boot: boot, sealer: sealer}, nil
 }
 
 // load reads the sealed cache. Whatever is wrong with it, the agent starts: it
@@ -134,6 +139,13 @@ func (a *Agent) load(ctx context.Context) {
 		err = a.restore(ctx, s)
 	}
 	if err != nil {
+		if errors.Is(err, sealed.ErrBroken) && a.cfg.SealingKeyFile == "" {
+			err = fmt.Errorf("%w: its key was in the kernel's keyring, which a reboot empties: "+
+				"set sealing_key_file to a secret that stays, such as a systemd credential", err)
+		}
+		a.mu.Lock()
+		a.dropped = err
+		a.mu.Unlock()
 		a.log.WarnContext(ctx, "sealed cache is dropped", "err", err)
 		if err := durable.Remove(v.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			a.log.WarnContext(ctx, "sealed cache cannot be removed", "err", err)
@@ -188,6 +200,10 @@ func (a *Agent) restore(ctx context.Context, s *state) error {
 	own, err := a.restoreOwn(now, s, bundle)
 	if err != nil {
 		return fmt.Errorf("restore the agent's X.509-SVID: %w", err)
+	}
+	if s.Boot != a.vault.boot {
+		a.log.InfoContext(ctx, "the machine was started anew, keys of workloads are dropped", "count", len(s.SVIDs))
+		s.SVIDs = nil
 	}
 	var records []cache.Restored
 	for n := range s.SVIDs {
@@ -318,7 +334,7 @@ func (a *Agent) writeNow(ctx context.Context) error {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	s, err := a.snapshot()
+	s, err := a.snapshot(v.boot)
 	if err != nil {
 		return err
 	}
@@ -339,13 +355,13 @@ func (a *Agent) writeNow(ctx context.Context) error {
 	return nil
 }
 
-// snapshot collects what is to be kept.
-func (a *Agent) snapshot() (*state, error) {
+// snapshot collects what is to be kept in this boot.
+func (a *Agent) snapshot(boot string) (*state, error) {
 	a.mu.Lock()
 	records := a.cache.Export()
 	own, bundle, node := a.own, a.bundle, a.node
 	s := &state{
-		Version: stateVersion, TrustDomain: a.cfg.TrustDomain.Name(), Epoch: a.epoch, Revision: a.revision,
+		Version: stateVersion, TrustDomain: a.cfg.TrustDomain.Name(), Boot: boot, Epoch: a.epoch, Revision: a.revision,
 		Chains: make(map[string][][]byte),
 	}
 	entries := make([]*entryv1.Entry, 0, len(a.raw))

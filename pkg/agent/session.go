@@ -234,7 +234,7 @@ func (a *Agent) attestNode(ctx context.Context) error {
 	case isRefusal(err):
 		a.metrics.nodes.WithLabelValues(string(refused)).Inc()
 		a.cfg.Health.Set(condNode, a.withoutIdentity(), "the CA refuses to attest this node: "+err.Error()+
-			": make a new join token, or look at the node's certificate and at `ca node`")
+			": make a new join token, or look at the node's certificate and at `ca node`"+a.whatWasLost())
 	default:
 		a.metrics.nodes.WithLabelValues(string(failed)).Inc()
 		a.cfg.Health.Set(condNode, a.withoutIdentity(), "this node is not attested: "+err.Error())
@@ -248,6 +248,17 @@ func (a *Agent) attestNode(ctx context.Context) error {
 	a.log.InfoContext(ctx, "node attested", "method", a.cfg.Node.Method(), "node_id", result.own.id.String(),
 		"not_after", result.own.notAfter())
 	return a.writeNow(ctx)
+}
+
+// whatWasLost says why the node has to be attested though it was before, if that
+// is so.
+func (a *Agent) whatWasLost() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.dropped == nil {
+		return ""
+	}
+	return "; the identity that it had was in the sealed cache: " + a.dropped.Error()
 }
 
 // withoutIdentity is how bad it is that the node cannot be attested.
@@ -411,7 +422,7 @@ func renewTime(now, renewAt, notAfter time.Time) time.Time {
 func (a *Agent) adopt(g *granted) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.own, a.reattest = g.own, false
+	a.own, a.reattest, a.dropped = g.own, false, nil
 	if a.bundle == nil || g.bundle.Sequence > a.bundle.Sequence {
 		a.setBundle(g.bundle)
 	}
