@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -553,6 +554,47 @@ func endedInstances(ca *fakeCA) []string {
 		}
 	}
 	return out
+}
+
+// TestV_H7_ReissuedOnce: an X.509-SVID that a proxy refuses is issued once more,
+// with a new key; one that is refused as well is kept, whatever the proxy says.
+func TestV_H7_ReissuedOnce(t *testing.T) {
+	bubble(t, func(t *testing.T, h *harness) {
+		h.ca.apply(uidEntry("web", "/web", 1000))
+		w, other := h.subscribe(1, 1000), h.subscribe(2, 1000)
+		settleDown()
+		first := mustHave(t, w, "/web").SVIDs[0]
+		w.Reject(first.Chain[0])
+		other.Reject(first.Chain[0]) // the same one, by another stream
+		settleDown()
+		second := mustHave(t, w, "/web").SVIDs[0]
+		if second.Chain[0].Equal(first.Chain[0]) || second.Key == first.Key {
+			t.Fatal("it was not issued anew, with a new key")
+		}
+		w.Reject(first.Chain[0]) // late
+		for range 10 {
+			w.Reject(second.Chain[0])
+			settleDown()
+		}
+		if now := mustHave(t, w, "/web").SVIDs[0]; now != second || h.ca.issued() != 2 {
+			t.Errorf("issued %d times, want 2", h.ca.issued())
+		}
+		if n := testutil.ToFloat64(h.Agent.metrics.rejections.WithLabelValues(rejectionReissued)); n != 1 {
+			t.Errorf("%v counted as reissued", n)
+		}
+		if n := testutil.ToFloat64(h.Agent.metrics.rejections.WithLabelValues(rejectionKept)); n != 12 {
+			t.Errorf("%v counted as kept", n)
+		}
+		// At its time it is renewed as any, and that one gets its chance.
+		time.Sleep(50 * time.Minute)
+		settleDown()
+		third := mustHave(t, w, "/web").SVIDs[0]
+		w.Reject(third.Chain[0])
+		settleDown()
+		if third == second || mustHave(t, w, "/web").SVIDs[0] == third {
+			t.Error("the renewed one was not issued anew")
+		}
+	})
 }
 
 // inAnotherBoot makes a sealed cache one that was written before the machine was

@@ -24,11 +24,18 @@ var outcomes = []outcome{succeeded, refused, failed, invalid}
 // kindAgent counts the agent's own X.509-SVID beside the kinds of cache.Kind.
 const kindAgent = "agent"
 
+// What becomes of an X.509-SVID that a proxy refuses.
+const (
+	rejectionReissued = "reissued"
+	rejectionKept     = "kept"
+)
+
 type metrics struct {
 	renewals     *prometheus.CounterVec
 	lag          prometheus.Histogram
 	first        prometheus.Histogram
 	attestations *prometheus.CounterVec // of workloads
+	rejections   *prometheus.CounterVec // by proxies
 	nodes        *prometheus.CounterVec // of this node
 	keys         prometheus.Histogram
 	connects     *prometheus.CounterVec
@@ -76,6 +83,10 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 			Name: "meshid_agent_entries_skipped",
 			Help: "Entries in force at the CA that this agent cannot compile.",
 		}),
+		rejections: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "meshid_agent_rejected_svids_total",
+			Help: "X.509-SVIDs that a proxy refused: reissued with a new key, or kept because that was done before.",
+		}, []string{"outcome"}),
 		saved: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_agent_sealed_cache_writes_total",
 			Help: "Writes of the sealed cache.",
@@ -91,6 +102,9 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 			m.attestations.WithLabelValues(w.Name(), o)
 		}
 	}
+	for _, o := range []string{rejectionReissued, rejectionKept} {
+		m.rejections.WithLabelValues(o)
+	}
 	for _, o := range outcomes {
 		m.nodes.WithLabelValues(string(o))
 	}
@@ -99,7 +113,7 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 		m.saved.WithLabelValues(string(o))
 	}
 	for _, c := range []prometheus.Collector{
-		m.renewals, m.lag, m.first, m.attestations, m.nodes, m.keys, m.connects, m.skipped, m.saved,
+		m.renewals, m.lag, m.first, m.attestations, m.nodes, m.keys, m.connects, m.skipped, m.saved, m.rejections,
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, err

@@ -12,6 +12,7 @@ package agent
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"sync"
@@ -82,6 +83,7 @@ func (a *Agent) Subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, e
 		func(sequence uint64) { a.acknowledge(id, sequence) },
 		func() { a.unsubscribe(id) },
 	)
+	s.watch.OnReject(func(leaf *x509.Certificate) { a.reject(ctx, id, leaf) })
 	a.streams[id] = s
 	a.tasks.Go(func() { a.admit(ctx, id, s) })
 	return s.watch, nil
@@ -128,6 +130,24 @@ func (a *Agent) acknowledge(id cache.WatchID, sequence uint64) {
 	s.acked = sequence
 	a.report.acks = true
 	signal(a.up)
+}
+
+// reject has an X.509-SVID that a proxy refuses issued once more, with a new key.
+// If that one is refused as well, it is the proxy that is at fault.
+func (a *Agent) reject(ctx context.Context, id cache.WatchID, leaf *x509.Certificate) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.streams[id] == nil {
+		return
+	}
+	now := time.Now()
+	outcome := rejectionKept
+	if a.cache.Reject(now, id, leaf.SerialNumber.Bytes()) {
+		outcome = rejectionReissued
+		a.settle(now)
+	}
+	a.metrics.rejections.WithLabelValues(outcome).Inc()
+	a.log.WarnContext(ctx, "svid is refused by a proxy", "pid", a.streams[id].peer.PID, "serial", fmt.Sprintf("%x", leaf.SerialNumber), "outcome", outcome)
 }
 
 // admit attests the process of a stream until that succeeds, or is out of

@@ -1,6 +1,9 @@
 package identity
 
-import "sync"
+import (
+	"crypto/x509"
+	"sync"
+)
 
 // Watch carries the snapshots of one workload instance from the agent to one
 // stream. Only the latest snapshot is kept: a slow stream skips, it never
@@ -9,6 +12,8 @@ type Watch struct {
 	done    chan struct{}
 	onAck   func(sequence uint64)
 	onClose func()
+	// onReject is set before the watch is shared.
+	onReject func(leaf *x509.Certificate)
 
 	mu       sync.Mutex    // guards what follows
 	changed  chan struct{} // capacity 1, nil until it is asked for; state is read afterwards under mu
@@ -28,6 +33,10 @@ func NewWatch(onAck func(sequence uint64), onClose func()) *Watch {
 		onClose: onClose,
 	}
 }
+
+// OnReject has f called by Reject. The producer calls it before it hands the watch
+// out.
+func (w *Watch) OnReject(f func(leaf *x509.Certificate)) { w.onReject = f }
 
 // Changed receives after each change of the snapshot; changes that follow each
 // other quickly are one. It may receive once too often.
@@ -75,6 +84,15 @@ func (w *Watch) Snapshot() *Snapshot {
 func (w *Watch) Acknowledge(sequence uint64) {
 	if w.onAck != nil {
 		w.onAck(sequence)
+	}
+}
+
+// Reject tells the producer that the proxy at the end of this stream has refused
+// the X.509-SVID with this leaf, and keeps the one before. It is called once for
+// each.
+func (w *Watch) Reject(leaf *x509.Certificate) {
+	if w.onReject != nil {
+		w.onReject(leaf)
 	}
 }
 

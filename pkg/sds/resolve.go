@@ -77,7 +77,7 @@ func (s *Server) resolveLeaf(snapshot *identity.Snapshot, sub *subscription, now
 			s.withhold(refusal)
 			return resolution{}, refusal.until
 		}
-		return resolution{action: actServe, secret: found}, time.Time{}
+		return resolution{action: actServe, secret: found, leaf: svid.Chain[0]}, time.Time{}
 	}
 	if id := withdrawn(snapshot, sub); id != "" {
 		stone, err := s.cache.tombstones(id)

@@ -3,6 +3,7 @@ package sds
 import (
 	"cmp"
 	"crypto/sha256"
+	"crypto/x509"
 	"slices"
 	"strconv"
 	"strings"
@@ -50,6 +51,8 @@ type session struct {
 	// the caller has no right to, secrets that guard held back.
 	surplus, strange int
 	blocked          []error
+	// refused are the leaves that were refused since they were last asked for.
+	refused []*x509.Certificate
 }
 
 // state is what is known of the version that was sent last under a name.
@@ -77,6 +80,7 @@ type subscription struct {
 	claimed string // delta only, until something is sent or known to be equal
 	id      string // SPIFFE ID of the leaf that was sent last
 	group   *group // of a suspect
+	told    bool   // that what was sent is refused
 
 	// Sequences of the local trust bundle: of what was sent, of what is in force,
 	// if inForce. local says that this name carries that bundle.
@@ -118,6 +122,8 @@ type resolution struct {
 	// local and sequence: the secret carries the local trust bundle.
 	local    bool
 	sequence uint64
+	// leaf is that of the X.509-SVID that the secret carries; nil for others.
+	leaf *x509.Certificate
 }
 
 // request is a request of either variant.
@@ -374,6 +380,7 @@ func (s *session) next(now time.Time, resolve func(*subscription) resolution) *r
 		case sub.state == stateSuspect:
 			suspects = append(suspects, c)
 		default:
+			s.complain(c)
 			if sub.state == stateAccepted {
 				current = append(current, c)
 			}
@@ -389,6 +396,9 @@ func (s *session) next(now time.Time, resolve func(*subscription) resolution) *r
 	}
 	if len(changed) == 0 {
 		changed = alone(suspects)
+		for _, c := range suspects {
+			s.complain(c)
+		}
 	}
 	if len(s.unknown) > 0 {
 		for name := range s.unknown {
@@ -400,6 +410,14 @@ func (s *session) next(now time.Time, resolve func(*subscription) resolution) *r
 		return nil
 	}
 	return s.send(now, current, changed, removed)
+}
+
+// complain notes that the leaf which stands under a name is refused, once.
+func (s *session) complain(c *candidate) {
+	if c.sub.state == stateRejected && c.leaf != nil && !c.sub.told {
+		c.sub.told = true
+		s.refused = append(s.refused, c.leaf)
+	}
 }
 
 // candidate is a subscription with what stands under its name.
@@ -511,7 +529,7 @@ func (s *session) send(now time.Time, current, changed []*candidate, removed []s
 // note notes that a secret was sent.
 func (sub *subscription) note(c *candidate) {
 	sub.sent, sub.id, sub.sequence = c.secret.version, c.secret.id, c.sequence
-	sub.delivered, sub.removed = true, false
+	sub.delivered, sub.removed, sub.told = true, false, false
 	if sub.state != stateSuspect {
 		sub.state = stateNone
 	}

@@ -1,6 +1,8 @@
 package sds
 
 import (
+	"crypto/x509"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -392,6 +394,54 @@ func TestV_H7_RejectedOnce(t *testing.T) {
 
 // The sequence of the local bundle is acknowledged when it is in force under all
 // names that carry it, and not for what is still on its way.
+// A leaf that is refused is reported once, whichever way it was found out; a
+// validation context is not, and neither is what is accepted.
+func TestV_H7_RefusedLeafIsReported(t *testing.T) {
+	for _, delta := range []bool{false, true} {
+		b := newTable(t, delta)
+		leaf := func(version string) *x509.Certificate {
+			b.set("default", version)
+			r := b.secrets["default"]
+			r.leaf = &x509.Certificate{Raw: []byte(version)}
+			b.secrets["default"] = r
+			return r.leaf
+		}
+		reported := func(want ...*x509.Certificate) {
+			t.Helper()
+			b.next()
+			if !slices.Equal(b.s.refused, want) {
+				t.Fatalf("delta %v: %d reported, want %d", delta, len(b.s.refused), len(want))
+			}
+			b.s.refused = nil
+		}
+		names := []string{"ROOTCA", "default"}
+		b.set("ROOTCA", "r1")
+		bad := leaf("l1")
+		b.ask(names...)
+		b.next()
+		b.nack(names...) // one of the two, and it is not known which
+		b.next()         // the root, alone
+		b.ack(names...)
+		b.next()
+		if b.s.inflight != nil { // the leaf, alone
+			b.nack(names...)
+		}
+		reported(bad)
+		reported()
+		next := leaf("l2")
+		b.next()
+		b.nack(names...)
+		reported(next)
+		leaf("l3")
+		b.next()
+		b.ack(names...)
+		b.set("ROOTCA", "r2")
+		b.next()
+		b.nack(names...)
+		reported()
+	}
+}
+
 func TestSession_Acknowledge(t *testing.T) {
 	b := newTable(t, false)
 	root := func(name, version string, sequence uint64) {

@@ -321,9 +321,14 @@ func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
 	if st.held || !st.heldAt.IsZero() && !now.Before(st.heldAt) {
 		names = waiting()
 	}
+	refused := st.session.refused
+	st.session.refused = nil
 	st.count()
 	st.mu.Unlock()
 
+	for _, leaf := range refused {
+		st.watch.Reject(leaf)
+	}
 	if acknowledged {
 		st.watch.Acknowledge(sequence)
 	}

@@ -198,6 +198,7 @@ type slot struct {
 	planned   time.Time // when it was to be asked for
 	flight    uint64    // 0: none
 	rotate    bool      // the next request is a rotation
+	remedy    remedy
 	pending   bool
 	gone      bool
 	transport bool // the last attempt failed on its way

@@ -135,6 +135,7 @@ func (c *Cache) Issued(now time.Time, request uint64, svid *identity.SVID) bool 
 	}
 	s.svid, s.unhinted, s.issued, s.serial = svid, nil, f.digest, serial(svid)
 	s.failures, s.reason, s.transport, s.rotate = 0, "", false, false
+	s.remedy = s.remedy.next()
 	c.ready.Changed = true
 	c.schedule(now, s)
 	if f.digest != s.digest || slices.ContainsFunc(f.taint, func(a string) bool { return signedBy(svid, a) }) {
@@ -144,6 +145,43 @@ func (c *Cache) Issued(now time.Time, request uint64, svid *identity.SVID) bool 
 		c.touch(w)
 	}
 	return true
+}
+
+// remedy is what was done about the refusal of an SVID.
+type remedy uint8
+
+const (
+	remedyNone remedy = iota
+	remedyAsked
+	remedyHad // the SVID at hand was issued because the one before was refused
+)
+
+// next is what follows once an SVID is issued.
+func (r remedy) next() remedy {
+	if r == remedyAsked {
+		return remedyHad
+	}
+	return remedyNone
+}
+
+// Reject says that the proxy of a stream refuses the SVID with this serial number.
+// It is issued anew, once: the one that is issued in its place is not replaced
+// before its time. It returns false if there is nothing to be done.
+func (c *Cache) Reject(now time.Time, id WatchID, serial []byte) bool {
+	c.Tick(now)
+	w := c.watches[id]
+	if w == nil {
+		return false
+	}
+	for _, s := range w.slots {
+		if s.svid == nil || !bytes.Equal(s.serial, serial) || s.remedy != remedyNone {
+			continue
+		}
+		s.remedy = remedyAsked
+		c.ask(now, s, now, true)
+		return true
+	}
+	return false
 }
 
 // schedule plans the renewal of the SVID at hand.
