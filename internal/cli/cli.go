@@ -126,7 +126,8 @@ func (l *LogFlags) Add(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// Logger returns the logger that the flags ask for, writing to w.
+// Logger returns the logger that the flags ask for, writing to w. If that is a
+// pipe whose reader stops, lines are lost and nobody waits.
 func (l *LogFlags) Logger(w io.Writer) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(l.level)); err != nil {
@@ -135,9 +136,9 @@ func (l *LogFlags) Logger(w io.Writer) (*slog.Logger, error) {
 	o := &slog.HandlerOptions{Level: level}
 	switch l.format {
 	case "text":
-		return slog.New(slog.NewTextHandler(w, o)), nil
+		return slog.New(slog.NewTextHandler(unblock(w, textNote), o)), nil
 	case "json":
-		return slog.New(slog.NewJSONHandler(w, o)), nil
+		return slog.New(slog.NewJSONHandler(unblock(w, jsonNote), o)), nil
 	default:
 		return nil, fmt.Errorf("--log-format %q: write text or json", l.format)
 	}
