@@ -556,9 +556,9 @@ func endedInstances(ca *fakeCA) []string {
 	return out
 }
 
-// TestV_H7_ReissuedOnce: an X.509-SVID that a proxy refuses is issued once more,
+// TestV_H7_F55_ReissuedOnce: an X.509-SVID that a proxy refuses is issued once more,
 // with a new key; one that is refused as well is kept, whatever the proxy says.
-func TestV_H7_ReissuedOnce(t *testing.T) {
+func TestV_H7_F55_ReissuedOnce(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		h.ca.apply(uidEntry("web", "/web", 1000))
 		w, other := h.subscribe(1, 1000), h.subscribe(2, 1000)

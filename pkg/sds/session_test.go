@@ -310,9 +310,9 @@ func TestSession_Resume(t *testing.T) {
 	})
 }
 
-// TestV_H7_RejectedOnce: a refused version is not sent again, and a refused group
+// TestV_H7_F55_RejectedOnce: a refused version is not sent again, and a refused group
 // is taken apart until the bad one is known; the good ones are not held up by it.
-func TestV_H7_RejectedOnce(t *testing.T) {
+func TestV_H7_F55_RejectedOnce(t *testing.T) {
 	for _, delta := range []bool{false, true} {
 		b := newTable(t, delta)
 		b.set(nameDefault, "bad")

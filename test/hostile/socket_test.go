@@ -211,7 +211,7 @@ func hoardChild(args []string) error {
 
 // One user holds thousands of streams and reads none of them: others get their
 // secrets as before, and it costs a bounded amount of memory.
-func TestV_I1_StreamsThatNeverRead(t *testing.T) {
+func TestV_I1_F52_StreamsThatNeverRead(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	fetchAs(t, alice, w.agent)

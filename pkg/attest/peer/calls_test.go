@@ -126,7 +126,7 @@ type writerFunc func([]byte) (int, error)
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 // A call that says nothing ends; one that has said something stays.
-func TestV_I3_CallWithoutARequest(t *testing.T) {
+func TestV_I3_F53_CallWithoutARequest(t *testing.T) {
 	const patience = 300 * time.Millisecond
 	conn := limited(t, CallLimits{FirstRequest: patience})()
 	stays, err := open(t.Context(), conn, false)
