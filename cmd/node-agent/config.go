@@ -131,7 +131,7 @@ func sealingCredential() string {
 		return ""
 	}
 	file := filepath.Join(dir, "sealing_key")
-	if _, err := os.Lstat(file); errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Lstat(file); errors.Is(err, os.ErrNotExist) { //nolint:gosec // systemd names the folder
 		return ""
 	}
 	return file // whatever else is wrong with it is said when it is read

@@ -579,10 +579,10 @@ func TestV_H7_F55_ReissuedOnce(t *testing.T) {
 		if now := mustHave(t, w, "/web").SVIDs[0]; now != second || h.ca.issued() != 2 {
 			t.Errorf("issued %d times, want 2", h.ca.issued())
 		}
-		if n := testutil.ToFloat64(h.Agent.metrics.rejections.WithLabelValues(rejectionReissued)); n != 1 {
+		if n := testutil.ToFloat64(h.metrics.rejections.WithLabelValues(rejectionReissued)); n != 1 {
 			t.Errorf("%v counted as reissued", n)
 		}
-		if n := testutil.ToFloat64(h.Agent.metrics.rejections.WithLabelValues(rejectionKept)); n != 12 {
+		if n := testutil.ToFloat64(h.metrics.rejections.WithLabelValues(rejectionKept)); n != 12 {
 			t.Errorf("%v counted as kept", n)
 		}
 		// At its time it is renewed as any, and that one gets its chance.
