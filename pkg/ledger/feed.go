@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"time"
 
@@ -344,6 +345,23 @@ func (m *FeedMetrics) add(f *Feed) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.feeds = append(m.feeds, f)
+}
+
+// Taken returns the number of records that every sink has taken, and the name of
+// the sink that is furthest behind: "" if there are no sinks, which have then
+// taken everything.
+func (m *FeedMetrics) Taken() (records uint64, sink string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	records = math.MaxUint64
+	for _, f := range m.feeds {
+		f.mu.Lock()
+		if f.next < records { // 0 while it is not known
+			records, sink = f.next, f.name
+		}
+		f.mu.Unlock()
+	}
+	return records, sink
 }
 
 // Describe implements prometheus.Collector.

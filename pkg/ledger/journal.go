@@ -77,6 +77,8 @@ type Journal struct {
 	closed   sync.Once
 	closeErr error // written before stopped is closed
 
+	archiving sync.Mutex // held by Archive
+
 	mu     sync.Mutex    // guards what follows
 	failed error         // final
 	wake   chan struct{} // closed at the next commit; nil if nobody waits
@@ -402,3 +404,6 @@ func (j *Journal) Close() error {
 	<-j.stopped
 	return j.closeErr
 }
+
+// Dir returns the journal's folder.
+func (j *Journal) Dir() string { return j.dir }

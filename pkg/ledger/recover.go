@@ -40,13 +40,13 @@ func (w *writer) recover(logger *slog.Logger) error {
 		if err != nil {
 			return err
 		}
-		w.closed += st.Size()
+		w.closed.Add(st.Size())
 	}
 	if torn > 0 {
 		logger.Warn("cut an interrupted write off the end of the ledger",
 			"segment", seg.name, "offset", seg.offset, "record", seg.index, "size_bytes", torn)
 	}
-	w.segments = len(firsts)
+	w.segments.Store(int64(len(firsts)))
 	return w.resume(seg)
 }
 

@@ -30,6 +30,8 @@ type Entry struct {
 	// Raw is the record's bytes, which all hashes are made of. It belongs to the
 	// receiver.
 	Raw []byte
+	// Place is where the record stands: a Reader finds it there again.
+	Place Place
 }
 
 // Scan returns the records of the journal in dir from index from on, in order,
@@ -85,7 +87,10 @@ func (c *cursor) close() {
 
 // entry makes an Entry of the frame that next returned last.
 func (c *cursor) entry(f frame) (Entry, error) {
-	e := Entry{Index: f.index, Hash: f.hash, Link: f.link, Raw: bytes.Clone(f.record), Record: new(ledgerv1.Record)}
+	e := Entry{
+		Index: f.index, Hash: f.hash, Link: f.link, Raw: bytes.Clone(f.record), Record: new(ledgerv1.Record),
+		Place: Place{Segment: c.seg.first, Offset: f.offset},
+	}
 	if err := proto.Unmarshal(e.Raw, e.Record); err != nil {
 		return Entry{}, c.undecodable(f, err)
 	}
@@ -184,6 +189,9 @@ func (c *cursor) advance(why error) error {
 		}
 		return c.enter(following, why)
 	case firsts[i] > s.index:
+		if head, err := Archived(c.dir); err == nil && head.Size >= firsts[i] {
+			return fmt.Errorf("%w: %d and those up to %d, while they were to be read", ErrArchived, s.index, firsts[i])
+		}
 		// Either it was filled and closed while we looked, or something is missing.
 		c.suspect = fmt.Sprintf("%s, and the next segment begins with record %d", reason(why), firsts[i])
 		return nil

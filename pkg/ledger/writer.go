@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 )
 
@@ -53,11 +54,11 @@ type writer struct {
 	next    uint64   // index of the next record
 	link    [32]byte // before it
 
-	file      file  // the last segment; nil if that is closed and the next not begun
-	offset    int64 // behind its last frame
-	allocated int64 // bytes that the file has blocks for
-	closed    int64 // bytes in the segments before
-	segments  int
+	file      file         // the last segment; nil if that is closed and the next not begun
+	offset    int64        // behind its last frame
+	allocated int64        // bytes that the file has blocks for
+	closed    atomic.Int64 // bytes in the segments before; Archive lowers it
+	segments  atomic.Int64 // Archive lowers it
 
 	buf []byte
 }
@@ -167,7 +168,7 @@ func (w *writer) seal() *failure {
 	if err := w.file.Close(); err != nil {
 		return broken(reasonWrite, "close ledger segment", err)
 	}
-	w.closed += w.offset
+	w.closed.Add(w.offset)
 	w.file, w.offset, w.allocated = nil, 0, 0
 	return nil
 }
@@ -187,7 +188,7 @@ func (w *writer) begin() *failure {
 		return fail
 	}
 	w.file, w.offset, w.allocated = f, headerSize, allocated
-	w.segments++
+	w.segments.Add(1)
 	w.observe()
 	return nil
 }
@@ -243,7 +244,7 @@ func (w *writer) close(failed bool) error {
 
 // observe sets the gauges.
 func (w *writer) observe() {
-	w.metrics.bytes.Set(float64(w.closed + w.offset))
-	w.metrics.segments.Set(float64(w.segments))
+	w.metrics.bytes.Set(float64(w.closed.Load() + w.offset))
+	w.metrics.segments.Set(float64(w.segments.Load()))
 	w.metrics.size.Set(float64(w.next))
 }
