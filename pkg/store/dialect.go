@@ -49,7 +49,10 @@ const (
 // openSQLite opens the file with one connection that writes and some that read.
 // Each transaction of the writer begins as one that writes, so that it never
 // fails half-way for want of the lock.
-func openSQLite(path string) (writer, reader *sql.DB, err error) {
+//
+// synchronous is FULL if what was committed has to survive a power cut, NORMAL if
+// the newest commits may be lost by it.
+func openSQLite(path, synchronous string) (writer, reader *sql.DB, err error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find database %s: %w", path, err)
@@ -62,9 +65,8 @@ func openSQLite(path string) (writer, reader *sql.DB, err error) {
 			"_busy_timeout": {fmt.Sprint(sqliteBusy.Milliseconds())},
 			"_foreign_keys": {"1"},
 			"_journal_mode": {"WAL"},
-			// FULL: what was committed survives a power cut.
-			"_synchronous": {"FULL"},
-			"_dqs":         {"0"},
+			"_synchronous":  {synchronous},
+			"_dqs":          {"0"},
 		}
 		maps.Copy(q, extra)
 		return (&url.URL{Scheme: "file", Path: abs, RawQuery: q.Encode()}).String()

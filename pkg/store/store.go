@@ -46,7 +46,7 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock database %s: %w", path, err)
 	}
-	writer, reader, err := openSQLite(path)
+	writer, reader, err := openSQLite(path, "FULL")
 	if err != nil {
 		return nil, errors.Join(err, lock.Release())
 	}

@@ -333,7 +333,7 @@ func TestTokensAreHashedAtRest(t *testing.T) {
 // would allow.
 func alongside(t *testing.T, path string) *DB {
 	t.Helper()
-	writer, reader, err := openSQLite(path)
+	writer, reader, err := openSQLite(path, "FULL")
 	if err != nil {
 		t.Fatal(err)
 	}

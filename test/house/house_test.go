@@ -60,8 +60,8 @@ var arrows = []struct {
 	{"pkg/ca/keys", []string{"pkg/config", "internal/*"}},
 	{"pkg/ca/upstream", nil},
 	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
-	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
-	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/health", "proto/**", "internal/*"}},
+	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/ledger/search", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
+	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	// Level 4.
 	{"cmd/*", []string{"pkg/**", "proto/**", "internal/*"}},
