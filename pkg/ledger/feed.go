@@ -94,6 +94,9 @@ func NewFeed(j *Journal, name string, sink Sink, metrics *FeedMetrics, o FeedOpt
 	return f
 }
 
+// Name returns what the sink is called.
+func (f *Feed) Name() string { return f.name }
+
 // Lag is how far a sink is behind its journal.
 type Lag struct {
 	// Records is the number of durable records that the sink has not taken.

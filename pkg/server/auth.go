@@ -65,6 +65,14 @@ var methods = map[string]role{
 	adminv1.AdminService_RenewSVIDs_FullMethodName:         roleAdmin,
 	adminv1.AdminService_ConfirmClock_FullMethodName:       roleAdmin,
 	adminv1.AdminService_GetStatus_FullMethodName:          roleAdmin,
+
+	adminv1.LedgerService_Find_FullMethodName:         roleAdmin,
+	adminv1.LedgerService_Who_FullMethodName:          roleAdmin,
+	adminv1.LedgerService_FirstSeen_FullMethodName:    roleAdmin,
+	adminv1.LedgerService_Overdue_FullMethodName:      roleAdmin,
+	adminv1.LedgerService_NewlyAllowed_FullMethodName: roleAdmin,
+	adminv1.LedgerService_ListNames_FullMethodName:    roleAdmin,
+	adminv1.LedgerService_Archive_FullMethodName:      roleAdmin,
 }
 
 // caller is who makes a call, as authorize established it.

@@ -92,6 +92,11 @@ type Config struct {
 	Verifiers []attest.NodeVerifier
 	// NewToken makes a join token and its SHA-256; nil if there are none here.
 	NewToken func() (secret string, sum [32]byte, err error)
+	// Records is the ledger's search index; nil if there is none.
+	Records Records
+	// Sinks are those that the ledger is not archived without; nil if there are
+	// none.
+	Sinks Sinks
 	// Instance names this CA process in records.
 	Instance string
 	Version  string

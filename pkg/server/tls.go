@@ -54,6 +54,7 @@ func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
 	g := s.newGRPC(&tlsCredentials{s: s, base: s.tlsConfig()}, opts)
 	nodev1.RegisterNodeServiceServer(g, s.NodeService())
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
+	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
 	return g
 }
 
@@ -63,6 +64,7 @@ func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
 func (s *Server) AdminGRPC(opts ...grpc.ServerOption) *grpc.Server {
 	g := s.newGRPC(peer.Credentials(), append([]grpc.ServerOption{grpc.MaxRecvMsgSize(maxAdminMessage)}, opts...))
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
+	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
 	return g
 }
 
