@@ -49,7 +49,7 @@ then let a machine join, and say who gets which identity:
 		}
 	}
 	add("server", newRunCommand(), newCheckCommand(), newLedgerCommand())
-	add("operate", newEntryCommand(), newNodeCommand(), newTokenCommand(),
+	add("operate", newEntryCommand(), newNodeCommand(), newTokenCommand(), newWhoCommand(),
 		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newStatusCommand())
 	return root
 }

@@ -28,11 +28,14 @@ func newLedgerCommand() *cobra.Command {
 		Use:   "ledger",
 		Short: "Read and verify the record of every decision",
 		Long: `The ledger holds one record for each decision of the CA: what was issued or
-refused, to whom, where, why and when. These commands read its folder directly:
-the CA need not run, and a copied folder is as good as the original.`,
+refused, to whom, where, why and when. find, first-seen, overdue, newly-allowed and
+archive ask the running CA, which has an index of millions of records. The others
+read its folder: the CA need not run, and a copied folder is as good as the
+original.`,
 	}
 	f.add(cmd)
-	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerWhy(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f))
+	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerWhy(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f),
+		newLedgerFind(), newLedgerFirstSeen(), newLedgerOverdue(), newLedgerNewlyAllowed(), newLedgerArchive(f))
 	return cmd
 }
 

@@ -123,7 +123,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness}, exportConditions(exports))...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionSearch}, exportConditions(exports))...)
 	if err != nil {
 		return err
 	}
@@ -156,6 +156,8 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	index := openSearch(ctx, v.DataDir, journal, feedMetrics, tracker, registry, logger)
+	defer func() { err = errors.Join(err, index.close()) }()
 	stopped, err := recordStart(ctx, journal, proofs.Key(), v)
 	if err != nil {
 		return err
@@ -189,7 +191,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	srv, err = server.New(ctx, server.Config{
-		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Verifiers: verifiers,
+		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
 		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
 		Logger: logger, Registerer: registry, Health: tracker,
@@ -209,6 +211,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
+	group.Go(func() error { index.run(ctx); return nil })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })

@@ -2,8 +2,10 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -19,6 +21,12 @@ func TestMain(m *testing.M) {
 		"makejournal": func() {
 			os.Exit(makeJournal()) //nolint:forbidigo // as above
 		},
+		"journal": func() {
+			if err := writePast(os.Args[1:]); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1) //nolint:forbidigo // this is a main too
+			}
+		},
 	})
 }
 
@@ -26,6 +34,9 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"await": await,
+		},
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("MESHID_ADMIN_SOCKET", e.WorkDir+"/admin.sock")
 			return writeUpstream(t, e.WorkDir+"/upstream")
@@ -42,4 +53,18 @@ func writeUpstream(t *testing.T, dir string) error {
 		os.WriteFile(dir+"/ca-key.pem", upstreamtest.KeyPEM(t, a.Key), 0o600),
 		os.WriteFile(dir+"/roots.pem", upstreamtest.PEM(a.Root), 0o600),
 	)
+}
+
+// await runs a program again and again until it prints something: what it asks for
+// is on its way.
+func await(ts *testscript.TestScript, _ bool, args []string) {
+	for deadline := time.Now().Add(time.Minute); ; {
+		err := ts.Exec(args[0], args[1:]...)
+		if err == nil && ts.ReadFile("stdout") != "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("%v prints nothing: %v\n%s", args, err, ts.ReadFile("stderr"))
+		}
+	}
 }

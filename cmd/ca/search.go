@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"slices"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/ledger/tree"
+	"github.com/meshid/meshid/pkg/server"
+	"github.com/meshid/meshid/pkg/store"
+)
+
+// conditionSearch: questions about the ledger have no answer, or an old one.
+const conditionSearch = "ledger_search"
+
+// searchIndex is the index of the ledger, and what keeps it up to date.
+type searchIndex struct {
+	records *store.Records // nil if it cannot be used
+	feed    *ledger.Feed
+	report  func(error)
+	log     *slog.Logger
+}
+
+// openSearch opens the index. One that cannot be used is reported and does nothing:
+// it must not stand in the way of issuing.
+func openSearch(ctx context.Context, dataDir string, j *ledger.Journal, m *ledger.FeedMetrics, t *health.Tracker,
+	registry prometheus.Registerer, logger *slog.Logger,
+) *searchIndex {
+	s := &searchIndex{log: logger, report: func(err error) {
+		if err == nil {
+			t.Clear(conditionSearch)
+			return
+		}
+		t.Set(conditionSearch, health.Warning, "`ca who` and `ca ledger find` do not know the newest records: "+err.Error())
+	}}
+	var err error
+	s.records, err = store.OpenRecords(ctx, filepath.Join(dataDir, "records.db"), j, store.RecordsOptions{Registerer: registry, Logger: logger})
+	if err != nil {
+		s.records = nil
+		s.fail(ctx, err)
+		return s
+	}
+	s.feed = ledger.NewFeed(j, "search", s.records, m, ledger.FeedOptions{Logger: logger, OnState: s.report})
+	return s
+}
+
+func (s *searchIndex) fail(ctx context.Context, err error) {
+	s.report(err)
+	s.log.ErrorContext(ctx, "the ledger's search index is not kept", "err", err)
+}
+
+// run feeds the index until ctx ends.
+func (s *searchIndex) run(ctx context.Context) {
+	if s.feed == nil {
+		return
+	}
+	if err := s.feed.Run(ctx); err != nil {
+		s.fail(ctx, err)
+	}
+}
+
+// close closes the index.
+func (s *searchIndex) close() error {
+	if s.records == nil {
+		return nil
+	}
+	return s.records.Close()
+}
+
+// server returns the index for the server, which knows what to say without one.
+func (s *searchIndex) server() server.Records {
+	if s.records == nil {
+		return nil
+	}
+	return s.records
+}
+
+// taken is what archiving waits for: it implements server.Sinks.
+type taken struct {
+	feeds *ledger.FeedMetrics
+	tree  *tree.Tree
+	// missing is a sink that could not begin, if there is one.
+	missing string
+}
+
+// Taken returns the number of records that every sink has taken, and the sink that
+// is furthest behind.
+func (t taken) Taken() (uint64, string) {
+	if t.missing != "" {
+		return 0, t.missing
+	}
+	records, sink := t.feeds.Taken()
+	if signed := t.tree.Checkpoint().Size; signed < records {
+		return signed, conditionTree
+	}
+	return records, sink
+}
+
+// archivable says what may be archived: what every sink has, and what is under a
+// signed checkpoint of the tree. An export that could not begin has its
+// cursor where nobody knows: nothing may, until it is repaired or removed from the
+// configuration.
+func archivable(m *ledger.FeedMetrics, proofs *tree.Tree, exports []configuredExport, feeds []exportFeed) taken {
+	t := taken{feeds: m, tree: proofs}
+	for _, c := range exports {
+		if !slices.ContainsFunc(feeds, func(f exportFeed) bool { return f.Name() == c.label() }) {
+			t.missing = c.label()
+		}
+	}
+	return t
+}
