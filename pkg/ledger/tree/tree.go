@@ -58,8 +58,8 @@ type Options struct {
 	// Logger gets what an operator should know, if it is not nil.
 	Logger *slog.Logger
 
-	disk  disk           // nil except in tests
-	retry backoff.Policy // likewise
+	disk                disk           // nil except in tests
+	retry, witnessRetry backoff.Policy // zero except in tests
 }
 
 // Tree is the Merkle tree over the journal of this process. All methods may be
@@ -119,12 +119,15 @@ func Open(dir string, journal *ledger.Journal, o Options) (_ *Tree, err error) {
 	if o.retry == (backoff.Policy{}) {
 		o.retry = retryPolicy
 	}
+	if o.witnessRetry == (backoff.Policy{}) {
+		o.witnessRetry = witnessPolicy
+	}
 	if o.Quorum > len(o.Witnesses) {
 		return nil, fmt.Errorf("open ledger tree: a quorum of %d of %d witnesses cannot be reached", o.Quorum, len(o.Witnesses))
 	}
 	t := &Tree{dir: dir, journal: journal, options: o, dirs: map[string]bool{}, retry: backoff.New(o.retry)}
 	for _, w := range o.Witnesses {
-		t.witnesses = append(t.witnesses, newWitness(w))
+		t.witnesses = append(t.witnesses, newWitness(w, o.witnessRetry))
 	}
 	if err := durable.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("open ledger tree: %w", err)
@@ -347,9 +350,15 @@ func (t *Tree) Run(ctx context.Context) (err error) {
 // run is Run's loop. It returns when there are no more records, or nothing more is
 // to be signed.
 func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
-	timer := time.NewTimer(0) // the first checkpoint is at the start
+	// What was signed last is published, and shown to the witnesses, before
+	// anything else is signed: they may know that this is an older copy.
+	t.publish(ctx)
+	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for t.Halted() == nil {
+		if at := t.due(); !at.IsZero() {
+			timer.Reset(time.Until(at))
+		}
 		in := entries
 		if t.full() && !t.flush() {
 			in = nil // no more into memory until there is room on the disk
@@ -361,6 +370,9 @@ func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
 			}
 			t.add(e)
 		case <-timer.C:
+			if t.due().IsZero() {
+				continue // nothing happened for an hour
+			}
 			t.publish(ctx)
 		case <-t.journal.Closed():
 			if in == nil {
@@ -378,9 +390,6 @@ func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
 			}
 		case <-ctx.Done():
 			return
-		}
-		if at := t.due(); !at.IsZero() {
-			timer.Reset(time.Until(at))
 		}
 	}
 }

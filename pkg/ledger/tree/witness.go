@@ -124,8 +124,8 @@ type witness struct {
 	err     error     // of the last time, nil if it cosigned
 }
 
-func newWitness(w Witness) *witness {
-	return &witness{Witness: w, backoff: backoff.New(witnessPolicy)}
+func newWitness(w Witness, p backoff.Policy) *witness {
+	return &witness{Witness: w, backoff: backoff.New(p)}
 }
 
 // witnessClient asks witnesses. An answer that leads elsewhere is none.
@@ -262,7 +262,7 @@ func (w *witness) ask(ctx context.Context, dir string, c Checkpoint) {
 	line, err := w.submit(ctx, dir, c)
 	w.err = err
 	if err != nil {
-		w.next = time.Now().Add(max(w.backoff.Next(), time.Second))
+		w.next = time.Now().Add(w.backoff.Next())
 		return
 	}
 	w.backoff.Reset()
