@@ -43,7 +43,7 @@ bin/shop bin/demo: FORCE
 install: ## install all that tests need
 	scripts/install-packages $(PACKAGES)
 	scripts/install-envoy
-	scripts/install-docker -own
+	scripts/install-docker -own && scripts/install-tools fsck omniwitness
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker

@@ -52,6 +52,17 @@ func Envoy(t testing.TB) string {
 	return path
 }
 
+// Tool needs a development tool that scripts/install-tools builds, and returns its
+// path.
+func Tool(t testing.TB, name string) string {
+	t.Helper()
+	path := filepath.Join(Repository(), "bin", name)
+	if _, err := os.Stat(path); err != nil {
+		Missing(t, "no %s (run scripts/install-tools %s): %v", name, name, err)
+	}
+	return path
+}
+
 // Repository returns the root of the work tree.
 func Repository() string {
 	_, file, _, _ := runtime.Caller(0)

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -49,10 +50,12 @@ func TestV_F4_Interrupted(t *testing.T) {
 			e.start()
 			e.append(250) // the next ones fill a tile
 			before := e.covered()
-			dead := false
+			var dead atomic.Bool
 			d.set(func(op string, n int, after bool) error {
-				dead = dead || strikes(op, n, after)
-				if dead {
+				if strikes(op, n, after) {
+					dead.Store(true)
+				}
+				if dead.Load() {
 					return unix.EIO
 				}
 				return nil
@@ -60,11 +63,7 @@ func TestV_F4_Interrupted(t *testing.T) {
 			e.append(3)
 			e.append(600)
 			// Either it is stopped, or that step did not come.
-			e.await("the fault", func() bool {
-				d.mu.Lock()
-				defer d.mu.Unlock()
-				return dead || e.tree.Checkpoint().Size == e.journal.Size()
-			})
+			e.await("the fault", func() bool { return dead.Load() || e.tree.Checkpoint().Size == e.journal.Size() })
 			seen := e.tree.Checkpoint()
 			e.kill()
 			d.set(nil)

@@ -45,7 +45,8 @@ func TestProofs(t *testing.T) {
 		t.Fatal(err)
 	}
 	encoded := p.Encode()
-	for i := range encoded {
+	// But for the last digit of the signature, of which base64 ignores some bits.
+	for i := range len(encoded) - len("g=\n") {
 		changed := bytes.Clone(encoded)
 		changed[i] ^= 1
 		q, err := ParseProof(changed)

@@ -81,6 +81,10 @@ func (w *strictWitness) ServeHTTP(out http.ResponseWriter, r *http.Request) {
 		w.instead(out)
 		return
 	}
+	if w.log == nil {
+		http.Error(out, "an unknown log", http.StatusNotFound)
+		return
+	}
 	if r.Method != http.MethodPost || r.URL.Path != "/prefix/add-checkpoint" {
 		http.Error(out, "no such call", http.StatusNotFound)
 		return
