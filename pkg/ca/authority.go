@@ -34,10 +34,18 @@ type root struct {
 	cert     *x509.Certificate
 	state    string
 	spkiHash [32]byte
+	since    time.Time // when it took its state
+	sequence uint64    // of the first bundle that held it
+	// automatic and tainted are as in Root; reference is that of its key.
+	automatic, tainted bool
+	reference          string
 	// foreign roots are those of an upstream CA: their keys are not ours.
 	foreign bool
 	key     crypto.Signer // nil unless this is the state's signer, and ours
 }
+
+// shown is its state as records and operators see it.
+func (r *root) shown() string { return Root{State: r.state, Tainted: r.tainted}.shown() }
 
 // authority is an intermediate with its key. It is immutable but for its atomics.
 type authority struct {

@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ledger"
 )
 
@@ -30,14 +31,12 @@ import (
 // its renewal has not succeeded yet, or the root is at its end. A retry may help.
 var ErrNoAuthority = errors.New("no authority can sign now")
 
-// ErrBundleChanged is wrapped by Store.AddRoot's error when another CA has
-// changed the trust bundle since it was read.
-var ErrBundleChanged = errors.New("the trust bundle was changed by another CA")
-
 // States of a root or an intermediate, as in the ledger.
 const (
 	// StatePrepared: its root is in the bundle, it signs nothing yet.
 	StatePrepared = "prepared"
+	// StateDistributed: and every live proxy has acknowledged that.
+	StateDistributed = "distributed"
 	// StateActive: it signs.
 	StateActive = "active"
 	// StateRetiring: it signs no more, but certificates that it signed live.
@@ -61,22 +60,16 @@ type Root struct {
 	// Key is the reference of its private key in the key store; empty for the root
 	// of an upstream CA.
 	Key string
-	// State is one of the State constants.
-	State     string
-	CreatedAt time.Time
-}
-
-// Store keeps the roots of the trust domain. It is shared by all CAs of the
-// trust domain, and durable: what AddRoot was given is seen by every Roots after
-// it. Both may be called concurrently.
-type Store interface {
-	// Roots returns all roots, and the sequence of the trust bundle that they
-	// make up: it grows with each change and is never 0 once there is a root.
-	Roots(ctx context.Context) (roots []Root, sequence uint64, err error)
-	// AddRoot adds a root to the bundle whose sequence is after, and returns its
-	// new sequence. Of several CAs that read the same bundle one succeeds; the
-	// error of the others wraps ErrBundleChanged, and nothing is added.
-	AddRoot(ctx context.Context, after uint64, r Root) (sequence uint64, err error)
+	// State is one of the State constants, but never StateTainted.
+	State string
+	// CreatedAt is when it was made, Since when it took its state.
+	CreatedAt, Since time.Time
+	// Sequence is that of the first bundle that held it.
+	Sequence uint64
+	// Automatic: it is to be activated as soon as it is distributed.
+	Automatic bool
+	// Tainted: what it signed is to be replaced.
+	Tainted bool
 }
 
 // Defaults and bounds of Config.
@@ -133,6 +126,13 @@ type Config struct {
 	Logger *slog.Logger
 	// Registerer may be nil.
 	Registerer prometheus.Registerer
+	// Fleet, if set, says what the nodes have acknowledged; without it there are no
+	// nodes. It must not block nor call this CA.
+	Fleet func() []rotation.Node
+	// OnRetiring, if set, is called when X.509-SVIDs that chain to a root have to be
+	// replaced, and with the same root again after a restart. It must not block nor
+	// call this CA.
+	OnRetiring func(root string, tainted bool)
 	// OnChange, if set, is called after the bundle or an intermediate has
 	// changed, without locks held. It must not block.
 	OnChange func()
@@ -210,6 +210,8 @@ type CA struct {
 	mintMu sync.Mutex
 	// mintFailed is the last failure of the upstream CA, nil after a success.
 	mintFailed atomic.Pointer[mintFailure]
+	// stalled says what a rotation waits for, "" or nil for nothing.
+	stalled atomic.Pointer[string]
 
 	// failed is the error of the last renewal, nil after one that succeeded.
 	failed atomic.Pointer[error]
@@ -218,6 +220,12 @@ type CA struct {
 	// retryAt and failures pace the renewals after a failed one.
 	retryAt  time.Time
 	failures int
+	// nextStep is when the roots have to be looked at again, if nothing is heard.
+	nextStep time.Time
+	// renewals are the retiring roots of which the nodes are still to be told.
+	renewals []string
+	// drained says, by retiring root, since when no node uses it.
+	drained map[string]time.Time
 }
 
 // state is immutable.
@@ -229,9 +237,11 @@ type state struct {
 	// retiring are those that were active before, the newest first.
 	retiring []retiring
 	// roots and bundle are parallel: what the store has, without those gone.
-	roots    []*root
-	bundle   []*x509.Certificate
-	sequence uint64
+	roots  []*root
+	bundle []*x509.Certificate
+	trust  Trust
+	// moving is set while a root is prepared, distributed or retiring.
+	moving bool
 	// keys are the SubjectPublicKeyInfo hashes of all of the above: nobody may
 	// have a certificate for one of them.
 	keys map[[32]byte]struct{}
@@ -274,8 +284,9 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	}
 	c := &CA{
 		cfg: cfg, log: cfg.Logger, metrics: m,
-		live: newLiveKeys(cfg.MaxTTL, maxLiveKeys),
-		kick: make(chan struct{}, 1), kickMint: make(chan struct{}, 1),
+		live:    newLiveKeys(cfg.MaxTTL, maxLiveKeys),
+		drained: make(map[string]time.Time),
+		kick:    make(chan struct{}, 1), kickMint: make(chan struct{}, 1),
 	}
 	now := time.Now()
 	s, err := c.loadRoots(ctx, now)
@@ -309,7 +320,7 @@ func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.cfg.TrustDomain }
 // The caller must not modify the slice or what it points to.
 func (c *CA) Bundle() (roots []*x509.Certificate, sequence uint64) {
 	s := c.state.Load()
-	return s.bundle, s.sequence
+	return s.bundle, s.trust.Sequence
 }
 
 // Authority is a signing certificate and what it is used for now.
@@ -328,7 +339,7 @@ func (c *CA) Authorities() []Authority {
 	s := c.state.Load()
 	all := make([]Authority, 0, len(s.roots)+1+len(s.retiring))
 	for _, r := range s.roots {
-		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.state, Certificate: r.cert})
+		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.shown(), Certificate: r.cert})
 	}
 	if s.active != nil {
 		all = append(all, s.active.describe(StateActive))
@@ -387,12 +398,15 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 	}
 	failed := c.failed.Load()
 	upstreamFailed := c.mintHealth(s, now)
+	stalled := c.stalled.Load()
 	switch end := s.signer.cert.NotAfter; {
+	case stalled != nil && *stalled != "":
+		warning = errors.New(*stalled)
 	case upstreamFailed != nil:
 		warning = upstreamFailed
 	case failed != nil:
 		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
-	case end.Sub(now) < max(2*c.cfg.IntermediateLife, c.cfg.RootLife/20):
+	case !s.signer.foreign && end.Sub(now) < c.cfg.IntermediateLife:
 		warning = fmt.Errorf("the root expires at %s: prepare its successor", end.UTC().Format(time.RFC3339))
 	}
 	return warning, failure

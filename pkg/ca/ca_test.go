@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ledger"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
@@ -35,28 +37,69 @@ type memoryStore struct {
 	mu                    sync.Mutex
 	roots                 []Root
 	failBefore, failAfter error
-	sequence              uint64
+	sequence, epoch       uint64
+	paused                bool
 	failRoots             error
+	intermediates         map[string]Intermediate
 }
 
-func (s *memoryStore) Roots(context.Context) ([]Root, uint64, error) {
+func (s *memoryStore) Trust(context.Context) (Trust, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return slices.Clone(s.roots), s.sequence, s.failRoots
+	return s.trust(), s.failRoots
 }
 
-func (s *memoryStore) AddRoot(_ context.Context, after uint64, r Root) (uint64, error) {
+func (s *memoryStore) trust() Trust {
+	return Trust{Roots: slices.Clone(s.roots), Sequence: s.sequence, Epoch: s.epoch, Paused: s.paused}
+}
+
+func (s *memoryStore) ChangeTrust(_ context.Context, t Trust, record func(Trust) error) (Trust, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.failBefore != nil:
-		return 0, s.failBefore
-	case s.sequence != after:
-		return 0, ErrBundleChanged
+		return Trust{}, s.failBefore
+	case s.epoch != t.Epoch:
+		return Trust{}, ErrTrustChanged
 	}
-	s.roots = append(s.roots, r)
-	s.sequence++
-	return s.sequence, s.failAfter
+	t.Epoch++
+	t.Roots = slices.Clone(t.Roots)
+	if !slices.EqualFunc(t.Bundle(), s.trust().Bundle(), slices.Equal) {
+		t.Sequence = s.sequence + 1
+	}
+	for i := range t.Roots {
+		if t.Roots[i].Sequence == 0 {
+			t.Roots[i].Sequence = t.Sequence
+		}
+	}
+	if err := record(t); err != nil {
+		return Trust{}, err
+	}
+	s.roots, s.sequence, s.epoch, s.paused = t.Roots, t.Sequence, t.Epoch, t.Paused
+	t.Roots = slices.Clone(t.Roots)
+	return t, s.failAfter
+}
+
+func (s *memoryStore) Intermediates(context.Context) ([]Intermediate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.intermediates)), s.failRoots
+}
+
+func (s *memoryStore) PutIntermediates(_ context.Context, now time.Time, changed ...Intermediate) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.failBefore != nil {
+		return s.failBefore
+	}
+	if s.intermediates == nil {
+		s.intermediates = make(map[string]Intermediate)
+	}
+	for _, i := range changed {
+		s.intermediates[i.ID] = i
+	}
+	maps.DeleteFunc(s.intermediates, func(_ string, i Intermediate) bool { return i.LiveUntil.Before(now) })
+	return s.failAfter
 }
 
 type fixture struct {
@@ -275,7 +318,6 @@ func TestOpenRecordsEveryAuthorityEvent(t *testing.T) {
 		}
 	}
 	want := []string{
-		"EVENT_AUTHORITY root prepared",
 		"EVENT_AUTHORITY root active",
 		"EVENT_BUNDLE root active",
 		"EVENT_AUTHORITY intermediate active",
@@ -334,9 +376,9 @@ type beaten struct {
 	other func()
 }
 
-func (s beaten) AddRoot(ctx context.Context, after uint64, r Root) (uint64, error) {
+func (s beaten) ChangeTrust(ctx context.Context, t Trust, record func(Trust) error) (Trust, error) {
 	s.other()
-	return s.memoryStore.AddRoot(ctx, after, r)
+	return s.memoryStore.ChangeTrust(ctx, t, record)
 }
 
 // Two CAs start for the first time on one store: there is one root, and the one
@@ -345,7 +387,7 @@ func TestFault_F21_FirstStartOfTwo(t *testing.T) {
 	store := &memoryStore{}
 	var first *fixture
 	_, err := tryOpen(t, Config{Store: beaten{store, func() { first = open(t, Config{Store: store}) }}})
-	if !errors.Is(err, ErrBundleChanged) || !strings.Contains(err.Error(), "start it again") {
+	if !errors.Is(err, ErrTrustChanged) || !strings.Contains(err.Error(), "start it again") {
 		t.Fatalf("the second CA: %v", err)
 	}
 	if roots, sequence := first.Bundle(); len(roots) != 1 || sequence != 1 || len(store.roots) != 1 {
@@ -703,6 +745,9 @@ func TestV_B7_EndOfTheRoot(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var running sync.WaitGroup
 		running.Go(func() { _ = f.Run(ctx) })
+		if err := f.Command(t.Context(), rotation.Command{Verb: rotation.VerbPause}, "uid:0"); err != nil {
+			t.Fatal(err)
+		}
 		roots, _ := f.Bundle()
 		end := roots[0].NotAfter
 		key := parseKey(t, newKey(t))
@@ -940,4 +985,13 @@ func TestMetricsExistFromTheStart(t *testing.T) {
 		counter(t, f, "meshid_ca_bundle_sequence", "") != float64(sequence) {
 		t.Error("gauges")
 	}
+}
+
+func parseAll(t testing.TB, chain [][]byte) []*x509.Certificate {
+	t.Helper()
+	all := make([]*x509.Certificate, len(chain))
+	for i, der := range chain {
+		all[i] = parse(t, der)
+	}
+	return all
 }

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -24,19 +25,13 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ledger"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
-// The life of an authority. A root, once:
-//
-//  1. key made in the key store
-//  2. certificate self-signed, checked, recorded as prepared
-//  3. added to the store: it is in the bundle
-//  4. recorded as active, with the bundle
-//
-// An intermediate, every half of its life:
+// The life of a root is in trust.go. An intermediate, every half of its life:
 //
 //  1. key made in memory
 //  2. certificate signed by the root, checked; its key proves itself
@@ -67,6 +62,9 @@ func (c *CA) Run(ctx context.Context) error {
 	defer minting.Wait()
 	if c.cfg.Upstream != nil {
 		minting.Go(func() { c.runMint(ctx) })
+		if w, ok := c.cfg.Upstream.CA.(upstream.RootWatcher); ok {
+			minting.Go(func() { c.runWatch(ctx, w) })
+		}
 	}
 	for {
 		timer := time.NewTimer(c.maintain(ctx, time.Now()))
@@ -116,13 +114,15 @@ func (c *CA) maintain(ctx context.Context, now time.Time) (nap time.Duration) {
 
 // renew reports whether the intermediate was replaced. The caller holds mu.
 func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error) {
+	changed, stepErr := c.advance(ctx, now)
 	if c.intermediateDue(now) {
 		if err := c.replaceIntermediate(ctx, now); err != nil {
 			c.metrics.rotationFailed.Inc()
-			return false, fmt.Errorf("renew the intermediate: %w", err)
+			return changed, fmt.Errorf("renew the intermediate: %w", err)
 		}
 		changed = true
 	}
+	c.flushRenewals()
 	if c.ownDue(now) {
 		if err := c.replaceOwn(ctx, now); err != nil {
 			return changed, fmt.Errorf("renew the authority's own x.509-svid: %w", err)
@@ -130,6 +130,9 @@ func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error)
 	}
 	if err := c.dropGone(ctx, now); err != nil {
 		return changed, fmt.Errorf("record the end of an intermediate: %w", err)
+	}
+	if stepErr != nil {
+		return changed, fmt.Errorf("rotate the roots: %w", stepErr)
 	}
 	return changed, nil
 }
@@ -140,7 +143,7 @@ func (c *CA) intermediateDue(now time.Time) bool {
 	switch a := s.active; {
 	case s.signer.foreign: // runMint does it
 		return false
-	case a == nil || !a.usable(now) || a.suspect.Load():
+	case a == nil || !a.usable(now) || a.suspect.Load() || a.root.id != s.signer.id:
 		return true
 	case now.Before(a.renewAt):
 		return false
@@ -171,6 +174,7 @@ func (c *CA) nextDue(now time.Time) time.Time {
 			due = t
 		}
 	}
+	sooner(c.nextStep)
 	if s.active != nil {
 		sooner(s.active.renewAt)
 	}
@@ -184,7 +188,7 @@ func (c *CA) nextDue(now time.Time) time.Time {
 // place. The caller holds mu.
 func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
 	s := c.state.Load()
-	a, err := c.makeIntermediate(s.signer, s.sequence, now)
+	a, err := c.makeIntermediate(s.signer, s.trust.Sequence, now)
 	if err != nil {
 		return err
 	}
@@ -194,9 +198,18 @@ func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
 // install has a sign from now on, once that is recorded. The caller holds mu.
 func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 	s := c.state.Load()
-	drafts := []*ledger.Draft{c.authorityDraft(now, a.cert, RoleIntermediate, StateActive, s.sequence)}
+	made := []Intermediate{{ID: a.id, Root: a.root.id, Instance: c.cfg.Instance, LiveUntil: a.notAfter}}
+	if old := s.active; old != nil {
+		made = append(made, Intermediate{ID: old.id, Root: old.root.id, Instance: c.cfg.Instance, LiveUntil: c.lastLeafEnd(now)})
+	}
+	sctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if err := c.cfg.Store.PutIntermediates(sctx, now, made...); err != nil {
+		return err
+	}
+	drafts := []*ledger.Draft{c.authorityDraft(now, a.cert, RoleIntermediate, StateActive, s.trust.Sequence)}
 	if s.active != nil {
-		drafts = append(drafts, c.authorityDraft(now, s.active.cert, RoleIntermediate, StateRetiring, s.sequence))
+		drafts = append(drafts, c.authorityDraft(now, s.active.cert, RoleIntermediate, StateRetiring, s.trust.Sequence))
 	}
 	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
 		return fmt.Errorf("record it: %w", err)
@@ -225,13 +238,20 @@ func (c *CA) dropGone(ctx context.Context, now time.Time) error {
 		return now.Unix() > r.lastLeaf.Load() && now.Sub(r.since) > longestNap
 	}
 	var drafts []*ledger.Draft
+	var ended []Intermediate
 	for _, r := range s.retiring {
 		if gone(r) {
-			drafts = append(drafts, c.authorityDraft(now, r.cert, RoleIntermediate, StateGone, s.sequence))
+			ended = append(ended, Intermediate{ID: r.id, Root: r.root.id, Instance: c.cfg.Instance, LiveUntil: now.Add(-time.Second)})
+			drafts = append(drafts, c.authorityDraft(now, r.cert, RoleIntermediate, StateGone, s.trust.Sequence))
 		}
 	}
 	if len(drafts) == 0 {
 		return nil
+	}
+	sctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if err := c.cfg.Store.PutIntermediates(sctx, now, ended...); err != nil {
+		return err
 	}
 	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
 		return err
@@ -268,21 +288,52 @@ func (c *CA) authorityRecord(now time.Time, cert *x509.Certificate, role, state 
 
 // loadRoots returns the state without an intermediate.
 func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
-	stored, sequence, err := c.cfg.Store.Roots(ctx)
+	t, err := c.cfg.Store.Trust(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read the roots: %w", err)
 	}
-	switch {
-	case len(stored) == 0 && c.cfg.Upstream != nil:
-		return c.firstUse(ctx, now, sequence)
-	case len(stored) == 0:
-		return c.createRoot(ctx, now, sequence)
+	if len(t.Roots) == 0 {
+		return c.createRoot(ctx, now, t)
 	}
-	s := &state{sequence: sequence}
-	var reference string
-	var created time.Time
-	for _, r := range stored {
-		loaded, err := c.parseRoot(r)
+	s, err := c.parseTrust(ctx, now, t, nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range s.roots {
+		if r.state == StateRetiring { // in case nobody was told
+			c.renewals = append(c.renewals, r.id)
+		}
+	}
+	return s, c.closeEarlier(ctx, now)
+}
+
+// closeEarlier notes that earlier processes of this instance sign no more: their
+// keys were in memory.
+func (c *CA) closeEarlier(ctx context.Context, now time.Time) error {
+	all, err := c.cfg.Store.Intermediates(ctx)
+	if err != nil {
+		return err
+	}
+	var changed []Intermediate
+	for _, i := range all {
+		if end := c.lastLeafEnd(now); i.Instance == c.cfg.Instance && i.LiveUntil.After(end) {
+			i.LiveUntil = end
+			changed = append(changed, i)
+		}
+	}
+	return c.cfg.Store.PutIntermediates(ctx, now, changed...)
+}
+
+// lastLeafEnd is a time beyond which no leaf lives that is signed until now, or is
+// being signed.
+func (c *CA) lastLeafEnd(now time.Time) time.Time { return now.Add(c.cfg.MaxTTL + longestNap) }
+
+// parseTrust returns the state, without intermediates, that the roots in the store
+// make up. What is in known already is not opened again.
+func (c *CA) parseTrust(ctx context.Context, now time.Time, t Trust, known []*root) (*state, error) {
+	s := &state{trust: t}
+	for _, r := range t.Roots {
+		loaded, err := c.parseRoot(r, known)
 		if err != nil {
 			return nil, err
 		}
@@ -291,46 +342,56 @@ func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
 		}
 		s.roots = append(s.roots, loaded)
 		s.bundle = append(s.bundle, loaded.cert)
-		if loaded.state == StateActive && (s.signer == nil || r.CreatedAt.After(created)) {
-			s.signer, reference, created = loaded, r.Key, r.CreatedAt
+		switch loaded.state {
+		case StateActive:
+			s.signer = loaded
+		case StatePrepared, StateDistributed, StateRetiring:
+			s.moving = true
 		}
 	}
-	if s.signer == nil {
+	switch {
+	case s.signer == nil:
 		return nil, errors.New("none of the roots in the store is active: restore the store from a backup")
-	}
-	if s.signer.foreign {
-		if c.cfg.Upstream == nil {
-			return nil, fmt.Errorf("root %s is that of an upstream CA, and none is configured: write the section upstream", s.signer.id)
-		}
+	case s.signer.foreign && c.cfg.Upstream == nil:
+		return nil, fmt.Errorf("root %s is that of an upstream CA, and none is configured: write the section upstream", s.signer.id)
+	case s.signer.foreign || s.signer.key != nil:
 		return s, nil
 	}
-	if err := c.unlock(ctx, s.signer, reference, now); err != nil {
+	if err := c.unlock(ctx, s.signer, s.signer.reference, now); err != nil {
 		return nil, fmt.Errorf("root %s: %w", s.signer.id, err)
 	}
 	return s, nil
 }
 
 // parseRoot returns nil for a root that is gone.
-func (c *CA) parseRoot(r Root) (*root, error) {
+func (c *CA) parseRoot(r Root, known []*root) (*root, error) {
 	switch r.State {
-	case StatePrepared, StateActive, StateRetiring, StateTainted:
+	case StatePrepared, StateDistributed, StateActive, StateRetiring:
 	case StateGone:
 		return nil, nil //nolint:nilnil // said in the comment
 	default:
 		return nil, fmt.Errorf("a root of the store is in the unknown state %q: it was written by a newer version", r.State)
 	}
-	cert, err := x509.ParseCertificate(r.Certificate)
-	if err != nil {
-		return nil, fmt.Errorf("a root of the store is not a certificate, restore the store from a backup: %w", err)
+	loaded := &root{}
+	if i := slices.IndexFunc(known, func(k *root) bool { return bytes.Equal(k.cert.Raw, r.Certificate) }); i >= 0 {
+		*loaded = *known[i]
+	} else {
+		cert, err := x509.ParseCertificate(r.Certificate)
+		if err != nil {
+			return nil, fmt.Errorf("a root of the store is not a certificate, restore the store from a backup: %w", err)
+		}
+		check := checkRoot
+		loaded = newRoot(cert, r.State)
+		if r.Key == "" {
+			check = func(cert *x509.Certificate, td spiffeid.TrustDomain) error { return upstream.CheckRoot(td, cert) }
+		}
+		if err := check(cert, c.cfg.TrustDomain); err != nil {
+			return nil, fmt.Errorf("root %s of the store: %w", loaded.id, err)
+		}
 	}
-	loaded, check := newRoot(cert, r.State), checkRoot
-	if r.Key == "" {
-		loaded.foreign = true
-		check = func(cert *x509.Certificate, td spiffeid.TrustDomain) error { return upstream.CheckRoot(td, cert) }
-	}
-	if err := check(cert, c.cfg.TrustDomain); err != nil {
-		return nil, fmt.Errorf("root %s of the store: %w", loaded.id, err)
-	}
+	loaded.state, loaded.since, loaded.sequence = r.State, r.Since, r.Sequence
+	loaded.automatic, loaded.tainted = r.Automatic, r.Tainted
+	loaded.reference, loaded.foreign = r.Key, r.Key == ""
 	return loaded, nil
 }
 
@@ -375,35 +436,48 @@ func (c *CA) unlock(ctx context.Context, r *root, reference string, now time.Tim
 	return nil
 }
 
-// createRoot makes the first root of the trust domain, whose bundle, still empty,
-// has the sequence after.
-func (c *CA) createRoot(ctx context.Context, now time.Time, after uint64) (*state, error) {
-	key, reference, err := c.createRootKey(ctx)
+// createRoot makes the first root of the trust domain, or takes that of the
+// upstream CA; t is what the store has, no root.
+func (c *CA) createRoot(ctx context.Context, now time.Time, t Trust) (*state, error) {
+	first := Root{State: StateActive, CreatedAt: now.Round(0).UTC(), Since: now.Round(0).UTC()}
+	var known []*root
+	if c.cfg.Upstream != nil {
+		cert, err := c.firstUse(ctx)
+		if err != nil {
+			return nil, err
+		}
+		first.Certificate = cert.Raw
+	} else {
+		cert, key, reference, err := c.makeOwnRoot(ctx, now)
+		if err != nil {
+			return nil, err
+		}
+		first.Certificate, first.Key = cert.Raw, reference
+		r := newRoot(cert, StateActive)
+		r.key = key
+		known = append(known, r)
+	}
+	t.Roots = append(t.Roots, first)
+	stored, err := c.cfg.Store.ChangeTrust(ctx, t, func(stored Trust) error {
+		return c.recordStep(ctx, now, Trust{Epoch: t.Epoch}, stored, &rotation.Step{Why: "first root of the trust domain"}, "")
+	})
+	if errors.Is(err, ErrTrustChanged) {
+		return nil, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+
+			"give this CA that root's key, then start it again", err, c.cfg.TrustDomain.Name())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("store the new root: %w", err)
+	}
+	s, err := c.parseTrust(ctx, now, stored, known)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := makeRoot(c.cfg.TrustDomain, key, now, c.cfg.RootLife)
-	if err != nil {
-		return nil, fmt.Errorf("sign a root: %w", err)
-	}
-	if err := checkRoot(cert, c.cfg.TrustDomain); err != nil {
-		return nil, fmt.Errorf("check the new root: %w", err)
-	}
-	if err := selfCheck(key, cert.PublicKey); err != nil {
-		return nil, fmt.Errorf("check the new root's key: %w", err)
-	}
-	sequence, err := c.addFirstRoot(ctx, now, cert, reference, after)
-	if err != nil {
-		return nil, err
-	}
-	r := newRoot(cert, StateActive)
-	r.key = key
-	c.log.InfoContext(ctx, "root created", "authority", r.id, "not_after", cert.NotAfter)
-	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
+	c.log.InfoContext(ctx, "root created", "authority", s.signer.id, "not_after", s.signer.cert.NotAfter)
+	return s, nil
 }
 
-// firstUse takes the root of the upstream CA as the first of the trust domain.
-func (c *CA) firstUse(ctx context.Context, now time.Time, after uint64) (*state, error) {
+// firstUse returns the root of the upstream CA.
+func (c *CA) firstUse(ctx context.Context) (*x509.Certificate, error) {
 	verified, _, _, err := c.ask(ctx)
 	if err != nil {
 		return nil, err
@@ -414,38 +488,7 @@ func (c *CA) firstUse(ctx context.Context, now time.Time, after uint64) (*state,
 		c.log.WarnContext(ctx, "root of the upstream ca is trusted on first use: compare it, and pin it", "kind", c.cfg.Upstream.Kind, "sha256", hex.EncodeToString(sum[:]),
 			"subject", cert.Subject.String())
 	}
-	sequence, err := c.addFirstRoot(ctx, now, cert, "", after)
-	if err != nil {
-		return nil, err
-	}
-	r := newRoot(cert, StateActive)
-	r.foreign = true
-	return &state{signer: r, roots: []*root{r}, bundle: []*x509.Certificate{cert}, sequence: sequence}, nil
-}
-
-// addFirstRoot records and stores the first root, whose bundle, still empty, has
-// the sequence after.
-func (c *CA) addFirstRoot(ctx context.Context, now time.Time, cert *x509.Certificate, reference string, after uint64) (sequence uint64, err error) {
-	prepared := c.authorityDraft(now, cert, RoleRoot, StatePrepared, 0)
-	if _, err := c.cfg.Ledger.Append(ctx, prepared); err != nil {
-		return 0, fmt.Errorf("record the new root: %w", err)
-	}
-	sequence, err = c.cfg.Store.AddRoot(ctx, after, Root{Certificate: cert.Raw, Key: reference, State: StateActive, CreatedAt: now.Round(0).UTC()})
-	if errors.Is(err, ErrBundleChanged) {
-		return 0, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+
-			"give this CA that root's key, then start it again", err, c.cfg.TrustDomain.Name())
-	}
-	if err != nil {
-		return 0, fmt.Errorf("store the new root: %w", err)
-	}
-	bundle := c.authorityRecord(now, cert, RoleRoot, StateActive, sequence)
-	bundle.Event = ledgerv1.Event_EVENT_BUNDLE
-	bundle.Bundle = &ledgerv1.Bundle{Sequence: sequence, Roots: []*ledgerv1.Authority{bundle.GetAuthority()}}
-	active := c.authorityDraft(now, cert, RoleRoot, StateActive, sequence)
-	if _, err := c.cfg.Ledger.Append(ctx, active, ledger.NewDraft(bundle, nil)); err != nil {
-		return 0, fmt.Errorf("record the new root: %w", err)
-	}
-	return sequence, nil
+	return cert, nil
 }
 
 // createRootKey takes the first free name: a key that an interrupted start has

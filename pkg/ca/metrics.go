@@ -6,6 +6,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
@@ -52,8 +53,11 @@ type metrics struct {
 
 	rootNotAfter, intermediateNotAfter, ownNotAfter prometheus.Gauge
 
-	retiring, sequence prometheus.Gauge
+	retiring, sequence, converged prometheus.Gauge
+	rootStates                    *prometheus.GaugeVec
 }
+
+var rootStates = []string{StatePrepared, StateDistributed, StateActive, StateRetiring, StateTainted}
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	signed := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -91,9 +95,17 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "meshid_ca_bundle_sequence",
 			Help: "Sequence of the trust bundle.",
 		}),
+		converged: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "meshid_ca_bundle_converged_ratio",
+			Help: "Part of the live nodes on which every proxy has acknowledged the trust bundle in force.",
+		}),
+		rootStates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "meshid_ca_authority_rotation_state",
+			Help: "Roots in the trust bundle by state; tainted ones count as that only. More than one series above 0 means that a rotation is under way.",
+		}, []string{"state"}),
 	}
 	var err error
-	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence} {
+	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates} {
 		err = errors.Join(err, reg.Register(collector))
 	}
 	resolve := func(vec *prometheus.CounterVec, names []string) (all []prometheus.Counter) {
@@ -105,6 +117,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m.signed, m.refused, m.shrunk = resolve(signed, kindNames), resolve(refused, refusedNames), resolve(shrunk, shrunkNames)
 	m.rotated, m.rotationFailed = rotations.WithLabelValues("success"), rotations.WithLabelValues("failure")
 	m.rootNotAfter, m.intermediateNotAfter = notAfter.WithLabelValues(RoleRoot), notAfter.WithLabelValues(RoleIntermediate)
+	for _, name := range rootStates {
+		m.rootStates.WithLabelValues(name)
+	}
+	m.converged.Set(1)
 	m.ownNotAfter = notAfter.WithLabelValues("server")
 	return m, err
 }
@@ -115,7 +131,28 @@ func (m *metrics) observe(s *state) {
 		m.intermediateNotAfter.Set(seconds(s.active.notAfter))
 	}
 	m.retiring.Set(float64(len(s.retiring)))
-	m.sequence.Set(float64(s.sequence))
+	m.sequence.Set(float64(s.trust.Sequence))
+	count := make(map[string]int)
+	for _, r := range s.roots {
+		count[r.shown()]++
+	}
+	for _, name := range rootStates {
+		m.rootStates.WithLabelValues(name).Set(float64(count[name]))
+	}
+}
+
+func (m *metrics) observeFleet(in rotation.Inputs, sequence uint64) {
+	live := 0
+	for _, n := range in.Nodes {
+		if n.Live(in.Now) {
+			live++
+		}
+	}
+	if live == 0 {
+		m.converged.Set(1)
+		return
+	}
+	m.converged.Set(1 - float64(len(rotation.Waiting(in, sequence)))/float64(live))
 }
 
 func seconds(t time.Time) float64 { return float64(t.Unix()) }

@@ -16,6 +16,7 @@ import (
 	mathrand "math/rand/v2"
 
 	"github.com/meshid/meshid/internal/backoff"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 )
 
@@ -118,7 +119,7 @@ func (c *CA) mintDueIn(now time.Time) time.Duration {
 		if wait = f.retryAt.Sub(now); wait > maxRetryAfter {
 			wait = 0
 		}
-	} else if a := s.active; a != nil && a.root == s.signer && a.usable(now) && !a.suspect.Load() {
+	} else if a := s.active; a != nil && a.root.id == s.signer.id && a.usable(now) && !a.suspect.Load() {
 		wait = a.renewAt.Sub(now)
 	}
 	return min(max(wait, 0), longestNap)
@@ -142,13 +143,14 @@ func (c *CA) mintAndInstall(ctx context.Context) (a *authority, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now().Round(0)
-	if c.state.Load().signer != a.root {
+	if c.state.Load().signer.id != a.root.id {
 		return nil, errors.New("the root has changed in the meantime")
 	}
 	if err := c.install(ctx, a, now); err != nil {
 		return nil, err
 	}
 	c.mintFailed.Store(nil)
+	c.flushRenewals()
 	if err := c.replaceOwn(ctx, now); err != nil {
 		c.log.WarnContext(ctx, "own x.509-svid not renewed, will retry", "err", err)
 	}
@@ -176,14 +178,38 @@ func (c *CA) mint(ctx context.Context) (*authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := c.state.Load()
-	for _, anchor := range verified.Anchors {
-		if s.signer != nil && s.signer.cert.Equal(anchor) {
-			return newAuthority(verified.Chain, verified.NotAfter, s.signer, key, s.sequence, now)
+	// The root that signs is best, then one that is known.
+	slices.SortStableFunc(verified.Anchors, func(a, b *x509.Certificate) int { return c.rank(b) - c.rank(a) })
+	anchor := verified.Anchors[0]
+	name := authorityID(anchor)
+	err = c.order(ctx, "", anchor, func(t rotation.Trust, in rotation.Inputs) (*rotation.Step, error) {
+		if step, err := rotation.Announce(t, in, name, false); step != nil || err != nil {
+			return step, err
 		}
+		return rotation.Switch(t, name)
+	})
+	if err != nil {
+		return nil, err
 	}
-	sum := sha256.Sum256(verified.Anchors[0].Raw)
-	return nil, fmt.Errorf("the upstream CA now signs with root %s (%.100q), which is not trusted yet", hex.EncodeToString(sum[:]), verified.Anchors[0].Subject)
+	s := c.state.Load()
+	if s.signer.id != name {
+		return nil, fmt.Errorf("the upstream CA now signs with root %s (%.100q), which is used when every live proxy has acknowledged it", name, anchor.Subject)
+	}
+	return newAuthority(verified.Chain, verified.NotAfter, s.signer, key, s.trust.Sequence, now)
+}
+
+// rank is greater for roots that signed before.
+func (c *CA) rank(cert *x509.Certificate) int {
+	id := authorityID(cert)
+	s := c.state.Load()
+	switch {
+	case s.signer.id == id:
+		return 2
+	case slices.ContainsFunc(s.roots, func(r *root) bool { return r.id == id }):
+		return 1
+	default:
+		return 0
+	}
 }
 
 // ask makes a key, has it certified, and verifies the answer.

@@ -37,7 +37,19 @@ func (f *fixture) run(t *testing.T) {
 	})
 }
 
-// verifyChain checks a whole chain against the bundle.
+// intermediate returns the one that signs.
+func (f *fixture) intermediate(t *testing.T) *x509.Certificate {
+	t.Helper()
+	for _, a := range f.Authorities() {
+		if a.Role == RoleIntermediate && a.State == StateActive {
+			return a.Certificate
+		}
+	}
+	t.Fatal("no intermediate signs")
+	return nil
+}
+
+// verifySigned checks a whole chain against the bundle.
 func (f *fixture) verifySigned(t *testing.T, now time.Time) {
 	t.Helper()
 	signed, err := f.Sign(now, &Request{ID: id("/app"), Key: parseKey(t, newKey(t))})
@@ -74,11 +86,11 @@ func TestUpstream(t *testing.T) {
 	if n := len(own.Certificate); n != 4 {
 		t.Errorf("own chain of %d certificates: want leaf, intermediate, issuer, root", n)
 	}
-	before := f.Authorities()[1].ID
+	before := f.intermediate(t).SerialNumber.String()
 	if _, err := f.RotateIntermediate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if after := f.Authorities()[1].ID; after == before || m.Calls() < 2 {
+	if after := f.intermediate(t).SerialNumber.String(); after == before || m.Calls() < 2 {
 		t.Errorf("intermediate %s, then %s", before, after)
 	}
 	f.verifySigned(t, time.Now())
@@ -140,7 +152,7 @@ func TestFault_F24_UpstreamDownAtRenewal(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f, m, a := under(t)
 				f.run(t)
-				start, first := time.Now(), f.Authorities()[1].Certificate
+				start, first := time.Now(), f.intermediate(t)
 				m.Become(a, b)
 				if b == upstreamtest.WrongKey || b == upstreamtest.UnrelatedRoot {
 					m.Become(upstreamtest.NewAuthority(t, b), upstreamtest.Good)
@@ -164,7 +176,7 @@ func TestFault_F24_UpstreamDownAtRenewal(t *testing.T) {
 				if calls := m.Calls(); calls < 50 {
 					t.Errorf("only %d attempts", calls)
 				}
-				if now := f.Authorities()[1].Certificate; !now.Equal(first) {
+				if now := f.intermediate(t); !now.Equal(first) {
 					t.Error("another intermediate")
 				}
 				m.Become(a, upstreamtest.Good)
@@ -174,7 +186,7 @@ func TestFault_F24_UpstreamDownAtRenewal(t *testing.T) {
 				if warning, failure := f.Health(time.Now()); warning != nil || failure != nil {
 					t.Errorf("health: %v, %v", warning, failure)
 				}
-				if now := f.Authorities()[1].Certificate; now.Equal(first) {
+				if now := f.intermediate(t); now.Equal(first) {
 					t.Error("the intermediate was not replaced")
 				}
 			})

@@ -4,75 +4,157 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"slices"
+	"time"
 
 	"github.com/meshid/meshid/pkg/ca"
 )
 
-// Roots returns the roots in the order in which they were added, and the trust
-// bundle's sequence.
-func (d *DB) Roots(ctx context.Context) (roots []ca.Root, sequence uint64, err error) {
+// querier is a transaction, or a pool.
+type querier interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+// Trust returns the roots in the order in which they were added, and the trust
+// bundle's sequence and epoch.
+func (d *DB) Trust(ctx context.Context) (t ca.Trust, err error) {
 	tx, err := d.reader.BeginTx(ctx, &sql.TxOptions{ReadOnly: true})
 	if err != nil {
-		return nil, 0, fmt.Errorf("read roots: %w", err)
+		return t, fmt.Errorf("read roots: %w", err)
 	}
 	defer tx.Rollback() //nolint:errcheck // it only read
-	var current int64
-	if err := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence FROM state WHERE id = 1`)).Scan(&current); err != nil {
-		return nil, 0, fmt.Errorf("read bundle sequence: %w", err)
+	if t, err = d.readTrust(ctx, tx); err != nil {
+		return t, fmt.Errorf("read roots: %w", err)
 	}
-	rows, err := tx.QueryContext(ctx, d.dialect.rebind(`SELECT certificate, key_ref, state, created_at FROM roots ORDER BY id`))
+	return t, nil
+}
+
+func (d *DB) readTrust(ctx context.Context, q querier) (t ca.Trust, err error) {
+	var sequence, epoch int64
+	row := q.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence, trust_epoch, trust_paused FROM state WHERE id = 1`))
+	if err := row.Scan(&sequence, &epoch, &t.Paused); err != nil {
+		return t, err
+	}
+	t.Sequence, t.Epoch = counter(sequence), counter(epoch)
+	rows, err := q.QueryContext(ctx, d.dialect.rebind(
+		`SELECT certificate, key_ref, state, created_at, since, sequence, automatic, tainted FROM roots ORDER BY id`))
 	if err != nil {
-		return nil, 0, fmt.Errorf("read roots: %w", err)
+		return t, err
 	}
 	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	for rows.Next() {
 		var (
-			r       ca.Root
-			created int64
+			r              ca.Root
+			created, since int64
 		)
-		if err := rows.Scan(&r.Certificate, &r.Key, &r.State, &created); err != nil {
-			return nil, 0, fmt.Errorf("read roots: %w", err)
+		if err := rows.Scan(&r.Certificate, &r.Key, &r.State, &created, &since, &sequence, &r.Automatic, &r.Tainted); err != nil {
+			return t, err
 		}
-		r.CreatedAt = fromStored(created)
-		roots = append(roots, r)
+		r.CreatedAt, r.Since, r.Sequence = fromStored(created), fromStored(since), counter(sequence)
+		t.Roots = append(t.Roots, r)
 	}
-	if err := rows.Err(); err != nil {
-		return nil, 0, fmt.Errorf("read roots: %w", err)
-	}
-	return roots, uint64(current), nil //nolint:gosec // the table holds the CHECK that it is not negative
+	return t, rows.Err()
 }
 
-// AddRoot adds a root to the trust bundle if its sequence is still after, and
-// returns the bundle's new sequence; else the error wraps ca.ErrBundleChanged.
-func (d *DB) AddRoot(ctx context.Context, after uint64, r ca.Root) (sequence uint64, err error) {
+// counter is a value of which the table holds the CHECK that it is not negative.
+func counter(n int64) uint64 { return uint64(n) } //nolint:gosec // see above
+
+// ChangeTrust replaces the roots if their epoch is still that of t, and returns
+// what is stored then; else the error wraps ca.ErrTrustChanged. record is called
+// before the change is committed, and nothing is changed if it fails.
+func (d *DB) ChangeTrust(ctx context.Context, t ca.Trust, record func(ca.Trust) error) (next ca.Trust, err error) {
 	err = d.update(ctx, func(tx *sql.Tx) error {
-		var now int64
-		row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence FROM state WHERE id = 1`))
-		if err := row.Scan(&now); err != nil {
+		now, err := d.readTrust(ctx, tx)
+		if err != nil {
 			return err
 		}
-		if uint64(now) != after { //nolint:gosec // the table holds the CHECK that it is not negative
-			return fmt.Errorf("the bundle is at sequence %d, and %d was expected: %w", now, after, ca.ErrBundleChanged)
+		if now.Epoch != t.Epoch {
+			return fmt.Errorf("the roots are at epoch %d, and %d was expected: %w", now.Epoch, t.Epoch, ca.ErrTrustChanged)
 		}
-		if _, err := d.nextRevision(ctx, tx); err != nil {
+		next = t
+		next.Sequence, next.Epoch = now.Sequence, now.Epoch+1
+		if !slices.EqualFunc(now.Bundle(), t.Bundle(), slices.Equal) {
+			next.Sequence++
+			if _, err := d.nextRevision(ctx, tx); err != nil {
+				return err
+			}
+		}
+		next.Roots = slices.Clone(t.Roots)
+		for i := range next.Roots {
+			r := &next.Roots[i]
+			if r.Sequence == 0 {
+				r.Sequence = next.Sequence
+			}
+			if err := d.putRoot(ctx, tx, r); err != nil {
+				return err
+			}
+		}
+		if _, err := d.exec(ctx, tx, `UPDATE state SET bundle_sequence = ?1, trust_epoch = ?2, trust_paused = ?3 WHERE id = 1`,
+			next.Sequence, next.Epoch, number(next.Paused)); err != nil {
 			return err
 		}
-		if _, err := d.exec(ctx, tx,
-			`INSERT INTO roots (certificate, key_ref, state, created_at) VALUES (?1, ?2, ?3, ?4)`,
-			r.Certificate, r.Key, r.State, toStored(r.CreatedAt)); err != nil {
-			return err
-		}
-		var next int64
-		row = tx.QueryRowContext(ctx, d.dialect.rebind(
-			`UPDATE state SET bundle_sequence = bundle_sequence + 1 WHERE id = 1 RETURNING bundle_sequence`))
-		if err := row.Scan(&next); err != nil {
-			return err
-		}
-		sequence = uint64(next) //nolint:gosec // the table holds the CHECK that it is not negative
-		return nil
+		return record(next)
 	})
 	if err != nil {
-		return 0, fmt.Errorf("add root: %w", err)
+		return ca.Trust{}, fmt.Errorf("change roots: %w", err)
 	}
-	return sequence, nil
+	return next, nil
+}
+
+func (d *DB) putRoot(ctx context.Context, tx *sql.Tx, r *ca.Root) error {
+	_, err := d.exec(ctx, tx, `INSERT INTO roots (certificate, key_ref, state, created_at, since, sequence, automatic, tainted)
+		VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+		ON CONFLICT (certificate) DO UPDATE SET key_ref = ?2, state = ?3, since = ?5, sequence = ?6, automatic = ?7, tainted = ?8`,
+		r.Certificate, r.Key, r.State, toStored(r.CreatedAt), toStored(r.Since), r.Sequence, number(r.Automatic), number(r.Tainted))
+	return err
+}
+
+func number(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// Intermediates returns those of which something may live.
+func (d *DB) Intermediates(ctx context.Context) ([]ca.Intermediate, error) {
+	rows, err := d.reader.QueryContext(ctx, d.dialect.rebind(`SELECT id, root, instance, live_until FROM intermediates ORDER BY live_until, id`))
+	if err != nil {
+		return nil, fmt.Errorf("read intermediates: %w", err)
+	}
+	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
+	var all []ca.Intermediate
+	for rows.Next() {
+		var i ca.Intermediate
+		var until int64
+		if err := rows.Scan(&i.ID, &i.Root, &i.Instance, &until); err != nil {
+			return nil, fmt.Errorf("read intermediates: %w", err)
+		}
+		i.LiveUntil = fromStored(until)
+		all = append(all, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, fmt.Errorf("read intermediates: %w", err)
+	}
+	return all, nil
+}
+
+// PutIntermediates adds or replaces intermediates, and forgets those of which
+// nothing lives at now.
+func (d *DB) PutIntermediates(ctx context.Context, now time.Time, changed ...ca.Intermediate) error {
+	err := d.update(ctx, func(tx *sql.Tx) error {
+		for _, i := range changed {
+			if _, err := d.exec(ctx, tx, `INSERT INTO intermediates (id, root, instance, live_until) VALUES (?1, ?2, ?3, ?4)
+				ON CONFLICT (id) DO UPDATE SET live_until = ?4`, i.ID, i.Root, i.Instance, toStored(i.LiveUntil)); err != nil {
+				return err
+			}
+		}
+		_, err := d.exec(ctx, tx, `DELETE FROM intermediates WHERE live_until < ?1`, toStored(now))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("write intermediates: %w", err)
+	}
+	return nil
 }

@@ -48,7 +48,7 @@ var arrows = []struct {
 	{"pkg/ledger/**", []string{"pkg/ledger", "pkg/ledger/**", "pkg/config", "proto/**", "internal/*"}},
 	// Level 2.
 	{"pkg/attest", []string{"pkg/identity", "pkg/attest/peer", "proto/attributes/v1", "proto/node/v1"}},
-	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "pkg/ca/upstream", "proto/ledger/v1", "internal/*"}},
+	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "pkg/ca/rotation", "pkg/ca/upstream", "proto/ledger/v1", "internal/*"}},
 	{"pkg/agent/cache", []string{"pkg/identity", "proto/**"}},
 	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
 	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
@@ -58,10 +58,11 @@ var arrows = []struct {
 	{"pkg/attest/node/*", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
 	{"pkg/attest/workload/**", []string{"pkg/attest", "pkg/attest/peer", "pkg/attest/workload/**", "pkg/identity", "pkg/config", "proto/attributes/v1", "internal/*"}},
 	{"pkg/ca/keys", []string{"pkg/config", "internal/*"}},
+	{"pkg/ca/rotation", nil},
 	{"pkg/ca/upstream", nil},
 	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
 	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/ledger/search", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
-	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
+	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/ca/rotation", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	// Level 4.
 	{"cmd/*", []string{"pkg/**", "proto/**", "internal/*"}},

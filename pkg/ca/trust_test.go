@@ -1,0 +1,481 @@
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
+	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+)
+
+// fleet is one node, which acknowledges what the test says.
+type fleet struct {
+	mu   sync.Mutex // guards what follows
+	node rotation.Node
+}
+
+func (f *fleet) nodes() []rotation.Node {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return []rotation.Node{f.node}
+}
+
+// acknowledge says that the node and its proxies have a bundle.
+func (f *fleet) acknowledge(sequence uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.node = rotation.Node{ID: "spiffe://example.org/meshid/node/test/a", Connected: true, Sequence: sequence, AckSequence: sequence, Streams: 2, Acknowledged: 2, Counted: true}
+}
+
+// states returns those of the roots, in their order.
+func states(t *testing.T, s Store) string {
+	t.Helper()
+	trust, err := s.Trust(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, r := range trust.Roots {
+		all = append(all, r.shown())
+	}
+	return strings.Join(all, " ")
+}
+
+func command(t *testing.T, c *CA, verb rotation.Verb, override bool) {
+	t.Helper()
+	if err := c.Command(t.Context(), rotation.Command{Verb: verb, Override: override}, "uid:0"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A rotation from beginning to end: what was signed before and after verifies at
+// each step, with the bundle of each step that proxies may have.
+func TestRotateRoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		var retired []string
+		store := &memoryStore{}
+		f := open(t, Config{Store: store, Fleet: nodes.nodes, OnRetiring: func(root string, _ bool) { retired = append(retired, root) }})
+		f.run(t)
+		first := f.Authorities()[0].ID
+		oldLeaf, oldAbove, _ := f.issue(t, time.Now(), &Request{TTL: 20 * time.Hour})
+		command(t, f.CA, rotation.VerbRotate, false)
+		synctest.Wait()
+		if got := states(t, store); got != "active prepared" {
+			t.Fatal(got)
+		}
+		// The agent has it, a proxy does not: nothing signs with it, and it is named.
+		nodes.acknowledge(2)
+		nodes.mu.Lock()
+		nodes.node.Acknowledged, nodes.node.Laggards = 1, []rotation.Laggard{{Name: "spiffe://example.org/web", Acknowledged: 1, Since: time.Now()}}
+		nodes.mu.Unlock()
+		f.FleetChanged()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		if got := states(t, store); got != "active prepared" {
+			t.Fatal(got)
+		}
+		if warning, _ := f.Health(time.Now()); warning == nil || !strings.Contains(warning.Error(), "spiffe://example.org/web has bundle 1") {
+			t.Errorf("health: %v", warning)
+		}
+		if err := f.Command(t.Context(), rotation.Command{Verb: rotation.VerbActivate}, "uid:0"); !errors.Is(err, rotation.ErrRefused) {
+			t.Errorf("activated before it is known: %v", err)
+		}
+		nodes.acknowledge(2)
+		f.FleetChanged()
+		synctest.Wait()
+		if got := states(t, store); got != "retiring active" {
+			t.Fatal(got)
+		}
+		if len(retired) != 1 || retired[0] != first {
+			t.Errorf("told to renew what %v signed, want %s", retired, first)
+		}
+		newLeaf, newAbove, _ := f.issue(t, time.Now(), &Request{})
+		for _, err := range []error{f.verify(time.Now(), oldLeaf, oldAbove), f.verify(time.Now(), newLeaf, newAbove)} {
+			if err != nil {
+				t.Error(err)
+			}
+		}
+		if string(newAbove.AuthorityKeyId) == string(oldAbove.AuthorityKeyId) {
+			t.Error("the old root signs")
+		}
+		// The old root stays until its last leaf has expired, over a restart too.
+		nodes.acknowledge(2)
+		for oldLeaf.NotAfter.After(time.Now()) {
+			if got := states(t, store); got != "retiring active" {
+				t.Fatalf("%s before the last leaf expired: %s", oldLeaf.NotAfter.Sub(time.Now()), got)
+			}
+			time.Sleep(time.Hour)
+		}
+		time.Sleep(2 * DefaultMaxTTL)
+		synctest.Wait()
+		if got := states(t, store); got != "gone active" {
+			t.Error(got)
+		}
+		if roots, sequence := f.Bundle(); len(roots) != 1 || sequence != 3 {
+			t.Errorf("%d roots at sequence %d", len(roots), sequence)
+		}
+		var bundles []string
+		for _, r := range f.records(t) {
+			if r.GetEvent() == ledgerv1.Event_EVENT_BUNDLE {
+				bundles = append(bundles, fmt.Sprint(r.GetBundle().GetSequence(), len(r.GetBundle().GetRoots()), r.GetActor()))
+			}
+		}
+		if want := []string{"1 1", "2 2uid:0", "3 1"}; !slices.Equal(bundles, want) {
+			t.Errorf("bundles in the ledger: %q, want %q", bundles, want)
+		}
+	})
+}
+
+// The horizon is not forgotten when the CA restarts, and a restart with the same
+// store and keys goes on where the rotation was.
+func TestRotateRootOverRestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		store, keyStore := &memoryStore{}, keys.Memory()
+		cfg := Config{Store: store, Keys: keyStore, Fleet: nodes.nodes}
+		start := func() (*fixture, func()) {
+			f := open(t, cfg)
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { _ = f.Run(ctx) })
+			synctest.Wait()
+			return f, func() { cancel(); running.Wait() }
+		}
+		f, stop := start()
+		leaf, _, _ := f.issue(t, time.Now(), &Request{TTL: 24 * time.Hour})
+		command(t, f.CA, rotation.VerbRotate, false)
+		stop()
+		nodes.acknowledge(2)
+		f, stop = start()
+		if got := states(t, store); got != "retiring active" {
+			t.Fatal(got)
+		}
+		for leaf.NotAfter.After(time.Now()) {
+			time.Sleep(3 * time.Hour)
+			stop()
+			f, stop = start()
+			if got := states(t, store); got != "retiring active" && leaf.NotAfter.After(time.Now()) {
+				t.Fatalf("%s before the last leaf expired: %s", leaf.NotAfter.Sub(time.Now()), got)
+			}
+		}
+		time.Sleep(DefaultIntermediateLife)
+		synctest.Wait()
+		if got := states(t, store); got != "gone active" {
+			t.Error(got)
+		}
+		if _, failure := f.Health(time.Now()); failure != nil {
+			t.Error(failure)
+		}
+		stop()
+	})
+}
+
+// Two CAs of one store rotate at once: one root is made, and both sign with it.
+func TestFault_F21_TwoRotateAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		store, keyStore := &memoryStore{}, keys.Memory()
+		a := open(t, Config{Store: store, Keys: keyStore, Fleet: nodes.nodes, Instance: "a"})
+		b := open(t, Config{Store: store, Keys: keyStore, Fleet: nodes.nodes, Instance: "b"})
+		a.run(t)
+		b.run(t)
+		refused := make(chan error, 2)
+		var both sync.WaitGroup
+		for _, c := range []*fixture{a, b} {
+			both.Go(func() {
+				refused <- c.Command(t.Context(), rotation.Command{Verb: rotation.VerbRotate}, "uid:0")
+			})
+		}
+		both.Wait()
+		if one, two := <-refused, <-refused; (one == nil) == (two == nil) {
+			t.Errorf("one is to win: %v, %v", one, two)
+		}
+		if got := states(t, store); got != "active prepared" {
+			t.Fatal(got)
+		}
+		nodes.acknowledge(2)
+		time.Sleep(2 * longestNap)
+		synctest.Wait()
+		if got := states(t, store); got != "retiring active" {
+			t.Fatal(got)
+		}
+		aRoots, aSequence := a.Bundle()
+		bRoots, bSequence := b.Bundle()
+		if aSequence != bSequence || len(aRoots) != 2 || len(bRoots) != 2 {
+			t.Errorf("bundles %d and %d", aSequence, bSequence)
+		}
+		for _, c := range []*fixture{a, b} {
+			_, above, _ := c.issue(t, time.Now(), &Request{})
+			if err := above.CheckSignatureFrom(aRoots[1]); err != nil {
+				t.Errorf("%s does not sign with the new root: %v", c.cfg.Instance, err)
+			}
+		}
+	})
+}
+
+// Killed or failing at each write of a rotation, before and after it was done: the
+// next process goes on, nothing is done twice, and all that was issued verifies.
+func TestFault_F23_KilledAtEachStep(t *testing.T) {
+	for _, after := range []bool{false, true} {
+		for write := range 12 {
+			t.Run(fmt.Sprintf("write %d after %v", write, after), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) { killedAt(t, write, after) })
+			})
+		}
+	}
+}
+
+// killer is a store in which one write fails, and all after it: the process is as
+// good as dead.
+type killer struct {
+	*memoryStore
+	mu    sync.Mutex // guards left
+	left  int
+	after bool
+}
+
+var errKilled = errors.New("killed")
+
+// dies reports whether this write is the last, and whether it is done.
+func (k *killer) dies() (dead, done bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.left--
+	return k.left < 0, k.left >= 0 || k.left == -1 && k.after
+}
+
+func (k *killer) ChangeTrust(ctx context.Context, t Trust, record func(Trust) error) (next Trust, err error) {
+	dead, done := k.dies()
+	if done {
+		next, err = k.memoryStore.ChangeTrust(ctx, t, record)
+	}
+	if dead {
+		return Trust{}, errKilled
+	}
+	return next, err
+}
+
+func (k *killer) PutIntermediates(ctx context.Context, now time.Time, changed ...Intermediate) (err error) {
+	dead, done := k.dies()
+	if done {
+		err = k.memoryStore.PutIntermediates(ctx, now, changed...)
+	}
+	if dead {
+		return errKilled
+	}
+	return err
+}
+
+func killedAt(t *testing.T, write int, after bool) {
+	nodes := &fleet{}
+	nodes.acknowledge(1)
+	store, keyStore := &memoryStore{}, keys.Memory()
+	cfg := Config{Store: store, Keys: keyStore, Fleet: nodes.nodes}
+	f := open(t, cfg)
+	leaf, above, _ := f.issue(t, time.Now(), &Request{TTL: 24 * time.Hour})
+	dying := cfg
+	dying.Store = &killer{memoryStore: store, left: write, after: after}
+	if f, err := tryOpen(t, dying); err == nil {
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { _ = f.Run(ctx) })
+		_ = f.Command(t.Context(), rotation.Command{Verb: rotation.VerbRotate}, "uid:0") // it may be dead already
+		synctest.Wait()
+		_, sequence := f.Bundle()
+		nodes.acknowledge(sequence)
+		f.FleetChanged()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if err := f.verify(time.Now(), leaf, above); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		running.Wait()
+	}
+	// Another process goes on, and whatever was left is finished.
+	g := open(t, cfg)
+	g.run(t)
+	if err := g.verify(time.Now(), leaf, above); err != nil {
+		t.Error(err)
+	}
+	if len(g.state.Load().roots) == 1 {
+		command(t, g.CA, rotation.VerbRotate, false)
+	}
+	for range 50 {
+		_, sequence := g.Bundle()
+		nodes.acknowledge(sequence)
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		next, nextAbove, _ := g.issue(t, time.Now(), &Request{})
+		if err := g.verify(time.Now(), next, nextAbove); err != nil {
+			t.Error(err)
+		}
+		if leaf.NotAfter.After(time.Now()) {
+			if err := g.verify(time.Now(), leaf, above); err != nil {
+				t.Error(err)
+			}
+		}
+		if n := len(g.state.Load().roots); n > 2 {
+			t.Fatalf("%d roots: the rotation was begun twice", n)
+		}
+	}
+	if n := len(g.state.Load().roots); n != 1 {
+		t.Errorf("%d roots are left: %s", n, states(t, store))
+	}
+}
+
+// The operator may decide that somebody is cut off; the ledger says who did.
+func TestOverrideIsRecorded(t *testing.T) {
+	nodes := &fleet{}
+	nodes.acknowledge(1)
+	f := open(t, Config{Fleet: nodes.nodes})
+	command(t, f.CA, rotation.VerbPrepare, false)
+	command(t, f.CA, rotation.VerbActivate, true)
+	for _, r := range f.records(t) {
+		if strings.HasPrefix(r.GetDetail(), "override: 1 nodes have not acknowledged") && r.GetActor() == "uid:0" && r.GetAuthority().GetState() == StateActive {
+			return
+		}
+	}
+	t.Error("the override is not in the ledger")
+}
+
+// The upstream CA changes its root without a word: the old chain stays in use until
+// every live proxy knows the new root.
+func TestFault_F26_UpstreamChangesItsRoot(t *testing.T) {
+	for _, watched := range []bool{false, true} {
+		t.Run(fmt.Sprintf("announced %v", watched), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				nodes := &fleet{}
+				nodes.acknowledge(1)
+				old, fresh := upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.NewAuthority(t, upstreamtest.Good)
+				m := upstreamtest.NewMemory(old, upstreamtest.Good)
+				store := &memoryStore{}
+				u := &Upstream{CA: m, Kind: "memory"}
+				if !watched {
+					u.CA = unwatched{m}
+				}
+				f := open(t, Config{Store: store, Upstream: u, Fleet: nodes.nodes})
+				f.run(t)
+				synctest.Wait()
+				before := f.intermediate(t)
+				m.Become(fresh, upstreamtest.Good)
+				time.Sleep(DefaultIntermediateLife/2 + time.Hour)
+				synctest.Wait()
+				if got := states(t, store); got != "active prepared" {
+					t.Fatal(got)
+				}
+				f.verifySigned(t, time.Now())
+				if !f.intermediate(t).Equal(before) {
+					t.Fatal("a chain to the new root is in use before it is known")
+				}
+				nodes.acknowledge(2)
+				f.FleetChanged()
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				if got := states(t, store); got != "retiring active" {
+					t.Fatal(got)
+				}
+				f.verifySigned(t, time.Now())
+				if f.intermediate(t).Equal(before) {
+					t.Error("the new root is not used")
+				}
+				time.Sleep(2 * DefaultMaxTTL)
+				synctest.Wait()
+				if got := states(t, store); got != "gone active" {
+					t.Error(got)
+				}
+			})
+		})
+	}
+}
+
+// unwatched is an upstream CA that does not tell of its roots.
+type unwatched struct{ *upstreamtest.Memory }
+
+func (unwatched) WatchRoots() {}
+
+// From a root of our own to that of an enterprise, and back; at each hour all that
+// was issued and lives verifies.
+func TestAdoptUpstreamAndBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		a := upstreamtest.NewAuthority(t, upstreamtest.Good)
+		store := &memoryStore{}
+		f := open(t, Config{Store: store, Upstream: nil, Fleet: nodes.nodes})
+		if err := f.AdoptUpstream(t.Context(), "uid:0"); !errors.Is(err, rotation.ErrRefused) {
+			t.Errorf("without an upstream CA: %v", err)
+		}
+		keyStore := f.cfg.Keys
+		f = open(t, Config{Store: store, Keys: keyStore, Upstream: &Upstream{CA: upstreamtest.NewMemory(a, upstreamtest.Good), Kind: "memory"}, Fleet: nodes.nodes})
+		f.run(t)
+		synctest.Wait()
+		if n := len(f.state.Load().roots); n != 1 {
+			t.Fatalf("%d roots: the upstream CA is used before it was adopted", n)
+		}
+		type issued struct {
+			until time.Time
+			check func() error
+		}
+		var live []issued
+		hours := func(n int) {
+			t.Helper()
+			for range n {
+				signed, err := f.Sign(time.Now(), &Request{ID: id("/app"), Key: parseKey(t, newKey(t)), TTL: 5 * time.Hour})
+				if err != nil {
+					t.Fatal(err)
+				}
+				durable, err := f.cfg.Ledger.Append(t.Context(), signed.Draft)
+				if err != nil {
+					t.Fatal(err)
+				}
+				live = append(live, issued{signed.NotAfter, func() error { return f.verify(time.Now(), parseAll(t, durable[0].Chain())...) }})
+				_, sequence := f.Bundle()
+				nodes.acknowledge(sequence)
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				for _, i := range live {
+					if i.until.After(time.Now()) {
+						if err := i.check(); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+				if n := len(f.state.Load().roots); n > rotation.MaxRoots {
+					t.Fatalf("%d roots", n)
+				}
+			}
+		}
+		hours(3)
+		if err := f.AdoptUpstream(t.Context(), "uid:0"); err != nil {
+			t.Fatal(err)
+		}
+		hours(80)
+		if roots, _ := f.Bundle(); len(roots) != 1 || !roots[0].Equal(a.Root) {
+			t.Errorf("%d roots: %s", len(roots), states(t, store))
+		}
+		if err := f.Command(t.Context(), rotation.Command{Verb: rotation.VerbRotate}, "uid:0"); !errors.Is(err, rotation.ErrRefused) {
+			t.Errorf("rotate under an upstream CA: %v", err)
+		}
+		if err := f.AdoptOwn(t.Context(), "uid:0"); err != nil {
+			t.Fatal(err)
+		}
+		hours(80)
+		if roots, _ := f.Bundle(); len(roots) != 1 || roots[0].Equal(a.Root) {
+			t.Errorf("%d roots: %s", len(roots), states(t, store))
+		}
+	})
+}
