@@ -18,9 +18,18 @@ import (
 
 func newAuthorityCommand() *cobra.Command {
 	c := &clientFlags{}
-	cmd := &cobra.Command{Use: "authority", Short: "See and rotate the signing certificates"}
+	cmd := &cobra.Command{
+		Use: "authority", Short: "See and rotate the signing certificates",
+		Long: `See and rotate the signing certificates.
+
+A root takes these steps: prepared (it is in the trust bundle), distributed (every
+live proxy has acknowledged that), active (it signs), retiring (it signs no more,
+but something that chains to it lives), and then it leaves the bundle. All of it
+happens by itself, well before a root ends; these commands are for the other days.`,
+	}
 	c.add(cmd)
 	cmd.AddCommand(newAuthorityList(c), newAuthorityRotate(c))
+	cmd.AddCommand(newRotationCommands(c)...)
 	return cmd
 }
 
@@ -36,22 +45,6 @@ func newAuthorityList(c *clientFlags) *cobra.Command {
 			}
 			return rows
 		})
-}
-
-func newAuthorityRotate(c *clientFlags) *cobra.Command {
-	var within time.Duration
-	cmd := printing(&cobra.Command{
-		Use:   "rotate",
-		Short: "Replace this CA's intermediate now and renew what the old one signed",
-		Args:  cobra.NoArgs,
-	}, func(cmd *cobra.Command, _ []string) (*adminv1.RotateIntermediateResponse, error) {
-		return call(cmd.Context(), c, adminv1.AdminServiceClient.RotateIntermediate, &adminv1.RotateIntermediateRequest{Within: durationpb.New(within)})
-	}, func(cmd *cobra.Command, _ string, answer *adminv1.RotateIntermediateResponse) error {
-		fmt.Fprintf(cmd.OutOrStdout(), "intermediate %s is active; the nodes renew what the old one signed within %v\n", answer.GetAuthority().GetId(), within)
-		return nil
-	}, "text")
-	withinFlag(cmd, &within)
-	return cmd
 }
 
 func withinFlag(cmd *cobra.Command, within *time.Duration) {

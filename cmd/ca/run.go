@@ -21,6 +21,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/tree"
@@ -181,6 +182,13 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		Upstream: above, Logger: logger, Registerer: registry,
 		Clock: guard.Check,
+		Fleet: func() []rotation.Node {
+			if srv == nil {
+				return nil // nothing is decided before Run
+			}
+			return srv.Fleet()
+		},
+		OnRetiring: func(root string, tainted bool) { srv.Retiring(root, tainted) },
 		OnChange: func() {
 			if srv != nil {
 				srv.BundleChanged()

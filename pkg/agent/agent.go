@@ -135,6 +135,7 @@ type Agent struct {
 	revision uint64
 	rotated  uint64 // sequence of the last order to rotate that was carried out
 	bundle   *identity.Bundle
+	bundled  time.Time    // when it came into force
 	own      *ownIdentity // nil before the node is attested
 	dropped  error        // why the sealed cache was of no use; nil once the node is attested
 	reattest bool         // the CA does not accept own any more
@@ -155,6 +156,7 @@ type subject struct{ instance, digest string }
 type upward struct {
 	applied   bool
 	acks      bool
+	held      bool // X.509-SVIDs have come or gone
 	ended     []cache.Ended
 	inspected []*nodev1.Inspected
 }

@@ -244,6 +244,8 @@ func (a *Agent) deliver(ctx context.Context, batch []cache.Request, results []re
 		switch {
 		case r.svid != nil:
 			a.cfg.Health.Clear(condClock)
+			a.report.held = true
+			signal(a.up)
 			if a.cache.Issued(now, q.ID, r.svid) {
 				a.metrics.lag.Observe(max(now.Sub(q.Due).Seconds(), 0))
 			}

@@ -423,6 +423,8 @@ func (a *Agent) adopt(g *granted) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.own, a.reattest, a.dropped = g.own, false, nil
+	a.report.held = true
+	signal(a.up)
 	if a.bundle == nil || g.bundle.Sequence > a.bundle.Sequence {
 		a.setBundle(g.bundle)
 	}
@@ -432,7 +434,7 @@ func (a *Agent) adopt(g *granted) {
 // setBundle puts a bundle into force. a.mu is held.
 func (a *Agent) setBundle(b *identity.Bundle) {
 	now := time.Now()
-	a.bundle = b
+	a.bundle, a.bundled = b, now
 	a.cache.SetBundle(now, b)
 	a.report.applied, a.report.acks = true, true
 	a.settle(now)

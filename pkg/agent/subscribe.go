@@ -15,6 +15,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -58,6 +59,15 @@ type stream struct {
 	acked  uint64 // sequence of the bundle it has acknowledged
 	dead   error  // why it is to be ended
 	again  bool   // it is being attested again
+}
+
+// name says whose stream it is.
+func (s *stream) name() string {
+	process := "process " + strconv.Itoa(s.peer.PID)
+	if n := s.watch.Snapshot(); n != nil && len(n.SVIDs) > 0 {
+		return n.SVIDs[0].ID.String() + " (" + process + ")"
+	}
+	return process
 }
 
 // Subscribe returns a watch of what the process p may have. Its snapshot is nil

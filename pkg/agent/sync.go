@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"cmp"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -9,11 +11,13 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
@@ -32,6 +36,10 @@ const (
 	acksEvery = 50 * time.Millisecond
 	// maxInspections bounds those that run at the same time.
 	maxInspections = 4
+	// heldEvery is the shortest time between two reports of what is held.
+	heldEvery = time.Second
+	// maxLaggards and maxHeld bound what one report names.
+	maxLaggards, maxHeld = 16, 16
 	// endedBatch bounds the instances of one message.
 	endedBatch = 500
 )
@@ -327,7 +335,7 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 	var lastAcks time.Time
 	for {
 		now := time.Now()
-		messages, ended, later := a.collect(now.Sub(lastAcks) >= acksEvery)
+		messages, ended, later := a.collect(now.Sub(lastAcks))
 		for _, m := range messages {
 			if err := stream.Send(m); err != nil {
 				if errors.Is(err, io.EOF) {
@@ -342,8 +350,8 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 		}
 		a.told(ended)
 		var timer <-chan time.Time
-		if later {
-			timer = time.After(acksEvery)
+		if later > 0 {
+			timer = time.After(later)
 		}
 		select {
 		case <-ctx.Done():
@@ -356,7 +364,9 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 
 // collect takes what is to be said. Ended instances stay until told is called
 // with their number.
-func (a *Agent) collect(acks bool) (messages []*nodev1.SyncRequest, ended int, later bool) {
+// since is how long ago acknowledgements were reported; later is when there will
+// be something to say that it is too early for now.
+func (a *Agent) collect(since time.Duration) (messages []*nodev1.SyncRequest, ended int, later time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.report.applied {
@@ -367,12 +377,16 @@ func (a *Agent) collect(acks bool) (messages []*nodev1.SyncRequest, ended int, l
 		}
 		messages = append(messages, &nodev1.SyncRequest{Message: &nodev1.SyncRequest_Applied{Applied: m}})
 	}
-	if a.report.acks && acks {
-		a.report.acks = false
+	switch {
+	case a.report.acks && since < acksEvery:
+		later = acksEvery
+	case !a.report.acks && a.report.held && since < heldEvery:
+		later = heldEvery
+	case a.report.acks || a.report.held:
+		a.report.acks, a.report.held = false, false
 		m := a.countAcks()
 		messages = append(messages, &nodev1.SyncRequest{Message: &nodev1.SyncRequest_BundleAcks{BundleAcks: m}})
 	}
-	later = a.report.acks
 	if n := min(len(a.report.ended), endedBatch); n > 0 {
 		ended = n
 		m := &nodev1.InstancesEnded{}
@@ -405,17 +419,47 @@ func (a *Agent) told(ended int) {
 // stream counts once it has acknowledged any: one that carries no bundle never
 // will. a.mu is held.
 func (a *Agent) countAcks() *nodev1.BundleAcks {
-	m := &nodev1.BundleAcks{}
+	m := &nodev1.BundleAcks{Counted: true}
 	if a.bundle != nil {
 		m.Sequence = a.bundle.Sequence
 	}
 	for _, s := range a.streams {
-		if s.acked > 0 {
-			m.Streams++
-			if s.acked >= m.Sequence {
-				m.Acknowledged++
-			}
+		switch {
+		case s.acked == 0:
+			continue
+		case s.acked >= m.Sequence:
+			m.Acknowledged++
+		case len(m.Laggards) < maxLaggards:
+			m.Laggards = append(m.Laggards, &nodev1.Laggard{
+				Name: s.name(), Acknowledged: s.acked, Since: timestamppb.New(latest(s.opened, a.bundled)),
+			})
 		}
+		m.Streams++
 	}
+	slices.SortFunc(m.Laggards, func(a, b *nodev1.Laggard) int {
+		return cmp.Or(cmp.Compare(a.GetAcknowledged(), b.GetAcknowledged()), strings.Compare(a.GetName(), b.GetName()))
+	})
+	m.Held = a.countHeld()
 	return m
+}
+
+// countHeld counts the X.509-SVIDs by the roots that they chain to. a.mu is held.
+func (a *Agent) countHeld() []*nodev1.Held {
+	count := a.cache.Roots()
+	if a.own != nil {
+		count[hex.EncodeToString(a.own.chain[len(a.own.chain)-1].AuthorityKeyId)]++
+	}
+	held := make([]*nodev1.Held, 0, len(count))
+	for root, n := range count {
+		held = append(held, &nodev1.Held{Root: root, Svids: uint32(n)}) //nolint:gosec // the cache is bounded
+	}
+	slices.SortFunc(held, func(a, b *nodev1.Held) int { return strings.Compare(a.GetRoot(), b.GetRoot()) })
+	return held[:min(len(held), maxHeld)]
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }

@@ -136,6 +136,9 @@ func (c *CA) mintAndInstall(ctx context.Context) (a *authority, err error) {
 			c.mintFailedNow(err)
 		}
 	}()
+	if err := c.cfg.Clock(); err != nil {
+		return nil, err
+	}
 	a, err = c.mint(ctx)
 	if err != nil {
 		return nil, err

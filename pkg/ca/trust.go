@@ -437,6 +437,9 @@ func (c *CA) order(ctx context.Context, actor string, foreign *x509.Certificate,
 }
 
 func (c *CA) decide(ctx context.Context, actor string, foreign *x509.Certificate, decide func(rotation.Trust, rotation.Inputs) (*rotation.Step, error)) error {
+	if err := c.cfg.Clock(); err != nil {
+		return err
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var err error

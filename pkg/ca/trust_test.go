@@ -113,7 +113,7 @@ func TestRotateRoot(t *testing.T) {
 		nodes.acknowledge(2)
 		for oldLeaf.NotAfter.After(time.Now()) {
 			if got := states(t, store); got != "retiring active" {
-				t.Fatalf("%s before the last leaf expired: %s", oldLeaf.NotAfter.Sub(time.Now()), got)
+				t.Fatalf("%s before the last leaf expired: %s", time.Until(oldLeaf.NotAfter), got)
 			}
 			time.Sleep(time.Hour)
 		}
@@ -167,7 +167,7 @@ func TestRotateRootOverRestart(t *testing.T) {
 			stop()
 			f, stop = start()
 			if got := states(t, store); got != "retiring active" && leaf.NotAfter.After(time.Now()) {
-				t.Fatalf("%s before the last leaf expired: %s", leaf.NotAfter.Sub(time.Now()), got)
+				t.Fatalf("%s before the last leaf expired: %s", time.Until(leaf.NotAfter), got)
 			}
 		}
 		time.Sleep(DefaultIntermediateLife)

@@ -62,6 +62,8 @@ var methods = map[string]role{
 	adminv1.AdminService_GetBundle_FullMethodName:          roleAdmin,
 	adminv1.AdminService_ListAuthorities_FullMethodName:    roleAdmin,
 	adminv1.AdminService_RotateIntermediate_FullMethodName: roleAdmin,
+	adminv1.AdminService_GetRotation_FullMethodName:        roleAdmin,
+	adminv1.AdminService_ChangeRotation_FullMethodName:     roleAdmin,
 	adminv1.AdminService_RenewSVIDs_FullMethodName:         roleAdmin,
 	adminv1.AdminService_ConfirmClock_FullMethodName:       roleAdmin,
 	adminv1.AdminService_GetStatus_FullMethodName:          roleAdmin,
@@ -243,6 +245,7 @@ func changes(method string, req any) bool {
 		adminv1.AdminService_BanNode_FullMethodName,
 		adminv1.AdminService_UnbanNode_FullMethodName,
 		adminv1.AdminService_RotateIntermediate_FullMethodName,
+		adminv1.AdminService_ChangeRotation_FullMethodName,
 		adminv1.AdminService_RenewSVIDs_FullMethodName:
 		return true
 	default:

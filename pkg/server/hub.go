@@ -9,6 +9,8 @@ import (
 	"time"
 
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
+
+	"github.com/meshid/meshid/pkg/ca/rotation"
 )
 
 // hub knows the Sync stream of each node that has one and wakes it when there is
@@ -151,6 +153,12 @@ type inForce struct {
 	// ackSequence.
 	streams, acknowledged uint32
 	ackSequence           uint64
+	// Which streams have not, and how many X.509-SVIDs chain to which root, as far
+	// as the agent says.
+	laggards []rotation.Laggard
+	held     map[string]uint32
+	counted  bool
+	reported bool
 }
 
 func (s *session) poke() {

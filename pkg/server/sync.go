@@ -112,10 +112,12 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 	case *nodev1.SyncRequest_Applied:
 		session.force.revision = m.Applied.GetRevision()
 		session.force.bundleSequence = m.Applied.GetBundleSequence()
+		s.cfg.CA.FleetChanged()
 	case *nodev1.SyncRequest_BundleAcks:
-		session.force.streams = m.BundleAcks.GetStreams()
-		session.force.acknowledged = m.BundleAcks.GetAcknowledged()
-		session.force.ackSequence = m.BundleAcks.GetSequence()
+		if err := session.force.acks(m.BundleAcks); err != nil {
+			return err
+		}
+		s.cfg.CA.FleetChanged()
 	case *nodev1.SyncRequest_InstancesEnded:
 		session.mu.Unlock()
 		defer session.mu.Lock()

@@ -10,12 +10,6 @@ import (
 	"github.com/meshid/meshid/pkg/ca"
 )
 
-// querier is a transaction, or a pool.
-type querier interface {
-	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
-	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
-}
-
 // Trust returns the roots in the order in which they were added, and the trust
 // bundle's sequence and epoch.
 func (d *DB) Trust(ctx context.Context) (t ca.Trust, err error) {
@@ -30,31 +24,28 @@ func (d *DB) Trust(ctx context.Context) (t ca.Trust, err error) {
 	return t, nil
 }
 
-func (d *DB) readTrust(ctx context.Context, q querier) (t ca.Trust, err error) {
+func (d *DB) readTrust(ctx context.Context, tx *sql.Tx) (t ca.Trust, err error) {
 	var sequence, epoch int64
-	row := q.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence, trust_epoch, trust_paused FROM state WHERE id = 1`))
+	row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence, trust_epoch, trust_paused FROM state WHERE id = 1`))
 	if err := row.Scan(&sequence, &epoch, &t.Paused); err != nil {
 		return t, err
 	}
 	t.Sequence, t.Epoch = counter(sequence), counter(epoch)
-	rows, err := q.QueryContext(ctx, d.dialect.rebind(
-		`SELECT certificate, key_ref, state, created_at, since, sequence, automatic, tainted FROM roots ORDER BY id`))
-	if err != nil {
-		return t, err
-	}
-	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
-	for rows.Next() {
-		var (
-			r              ca.Root
-			created, since int64
-		)
-		if err := rows.Scan(&r.Certificate, &r.Key, &r.State, &created, &since, &sequence, &r.Automatic, &r.Tainted); err != nil {
-			return t, err
-		}
-		r.CreatedAt, r.Since, r.Sequence = fromStored(created), fromStored(since), counter(sequence)
-		t.Roots = append(t.Roots, r)
-	}
-	return t, rows.Err()
+	err = scanRows(ctx, tx, d.dialect.rebind(
+		`SELECT certificate, key_ref, state, created_at, since, sequence, automatic, tainted FROM roots ORDER BY id`), nil,
+		func(rows *sql.Rows) error {
+			var (
+				r              ca.Root
+				created, since int64
+			)
+			if err := rows.Scan(&r.Certificate, &r.Key, &r.State, &created, &since, &sequence, &r.Automatic, &r.Tainted); err != nil {
+				return err
+			}
+			r.CreatedAt, r.Since, r.Sequence = fromStored(created), fromStored(since), counter(sequence)
+			t.Roots = append(t.Roots, r)
+			return nil
+		})
+	return t, err
 }
 
 // counter is a value of which the table holds the CHECK that it is not negative.
@@ -119,22 +110,19 @@ func number(b bool) int64 {
 
 // Intermediates returns those of which something may live.
 func (d *DB) Intermediates(ctx context.Context) ([]ca.Intermediate, error) {
-	rows, err := d.reader.QueryContext(ctx, d.dialect.rebind(`SELECT id, root, instance, live_until FROM intermediates ORDER BY live_until, id`))
-	if err != nil {
-		return nil, fmt.Errorf("read intermediates: %w", err)
-	}
-	defer rows.Close() //nolint:errcheck // rows.Err says what went wrong
 	var all []ca.Intermediate
-	for rows.Next() {
-		var i ca.Intermediate
-		var until int64
-		if err := rows.Scan(&i.ID, &i.Root, &i.Instance, &until); err != nil {
-			return nil, fmt.Errorf("read intermediates: %w", err)
-		}
-		i.LiveUntil = fromStored(until)
-		all = append(all, i)
-	}
-	if err := rows.Err(); err != nil {
+	err := scanRows(ctx, d.reader, d.dialect.rebind(`SELECT id, root, instance, live_until FROM intermediates ORDER BY live_until, id`), nil,
+		func(rows *sql.Rows) error {
+			var i ca.Intermediate
+			var until int64
+			if err := rows.Scan(&i.ID, &i.Root, &i.Instance, &until); err != nil {
+				return err
+			}
+			i.LiveUntil = fromStored(until)
+			all = append(all, i)
+			return nil
+		})
+	if err != nil {
 		return nil, fmt.Errorf("read intermediates: %w", err)
 	}
 	return all, nil

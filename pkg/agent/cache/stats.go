@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"encoding/hex"
 	"slices"
 	"time"
 
@@ -96,4 +97,22 @@ func (c *Cache) Instances() []Instance {
 func (c *Cache) Has(name, digest string) bool {
 	i := c.instances[name]
 	return i != nil && slices.ContainsFunc(i.workloads, func(w *workload) bool { return w.digest == digest })
+}
+
+// Roots counts the X.509-SVIDs in use by the key identifiers, in lower-case
+// hexadecimal, of the roots that they chain to.
+func (c *Cache) Roots() map[string]int {
+	raw := make(map[string]int)
+	for _, i := range c.instances {
+		for _, s := range i.slots {
+			if s.svid != nil {
+				raw[string(s.svid.Chain[len(s.svid.Chain)-1].AuthorityKeyId)]++
+			}
+		}
+	}
+	named := make(map[string]int, len(raw))
+	for id, n := range raw {
+		named[hex.EncodeToString([]byte(id))] = n
+	}
+	return named
 }

@@ -1848,6 +1848,511 @@ func (x *RotateIntermediateResponse) GetAuthority() *Authority {
 	return nil
 }
 
+type GetRotationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRotationRequest) Reset() {
+	*x = GetRotationRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRotationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRotationRequest) ProtoMessage() {}
+
+func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRotationRequest.ProtoReflect.Descriptor instead.
+func (*GetRotationRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+type GetRotationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rotation      *Rotation              `protobuf:"bytes,1,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRotationResponse) Reset() {
+	*x = GetRotationResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRotationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRotationResponse) ProtoMessage() {}
+
+func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRotationResponse.ProtoReflect.Descriptor instead.
+func (*GetRotationResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *GetRotationResponse) GetRotation() *Rotation {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
+type ChangeRotationRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "prepare", "rotate", "activate", "taint", "retire", "rollback", "pause",
+	// "resume", "adopt" (the root of the upstream CA) or "adopt-self" (one of this
+	// CA's own).
+	Verb string `protobuf:"bytes,1,opt,name=verb,proto3" json:"verb,omitempty"`
+	// Id of the root; empty for the only one that can be meant.
+	Root string `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`
+	// Accept that somebody is cut off. It is recorded.
+	Override      bool `protobuf:"varint,3,opt,name=override,proto3" json:"override,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeRotationRequest) Reset() {
+	*x = ChangeRotationRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeRotationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeRotationRequest) ProtoMessage() {}
+
+func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeRotationRequest.ProtoReflect.Descriptor instead.
+func (*ChangeRotationRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ChangeRotationRequest) GetVerb() string {
+	if x != nil {
+		return x.Verb
+	}
+	return ""
+}
+
+func (x *ChangeRotationRequest) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *ChangeRotationRequest) GetOverride() bool {
+	if x != nil {
+		return x.Override
+	}
+	return false
+}
+
+type ChangeRotationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rotation      *Rotation              `protobuf:"bytes,1,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeRotationResponse) Reset() {
+	*x = ChangeRotationResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeRotationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeRotationResponse) ProtoMessage() {}
+
+func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeRotationResponse.ProtoReflect.Descriptor instead.
+func (*ChangeRotationResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ChangeRotationResponse) GetRotation() *Rotation {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
+// Rotation is what is known of the roots at one moment.
+type Rotation struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Roots          []*Root                `protobuf:"bytes,1,rep,name=roots,proto3" json:"roots,omitempty"`
+	BundleSequence uint64                 `protobuf:"varint,2,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
+	Paused         bool                   `protobuf:"varint,3,opt,name=paused,proto3" json:"paused,omitempty"`
+	// What a rotation waits for beyond patience; empty for nothing.
+	Stalled string `protobuf:"bytes,4,opt,name=stalled,proto3" json:"stalled,omitempty"`
+	// Nodes that are waited for, and those of them that do not have the bundle in
+	// force, or a proxy on them does not.
+	Nodes               uint32 `protobuf:"varint,5,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	NodesWaiting        uint32 `protobuf:"varint,6,opt,name=nodes_waiting,json=nodesWaiting,proto3" json:"nodes_waiting,omitempty"`
+	Proxies             uint32 `protobuf:"varint,7,opt,name=proxies,proto3" json:"proxies,omitempty"`
+	ProxiesAcknowledged uint32 `protobuf:"varint,8,opt,name=proxies_acknowledged,json=proxiesAcknowledged,proto3" json:"proxies_acknowledged,omitempty"`
+	// At most 100.
+	Laggards      []*Laggard `protobuf:"bytes,9,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rotation) Reset() {
+	*x = Rotation{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rotation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rotation) ProtoMessage() {}
+
+func (x *Rotation) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
+func (*Rotation) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Rotation) GetRoots() []*Root {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *Rotation) GetBundleSequence() uint64 {
+	if x != nil {
+		return x.BundleSequence
+	}
+	return 0
+}
+
+func (x *Rotation) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *Rotation) GetStalled() string {
+	if x != nil {
+		return x.Stalled
+	}
+	return ""
+}
+
+func (x *Rotation) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+func (x *Rotation) GetNodesWaiting() uint32 {
+	if x != nil {
+		return x.NodesWaiting
+	}
+	return 0
+}
+
+func (x *Rotation) GetProxies() uint32 {
+	if x != nil {
+		return x.Proxies
+	}
+	return 0
+}
+
+func (x *Rotation) GetProxiesAcknowledged() uint32 {
+	if x != nil {
+		return x.ProxiesAcknowledged
+	}
+	return 0
+}
+
+func (x *Rotation) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
+// Root is one root in the trust bundle.
+type Root struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "prepared", "distributed", "active", "retiring" or "tainted".
+	State string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	// Sequence of the first bundle that held it.
+	Sequence uint64                 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	NotAfter *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// It is activated as soon as it is distributed.
+	Automatic bool `protobuf:"varint,6,opt,name=automatic,proto3" json:"automatic,omitempty"`
+	// It is that of the upstream CA.
+	Upstream bool `protobuf:"varint,7,opt,name=upstream,proto3" json:"upstream,omitempty"`
+	// X.509-SVIDs in use that chain to it, on the nodes that say so.
+	Svids uint32 `protobuf:"varint,8,opt,name=svids,proto3" json:"svids,omitempty"`
+	// Until when something lives that chains to it; absent if nothing does.
+	LiveUntil     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=live_until,json=liveUntil,proto3" json:"live_until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Root) Reset() {
+	*x = Root{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Root) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Root) ProtoMessage() {}
+
+func (x *Root) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Root.ProtoReflect.Descriptor instead.
+func (*Root) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *Root) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Root) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Root) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Root) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Root) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *Root) GetAutomatic() bool {
+	if x != nil {
+		return x.Automatic
+	}
+	return false
+}
+
+func (x *Root) GetUpstream() bool {
+	if x != nil {
+		return x.Upstream
+	}
+	return false
+}
+
+func (x *Root) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
+func (x *Root) GetLiveUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LiveUntil
+	}
+	return nil
+}
+
+// Laggard is who has not acknowledged the bundle in force.
+type Laggard struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// The stream of a proxy; empty if it is the node itself.
+	Name  string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	// Sequence of the bundle that it has.
+	Acknowledged uint64 `protobuf:"varint,4,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	Connected    bool   `protobuf:"varint,5,opt,name=connected,proto3" json:"connected,omitempty"`
+	// If it is not connected: until when it is waited for.
+	WaitedUntil   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=waited_until,json=waitedUntil,proto3" json:"waited_until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Laggard) Reset() {
+	*x = Laggard{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Laggard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Laggard) ProtoMessage() {}
+
+func (x *Laggard) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
+func (*Laggard) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *Laggard) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *Laggard) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Laggard) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Laggard) GetAcknowledged() uint64 {
+	if x != nil {
+		return x.Acknowledged
+	}
+	return 0
+}
+
+func (x *Laggard) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *Laggard) GetWaitedUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.WaitedUntil
+	}
+	return nil
+}
+
 type RenewSVIDsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Within        *durationpb.Duration   `protobuf:"bytes,1,opt,name=within,proto3" json:"within,omitempty"`
@@ -1857,7 +2362,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1869,7 +2374,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1882,7 +2387,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -1901,7 +2406,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1913,7 +2418,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1926,7 +2431,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -1944,7 +2449,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2461,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2474,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 type GetStatusResponse struct {
@@ -1995,7 +2500,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2007,7 +2512,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2020,7 +2525,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -2135,7 +2640,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2652,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2665,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Condition) GetName() string {
@@ -2204,7 +2709,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2216,7 +2721,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2278,7 +2783,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2795,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2369,7 +2874,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2381,7 +2886,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2571,7 +3076,44 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x19RotateIntermediateRequest\x121\n" +
 	"\x06within\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06within\"V\n" +
 	"\x1aRotateIntermediateResponse\x128\n" +
-	"\tauthority\x18\x01 \x01(\v2\x1a.meshid.admin.v1.AuthorityR\tauthority\"F\n" +
+	"\tauthority\x18\x01 \x01(\v2\x1a.meshid.admin.v1.AuthorityR\tauthority\"\x14\n" +
+	"\x12GetRotationRequest\"L\n" +
+	"\x13GetRotationResponse\x125\n" +
+	"\brotation\x18\x01 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\"[\n" +
+	"\x15ChangeRotationRequest\x12\x12\n" +
+	"\x04verb\x18\x01 \x01(\tR\x04verb\x12\x12\n" +
+	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1a\n" +
+	"\boverride\x18\x03 \x01(\bR\boverride\"O\n" +
+	"\x16ChangeRotationResponse\x125\n" +
+	"\brotation\x18\x01 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\"\xd0\x02\n" +
+	"\bRotation\x12+\n" +
+	"\x05roots\x18\x01 \x03(\v2\x15.meshid.admin.v1.RootR\x05roots\x12'\n" +
+	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12\x16\n" +
+	"\x06paused\x18\x03 \x01(\bR\x06paused\x12\x18\n" +
+	"\astalled\x18\x04 \x01(\tR\astalled\x12\x14\n" +
+	"\x05nodes\x18\x05 \x01(\rR\x05nodes\x12#\n" +
+	"\rnodes_waiting\x18\x06 \x01(\rR\fnodesWaiting\x12\x18\n" +
+	"\aproxies\x18\a \x01(\rR\aproxies\x121\n" +
+	"\x14proxies_acknowledged\x18\b \x01(\rR\x13proxiesAcknowledged\x124\n" +
+	"\blaggards\x18\t \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\xbe\x02\n" +
+	"\x04Root\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1a\n" +
+	"\bsequence\x18\x04 \x01(\x04R\bsequence\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1c\n" +
+	"\tautomatic\x18\x06 \x01(\bR\tautomatic\x12\x1a\n" +
+	"\bupstream\x18\a \x01(\bR\bupstream\x12\x14\n" +
+	"\x05svids\x18\b \x01(\rR\x05svids\x129\n" +
+	"\n" +
+	"live_until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tliveUntil\"\xe9\x01\n" +
+	"\aLaggard\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\"\n" +
+	"\facknowledged\x18\x04 \x01(\x04R\facknowledged\x12\x1c\n" +
+	"\tconnected\x18\x05 \x01(\bR\tconnected\x12=\n" +
+	"\fwaited_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vwaitedUntil\"F\n" +
 	"\x11RenewSVIDsRequest\x121\n" +
 	"\x06within\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06within\"*\n" +
 	"\x12RenewSVIDsResponse\x12\x14\n" +
@@ -2600,7 +3142,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xd3\f\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\x90\x0e\n" +
 	"\fAdminService\x12[\n" +
 	"\fApplyEntries\x12$.meshid.admin.v1.ApplyEntriesRequest\x1a%.meshid.admin.v1.ApplyEntriesResponse\x12^\n" +
 	"\rDeleteEntries\x12%.meshid.admin.v1.DeleteEntriesRequest\x1a&.meshid.admin.v1.DeleteEntriesResponse\x12X\n" +
@@ -2617,7 +3159,9 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\tUnbanNode\x12!.meshid.admin.v1.UnbanNodeRequest\x1a\".meshid.admin.v1.UnbanNodeResponse\x12R\n" +
 	"\tGetBundle\x12!.meshid.admin.v1.GetBundleRequest\x1a\".meshid.admin.v1.GetBundleResponse\x12d\n" +
 	"\x0fListAuthorities\x12'.meshid.admin.v1.ListAuthoritiesRequest\x1a(.meshid.admin.v1.ListAuthoritiesResponse\x12m\n" +
-	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12U\n" +
+	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12X\n" +
+	"\vGetRotation\x12#.meshid.admin.v1.GetRotationRequest\x1a$.meshid.admin.v1.GetRotationResponse\x12a\n" +
+	"\x0eChangeRotation\x12&.meshid.admin.v1.ChangeRotationRequest\x1a'.meshid.admin.v1.ChangeRotationResponse\x12U\n" +
 	"\n" +
 	"RenewSVIDs\x12\".meshid.admin.v1.RenewSVIDsRequest\x1a#.meshid.admin.v1.RenewSVIDsResponse\x12[\n" +
 	"\fConfirmClock\x12$.meshid.admin.v1.ConfirmClockRequest\x1a%.meshid.admin.v1.ConfirmClockResponse\x12R\n" +
@@ -2635,7 +3179,7 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
 	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
@@ -2671,96 +3215,116 @@ var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ListAuthoritiesResponse)(nil),     // 31: meshid.admin.v1.ListAuthoritiesResponse
 	(*RotateIntermediateRequest)(nil),   // 32: meshid.admin.v1.RotateIntermediateRequest
 	(*RotateIntermediateResponse)(nil),  // 33: meshid.admin.v1.RotateIntermediateResponse
-	(*RenewSVIDsRequest)(nil),           // 34: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 35: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 36: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 37: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 38: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 39: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 40: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 41: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 42: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 43: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 44: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 45: google.protobuf.Duration
-	(*v1.Entry)(nil),                    // 46: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 47: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 48: meshid.attributes.v1.Workload
+	(*GetRotationRequest)(nil),          // 34: meshid.admin.v1.GetRotationRequest
+	(*GetRotationResponse)(nil),         // 35: meshid.admin.v1.GetRotationResponse
+	(*ChangeRotationRequest)(nil),       // 36: meshid.admin.v1.ChangeRotationRequest
+	(*ChangeRotationResponse)(nil),      // 37: meshid.admin.v1.ChangeRotationResponse
+	(*Rotation)(nil),                    // 38: meshid.admin.v1.Rotation
+	(*Root)(nil),                        // 39: meshid.admin.v1.Root
+	(*Laggard)(nil),                     // 40: meshid.admin.v1.Laggard
+	(*RenewSVIDsRequest)(nil),           // 41: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 42: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 43: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 44: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 45: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 46: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 47: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 48: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 49: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 50: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 51: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 52: google.protobuf.Duration
+	(*v1.Entry)(nil),                    // 53: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 54: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 55: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	44, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
-	45, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
-	46, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	39, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	46, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	47, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	48, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	40, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	47, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	48, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	45, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	41, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	44, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	42, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	47, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	44, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	44, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	51, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	52, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	53, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	46, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	53, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	54, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	55, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	47, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	54, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	55, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	52, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	48, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	51, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	49, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	54, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	51, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	51, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
 	18, // 17: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	44, // 18: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	44, // 19: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	51, // 18: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	51, // 19: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
 	30, // 20: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	45, // 21: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	52, // 21: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
 	30, // 22: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	45, // 23: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	44, // 24: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	38, // 25: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	45, // 26: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	44, // 27: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	46, // 28: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	46, // 29: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	44, // 30: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	43, // 31: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 32: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 33: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 34: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 35: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 36: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 37: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 38: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 39: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 40: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 41: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 42: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 43: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	27, // 44: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	29, // 45: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	32, // 46: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	34, // 47: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 48: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	36, // 49: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 50: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 51: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 52: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 53: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 54: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 55: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 56: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 57: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 58: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 59: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 60: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 61: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	28, // 62: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	31, // 63: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	33, // 64: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	35, // 65: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 66: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	37, // 67: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	50, // [50:68] is the sub-list for method output_type
-	32, // [32:50] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	38, // 23: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	38, // 24: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	39, // 25: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	40, // 26: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	51, // 27: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	51, // 28: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	51, // 29: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	51, // 30: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	51, // 31: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	52, // 32: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	51, // 33: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	45, // 34: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	52, // 35: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	51, // 36: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	53, // 37: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	53, // 38: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	51, // 39: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	50, // 40: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 41: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 42: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 43: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 44: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 45: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 46: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 47: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 48: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 49: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 50: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 51: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 52: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	27, // 53: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	29, // 54: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	32, // 55: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	34, // 56: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	36, // 57: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	41, // 58: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 59: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	43, // 60: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 61: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 62: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 63: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 64: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 65: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 66: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 67: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 68: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 69: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 70: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 71: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 72: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	28, // 73: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	31, // 74: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	33, // 75: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	35, // 76: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	37, // 77: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	42, // 78: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 79: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	44, // 80: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	61, // [61:81] is the sub-list for method output_type
+	41, // [41:61] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -2780,7 +3344,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   44,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,6 +36,8 @@ const (
 	AdminService_GetBundle_FullMethodName          = "/meshid.admin.v1.AdminService/GetBundle"
 	AdminService_ListAuthorities_FullMethodName    = "/meshid.admin.v1.AdminService/ListAuthorities"
 	AdminService_RotateIntermediate_FullMethodName = "/meshid.admin.v1.AdminService/RotateIntermediate"
+	AdminService_GetRotation_FullMethodName        = "/meshid.admin.v1.AdminService/GetRotation"
+	AdminService_ChangeRotation_FullMethodName     = "/meshid.admin.v1.AdminService/ChangeRotation"
 	AdminService_RenewSVIDs_FullMethodName         = "/meshid.admin.v1.AdminService/RenewSVIDs"
 	AdminService_ConfirmClock_FullMethodName       = "/meshid.admin.v1.AdminService/ConfirmClock"
 	AdminService_GetStatus_FullMethodName          = "/meshid.admin.v1.AdminService/GetStatus"
@@ -68,6 +70,11 @@ type AdminServiceClient interface {
 	// RotateIntermediate replaces the intermediate now and has the agents renew
 	// what the old one signed.
 	RotateIntermediate(ctx context.Context, in *RotateIntermediateRequest, opts ...grpc.CallOption) (*RotateIntermediateResponse, error)
+	// GetRotation says how far the roots are.
+	GetRotation(ctx context.Context, in *GetRotationRequest, opts ...grpc.CallOption) (*GetRotationResponse, error)
+	// ChangeRotation has a root take its next step. What would cut somebody off is
+	// refused, with the reason.
+	ChangeRotation(ctx context.Context, in *ChangeRotationRequest, opts ...grpc.CallOption) (*ChangeRotationResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(ctx context.Context, in *RenewSVIDsRequest, opts ...grpc.CallOption) (*RenewSVIDsResponse, error)
 	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
@@ -234,6 +241,26 @@ func (c *adminServiceClient) RotateIntermediate(ctx context.Context, in *RotateI
 	return out, nil
 }
 
+func (c *adminServiceClient) GetRotation(ctx context.Context, in *GetRotationRequest, opts ...grpc.CallOption) (*GetRotationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetRotationResponse)
+	err := c.cc.Invoke(ctx, AdminService_GetRotation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ChangeRotation(ctx context.Context, in *ChangeRotationRequest, opts ...grpc.CallOption) (*ChangeRotationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChangeRotationResponse)
+	err := c.cc.Invoke(ctx, AdminService_ChangeRotation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) RenewSVIDs(ctx context.Context, in *RenewSVIDsRequest, opts ...grpc.CallOption) (*RenewSVIDsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RenewSVIDsResponse)
@@ -291,6 +318,11 @@ type AdminServiceServer interface {
 	// RotateIntermediate replaces the intermediate now and has the agents renew
 	// what the old one signed.
 	RotateIntermediate(context.Context, *RotateIntermediateRequest) (*RotateIntermediateResponse, error)
+	// GetRotation says how far the roots are.
+	GetRotation(context.Context, *GetRotationRequest) (*GetRotationResponse, error)
+	// ChangeRotation has a root take its next step. What would cut somebody off is
+	// refused, with the reason.
+	ChangeRotation(context.Context, *ChangeRotationRequest) (*ChangeRotationResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error)
 	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
@@ -351,6 +383,12 @@ func (UnimplementedAdminServiceServer) ListAuthorities(context.Context, *ListAut
 }
 func (UnimplementedAdminServiceServer) RotateIntermediate(context.Context, *RotateIntermediateRequest) (*RotateIntermediateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RotateIntermediate not implemented")
+}
+func (UnimplementedAdminServiceServer) GetRotation(context.Context, *GetRotationRequest) (*GetRotationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetRotation not implemented")
+}
+func (UnimplementedAdminServiceServer) ChangeRotation(context.Context, *ChangeRotationRequest) (*ChangeRotationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ChangeRotation not implemented")
 }
 func (UnimplementedAdminServiceServer) RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenewSVIDs not implemented")
@@ -652,6 +690,42 @@ func _AdminService_RotateIntermediate_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_GetRotation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetRotationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).GetRotation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_GetRotation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).GetRotation(ctx, req.(*GetRotationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ChangeRotation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChangeRotationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ChangeRotation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ChangeRotation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ChangeRotation(ctx, req.(*ChangeRotationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_RenewSVIDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RenewSVIDsRequest)
 	if err := dec(in); err != nil {
@@ -772,6 +846,14 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RotateIntermediate",
 			Handler:    _AdminService_RotateIntermediate_Handler,
+		},
+		{
+			MethodName: "GetRotation",
+			Handler:    _AdminService_GetRotation_Handler,
+		},
+		{
+			MethodName: "ChangeRotation",
+			Handler:    _AdminService_ChangeRotation_Handler,
 		},
 		{
 			MethodName: "RenewSVIDs",

@@ -876,8 +876,15 @@ type BundleAcks struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Streams uint32                 `protobuf:"varint,1,opt,name=streams,proto3" json:"streams,omitempty"`
 	// Streams that have acknowledged at least this sequence.
-	Sequence      uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Acknowledged  uint32 `protobuf:"varint,3,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	Sequence     uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Acknowledged uint32 `protobuf:"varint,3,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	// Streams that have not, those that lag longest first; at most 16.
+	Laggards []*Laggard `protobuf:"bytes,4,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	// X.509-SVIDs that the agent has, its own included, by the root that they chain
+	// to; at most 16.
+	Held []*Held `protobuf:"bytes,5,rep,name=held,proto3" json:"held,omitempty"`
+	// Set by agents that count what they hold.
+	Counted       bool `protobuf:"varint,6,opt,name=counted,proto3" json:"counted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -933,6 +940,144 @@ func (x *BundleAcks) GetAcknowledged() uint32 {
 	return 0
 }
 
+func (x *BundleAcks) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
+func (x *BundleAcks) GetHeld() []*Held {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *BundleAcks) GetCounted() bool {
+	if x != nil {
+		return x.Counted
+	}
+	return false
+}
+
+// Laggard is a stream whose proxy has not put the bundle into force.
+type Laggard struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The identity that it is served, or its process where it has none.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Sequence of the last bundle that it has acknowledged.
+	Acknowledged  uint64                 `protobuf:"varint,2,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Laggard) Reset() {
+	*x = Laggard{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Laggard) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Laggard) ProtoMessage() {}
+
+func (x *Laggard) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
+func (*Laggard) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Laggard) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Laggard) GetAcknowledged() uint64 {
+	if x != nil {
+		return x.Acknowledged
+	}
+	return 0
+}
+
+func (x *Laggard) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+// Held is a number of X.509-SVIDs.
+type Held struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Lower-case hexadecimal key identifier of the root.
+	Root          string `protobuf:"bytes,1,opt,name=root,proto3" json:"root,omitempty"`
+	Svids         uint32 `protobuf:"varint,2,opt,name=svids,proto3" json:"svids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Held) Reset() {
+	*x = Held{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Held) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Held) ProtoMessage() {}
+
+func (x *Held) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Held.ProtoReflect.Descriptor instead.
+func (*Held) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Held) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *Held) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
 // InstancesEnded says that keys were dropped since their instance ended.
 type InstancesEnded struct {
 	state         protoimpl.MessageState     `protogen:"open.v1"`
@@ -943,7 +1088,7 @@ type InstancesEnded struct {
 
 func (x *InstancesEnded) Reset() {
 	*x = InstancesEnded{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1100,7 @@ func (x *InstancesEnded) String() string {
 func (*InstancesEnded) ProtoMessage() {}
 
 func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1113,7 @@ func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded.ProtoReflect.Descriptor instead.
 func (*InstancesEnded) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *InstancesEnded) GetInstances() []*InstancesEnded_Instance {
@@ -991,7 +1136,7 @@ type Inspected struct {
 
 func (x *Inspected) Reset() {
 	*x = Inspected{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1148,7 @@ func (x *Inspected) String() string {
 func (*Inspected) ProtoMessage() {}
 
 func (x *Inspected) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1161,7 @@ func (x *Inspected) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspected.ProtoReflect.Descriptor instead.
 func (*Inspected) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Inspected) GetRequest() uint64 {
@@ -1064,7 +1209,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +1221,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1234,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -1209,7 +1354,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1366,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1379,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Snapshot) GetEpoch() string {
@@ -1279,7 +1424,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1436,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1449,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Delta) GetFromRevision() uint64 {
@@ -1347,7 +1492,7 @@ type Evicted struct {
 
 func (x *Evicted) Reset() {
 	*x = Evicted{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1359,7 +1504,7 @@ func (x *Evicted) String() string {
 func (*Evicted) ProtoMessage() {}
 
 func (x *Evicted) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1372,7 +1517,7 @@ func (x *Evicted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evicted.ProtoReflect.Descriptor instead.
 func (*Evicted) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Evicted) GetBanned() bool {
@@ -1405,7 +1550,7 @@ type Rotate struct {
 
 func (x *Rotate) Reset() {
 	*x = Rotate{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1562,7 @@ func (x *Rotate) String() string {
 func (*Rotate) ProtoMessage() {}
 
 func (x *Rotate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1575,7 @@ func (x *Rotate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotate.ProtoReflect.Descriptor instead.
 func (*Rotate) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Rotate) GetAuthority() string {
@@ -1465,7 +1610,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1622,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1635,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Inspect) GetRequest() uint64 {
@@ -1517,7 +1662,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1529,7 +1674,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1542,7 +1687,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *IssueRequest) GetItems() []*IssueItem {
@@ -1572,7 +1717,7 @@ type IssueItem struct {
 
 func (x *IssueItem) Reset() {
 	*x = IssueItem{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1584,7 +1729,7 @@ func (x *IssueItem) String() string {
 func (*IssueItem) ProtoMessage() {}
 
 func (x *IssueItem) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1597,7 +1742,7 @@ func (x *IssueItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueItem.ProtoReflect.Descriptor instead.
 func (*IssueItem) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IssueItem) GetEntry() string {
@@ -1658,7 +1803,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1815,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1828,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IssueResponse) GetResults() []*IssueResult {
@@ -1706,7 +1851,7 @@ type IssueResult struct {
 
 func (x *IssueResult) Reset() {
 	*x = IssueResult{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1863,7 @@ func (x *IssueResult) String() string {
 func (*IssueResult) ProtoMessage() {}
 
 func (x *IssueResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1876,7 @@ func (x *IssueResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
 func (*IssueResult) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IssueResult) GetResult() isIssueResult_Result {
@@ -1787,7 +1932,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +1944,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +1957,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -1848,7 +1993,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +2005,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +2018,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Refusal) GetReason() Reason {
@@ -1908,7 +2053,7 @@ type InstancesEnded_Instance struct {
 
 func (x *InstancesEnded_Instance) Reset() {
 	*x = InstancesEnded_Instance{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2065,7 @@ func (x *InstancesEnded_Instance) String() string {
 func (*InstancesEnded_Instance) ProtoMessage() {}
 
 func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2078,7 @@ func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded_Instance.ProtoReflect.Descriptor instead.
 func (*InstancesEnded_Instance) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11, 0}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13, 0}
 }
 
 func (x *InstancesEnded_Instance) GetInstance() string {
@@ -1997,12 +2142,22 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\arotated\x18\x05 \x01(\x04R\arotated\"N\n" +
 	"\aApplied\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
-	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\"f\n" +
+	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\"\xdf\x01\n" +
 	"\n" +
 	"BundleAcks\x12\x18\n" +
 	"\astreams\x18\x01 \x01(\rR\astreams\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\"\n" +
-	"\facknowledged\x18\x03 \x01(\rR\facknowledged\"\x99\x01\n" +
+	"\facknowledged\x18\x03 \x01(\rR\facknowledged\x123\n" +
+	"\blaggards\x18\x04 \x03(\v2\x17.meshid.node.v1.LaggardR\blaggards\x12(\n" +
+	"\x04held\x18\x05 \x03(\v2\x14.meshid.node.v1.HeldR\x04held\x12\x18\n" +
+	"\acounted\x18\x06 \x01(\bR\acounted\"s\n" +
+	"\aLaggard\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\"\n" +
+	"\facknowledged\x18\x02 \x01(\x04R\facknowledged\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"0\n" +
+	"\x04Held\x12\x12\n" +
+	"\x04root\x18\x01 \x01(\tR\x04root\x12\x14\n" +
+	"\x05svids\x18\x02 \x01(\rR\x05svids\"\x99\x01\n" +
 	"\x0eInstancesEnded\x12E\n" +
 	"\tinstances\x18\x01 \x03(\v2'.meshid.node.v1.InstancesEnded.InstanceR\tinstances\x1a@\n" +
 	"\bInstance\x12\x1a\n" +
@@ -2099,7 +2254,7 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_proto_node_v1_node_proto_goTypes = []any{
 	(IssueKind)(0),                  // 0: meshid.node.v1.IssueKind
 	(Reason)(0),                     // 1: meshid.node.v1.Reason
@@ -2114,74 +2269,79 @@ var file_proto_node_v1_node_proto_goTypes = []any{
 	(*Hello)(nil),                   // 10: meshid.node.v1.Hello
 	(*Applied)(nil),                 // 11: meshid.node.v1.Applied
 	(*BundleAcks)(nil),              // 12: meshid.node.v1.BundleAcks
-	(*InstancesEnded)(nil),          // 13: meshid.node.v1.InstancesEnded
-	(*Inspected)(nil),               // 14: meshid.node.v1.Inspected
-	(*SyncResponse)(nil),            // 15: meshid.node.v1.SyncResponse
-	(*Snapshot)(nil),                // 16: meshid.node.v1.Snapshot
-	(*Delta)(nil),                   // 17: meshid.node.v1.Delta
-	(*Evicted)(nil),                 // 18: meshid.node.v1.Evicted
-	(*Rotate)(nil),                  // 19: meshid.node.v1.Rotate
-	(*Inspect)(nil),                 // 20: meshid.node.v1.Inspect
-	(*IssueRequest)(nil),            // 21: meshid.node.v1.IssueRequest
-	(*IssueItem)(nil),               // 22: meshid.node.v1.IssueItem
-	(*IssueResponse)(nil),           // 23: meshid.node.v1.IssueResponse
-	(*IssueResult)(nil),             // 24: meshid.node.v1.IssueResult
-	(*IssuedSVID)(nil),              // 25: meshid.node.v1.IssuedSVID
-	(*Refusal)(nil),                 // 26: meshid.node.v1.Refusal
-	(*InstancesEnded_Instance)(nil), // 27: meshid.node.v1.InstancesEnded.Instance
-	(*timestamppb.Timestamp)(nil),   // 28: google.protobuf.Timestamp
-	(*v1.Workload)(nil),             // 29: meshid.attributes.v1.Workload
-	(*v11.Entry)(nil),               // 30: meshid.entry.v1.Entry
-	(*v1.Node)(nil),                 // 31: meshid.attributes.v1.Node
-	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
-	(*v1.Process)(nil),              // 33: meshid.attributes.v1.Process
+	(*Laggard)(nil),                 // 13: meshid.node.v1.Laggard
+	(*Held)(nil),                    // 14: meshid.node.v1.Held
+	(*InstancesEnded)(nil),          // 15: meshid.node.v1.InstancesEnded
+	(*Inspected)(nil),               // 16: meshid.node.v1.Inspected
+	(*SyncResponse)(nil),            // 17: meshid.node.v1.SyncResponse
+	(*Snapshot)(nil),                // 18: meshid.node.v1.Snapshot
+	(*Delta)(nil),                   // 19: meshid.node.v1.Delta
+	(*Evicted)(nil),                 // 20: meshid.node.v1.Evicted
+	(*Rotate)(nil),                  // 21: meshid.node.v1.Rotate
+	(*Inspect)(nil),                 // 22: meshid.node.v1.Inspect
+	(*IssueRequest)(nil),            // 23: meshid.node.v1.IssueRequest
+	(*IssueItem)(nil),               // 24: meshid.node.v1.IssueItem
+	(*IssueResponse)(nil),           // 25: meshid.node.v1.IssueResponse
+	(*IssueResult)(nil),             // 26: meshid.node.v1.IssueResult
+	(*IssuedSVID)(nil),              // 27: meshid.node.v1.IssuedSVID
+	(*Refusal)(nil),                 // 28: meshid.node.v1.Refusal
+	(*InstancesEnded_Instance)(nil), // 29: meshid.node.v1.InstancesEnded.Instance
+	(*timestamppb.Timestamp)(nil),   // 30: google.protobuf.Timestamp
+	(*v1.Workload)(nil),             // 31: meshid.attributes.v1.Workload
+	(*v11.Entry)(nil),               // 32: meshid.entry.v1.Entry
+	(*v1.Node)(nil),                 // 33: meshid.attributes.v1.Node
+	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
+	(*v1.Process)(nil),              // 35: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
 	5,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	8,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
-	28, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
+	30, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
 	5,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	10, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
 	11, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
 	12, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
-	13, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
-	14, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
-	27, // 10: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
-	29, // 11: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
-	16, // 12: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
-	17, // 13: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
-	8,  // 14: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
-	18, // 15: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
-	19, // 16: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
-	20, // 17: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
-	30, // 18: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
-	31, // 19: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
-	30, // 20: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
-	32, // 21: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
-	22, // 22: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
-	29, // 23: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
-	0,  // 24: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	33, // 25: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
-	24, // 26: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	25, // 27: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	26, // 28: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	28, // 29: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	1,  // 30: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	32, // 31: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	2,  // 32: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	6,  // 33: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	9,  // 34: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	21, // 35: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	4,  // 36: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	7,  // 37: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	15, // 38: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	23, // 39: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	36, // [36:40] is the sub-list for method output_type
-	32, // [32:36] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	15, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
+	16, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
+	13, // 10: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
+	14, // 11: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
+	30, // 12: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	29, // 13: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
+	31, // 14: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
+	18, // 15: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
+	19, // 16: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
+	8,  // 17: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
+	20, // 18: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
+	21, // 19: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
+	22, // 20: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
+	32, // 21: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
+	33, // 22: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
+	32, // 23: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
+	34, // 24: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
+	24, // 25: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
+	31, // 26: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
+	0,  // 27: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
+	35, // 28: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	26, // 29: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	27, // 30: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	28, // 31: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	30, // 32: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	1,  // 33: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	34, // 34: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	2,  // 35: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	6,  // 36: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	9,  // 37: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	23, // 38: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	4,  // 39: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	7,  // 40: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	17, // 41: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	25, // 42: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	39, // [39:43] is the sub-list for method output_type
+	35, // [35:39] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
@@ -2204,7 +2364,7 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncRequest_InstancesEnded)(nil),
 		(*SyncRequest_Inspected)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[13].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[15].OneofWrappers = []any{
 		(*SyncResponse_Snapshot)(nil),
 		(*SyncResponse_Delta)(nil),
 		(*SyncResponse_Bundle)(nil),
@@ -2212,7 +2372,7 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncResponse_Rotate)(nil),
 		(*SyncResponse_Inspect)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[22].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[24].OneofWrappers = []any{
 		(*IssueResult_Svid)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
@@ -2222,7 +2382,7 @@ func file_proto_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

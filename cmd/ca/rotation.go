@@ -1,0 +1,414 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/meshid/meshid/internal/cli"
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+)
+
+// newRotationCommands are those that have a root take its next step.
+func newRotationCommands(c *clientFlags) []*cobra.Command {
+	show := printing(&cobra.Command{
+		Use:   "show",
+		Short: "Say how far the roots are, and who has not acknowledged the trust bundle",
+		Args:  cobra.NoArgs,
+	}, func(cmd *cobra.Command, _ []string) (*adminv1.Rotation, error) {
+		return getRotation(cmd.Context(), c)
+	}, showRotation, "text")
+	step := func(use, short, long string, override bool) *cobra.Command {
+		verb, _, takesRoot := strings.Cut(use, " ")
+		var insist bool
+		cmd := &cobra.Command{Use: use, Short: short, Long: long, Args: cobra.NoArgs}
+		if takesRoot {
+			cmd.Args = cobra.MaximumNArgs(1)
+			cmd.ValidArgsFunction = completeRoots(c)
+		}
+		printing(cmd, func(cmd *cobra.Command, args []string) (*adminv1.Rotation, error) {
+			return changeRotation(cmd.Context(), c, verb, slices.Concat(args, []string{""})[0], insist)
+		}, showRotation, "text")
+		if override {
+			cmd.Flags().BoolVar(&insist, "override", false, "do it though somebody may be cut off; recorded in the ledger")
+		}
+		return cmd
+	}
+	var self bool
+	adopt := printing(&cobra.Command{
+		Use:   "adopt",
+		Short: "Change over to the root of the configured upstream CA, or back",
+		Long: `Change over to the root of the configured upstream CA, or with --self back to a
+root of this CA's own. It takes the same steps as a rotation: nothing signs with
+the new root before every live proxy has acknowledged it.`,
+		Args: cobra.NoArgs,
+	}, func(cmd *cobra.Command, _ []string) (*adminv1.Rotation, error) {
+		verb := "adopt"
+		if self {
+			verb = "adopt-self"
+		}
+		return changeRotation(cmd.Context(), c, verb, "", false)
+	}, showRotation, "text")
+	adopt.Flags().BoolVar(&self, "self", false, "back to a root of this CA's own")
+	return []*cobra.Command{
+		show, adopt,
+		step("prepare", "Make a root and have it distributed; it signs nothing yet",
+			"Make a root and have it distributed. It signs nothing until: ca authority activate", false),
+		step("activate [ROOT]", "Have the next root sign, once it is distributed",
+			"Have the next root sign. It is refused while a live proxy has not acknowledged it.", true),
+		step("taint [ROOT]", "Replace all that a root signed, with its successor",
+			"Replace all that a root signed: a successor is made if there is none, distributed and activated, every\nX.509-SVID is renewed, and then the tainted root leaves the bundle.", false),
+		step("retire [ROOT]", "Take a root out of the trust bundle",
+			"Take a root out of the trust bundle. It is refused while something lives that chains to it.", true),
+		step("rollback", "Undo a rotation that is under way", "Withdraw a root that has not signed yet, or have the one before sign again.", false),
+		step("pause", "Keep the roots from changing by themselves", "Keep the roots from changing by themselves until: ca authority resume", false),
+		step("resume", "Let the roots change by themselves again", "Let the roots change by themselves again.", false),
+	}
+}
+
+func completeRoots(c *clientFlags) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(args) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		r, err := getRotation(cmd.Context(), c)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		var all []cobra.Completion
+		for _, root := range r.GetRoots() {
+			all = append(all, cobra.CompletionWithDesc(root.GetId(), root.GetState()))
+		}
+		return all, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+func getRotation(ctx context.Context, c *clientFlags) (*adminv1.Rotation, error) {
+	answer, err := call(ctx, c, adminv1.AdminServiceClient.GetRotation, &adminv1.GetRotationRequest{})
+	return answer.GetRotation(), err
+}
+
+func changeRotation(ctx context.Context, c *clientFlags, verb, root string, override bool) (*adminv1.Rotation, error) {
+	// An upstream CA may take its time.
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	answer, err := call(ctx, c, adminv1.AdminServiceClient.ChangeRotation, &adminv1.ChangeRotationRequest{Verb: verb, Root: root, Override: override})
+	return answer.GetRotation(), err
+}
+
+func showRotation(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
+	w, now := cmd.OutOrStdout(), time.Now()
+	paused := ""
+	if r.GetPaused() {
+		paused = ", " + cli.Paint(w, cli.Yellow, "paused")
+	}
+	fmt.Fprintf(w, "bundle   sequence %d, %d roots%s\nproxies  %d of %d have acknowledged it, on %d of %d nodes\n", r.GetBundleSequence(), len(r.GetRoots()), paused,
+		r.GetProxiesAcknowledged(), r.GetProxies(), r.GetNodes()-r.GetNodesWaiting(), r.GetNodes())
+	if r.GetStalled() != "" {
+		fmt.Fprintf(w, "stalled  %s\n", cli.Paint(w, cli.Yellow, r.GetStalled()))
+	}
+	for _, l := range r.GetLaggards() {
+		fmt.Fprintf(w, "waiting  %s\n", laggardText(now, l))
+	}
+	var rows [][]string
+	for _, root := range r.GetRoots() {
+		live := "-"
+		if root.GetLiveUntil() != nil {
+			live = cli.Until(now, root.GetLiveUntil().AsTime())
+		}
+		origin := "own"
+		if root.GetUpstream() {
+			origin = "upstream"
+		}
+		rows = append(rows, []string{
+			root.GetId(), root.GetState(), cli.Until(now, root.GetSince().AsTime()), origin, cli.Until(now, root.GetNotAfter().AsTime()),
+			fmt.Sprint(root.GetSvids()), live,
+		})
+	}
+	return cli.Table(w, []string{"ROOT", "STATE", "SINCE", "ORIGIN", "EXPIRES", "SVIDS", "IN USE AT MOST"}, rows)
+}
+
+func laggardText(now time.Time, l *adminv1.Laggard) string {
+	since := cli.Short(max(now.Sub(l.GetSince().AsTime()), 0))
+	switch {
+	case !l.GetConnected():
+		return fmt.Sprintf("%s: not connected, last heard of %s ago, waited for until %s", l.GetNodeId(), since, l.GetWaitedUntil().AsTime().UTC().Format(time.RFC3339))
+	case l.GetName() == "":
+		return l.GetNodeId() + ": its agent has not said that it has the bundle"
+	default:
+		return fmt.Sprintf("%s: %s has bundle %d, since %s", l.GetNodeId(), l.GetName(), l.GetAcknowledged(), since)
+	}
+}
+
+func newAuthorityRotate(c *clientFlags) *cobra.Command {
+	var within time.Duration
+	var wait, compromised bool
+	var out cli.OutputFlag
+	cmd := &cobra.Command{
+		Use:   "rotate [intermediate|root]",
+		Short: "Replace what signs now, and renew what it signed",
+		Long: `Replace this CA's intermediate (the default), or the root of the trust domain.
+
+A new intermediate signs at once: its root is in every bundle. A new root is
+distributed first, signs when every live proxy has acknowledged it, and the old
+one leaves the bundle when nothing that it signed lives any more.
+
+With --compromised the root is replaced because its key is lost: everything that
+it signed is renewed at a bounded rate, what expires first first, and the old root
+leaves as soon as no node uses it.`,
+		Example: `  ca authority rotate
+  ca authority rotate root --wait
+  ca authority rotate root --compromised --wait`,
+		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: []string{"intermediate", "root"},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			format, err := out.Format()
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 && args[0] == "root" || compromised {
+				return rotateRoot(cmd, c, format, compromised, wait)
+			}
+			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.RotateIntermediate, &adminv1.RotateIntermediateRequest{Within: durationpb.New(within)})
+			if err != nil {
+				return err
+			}
+			if format == "json" {
+				return cli.JSON(cmd.OutOrStdout(), answer)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "intermediate %s is active; the nodes renew what the old one signed within %v\n", answer.GetAuthority().GetId(), within)
+			return nil
+		},
+	}
+	out.Add(cmd, "text", "json")
+	withinFlag(cmd, &within)
+	cmd.Flags().BoolVar(&wait, "wait", false, "of a root: show the progress until everything is renewed; events as JSON lines with -o json")
+	cmd.Flags().BoolVar(&compromised, "compromised", false, "the root's key is lost: have the root leave as soon as nothing uses it")
+	return cmd
+}
+
+// pollEvery is how often the progress of a rotation is asked for.
+const pollEvery = 500 * time.Millisecond
+
+func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, wait bool) error {
+	ctx, w := cmd.Context(), cmd.OutOrStdout()
+	verb := "rotate"
+	if compromised {
+		verb = "taint"
+	}
+	before, err := getRotation(ctx, c)
+	if err != nil {
+		return err
+	}
+	r, err := changeRotation(ctx, c, verb, "", false)
+	if err != nil {
+		return err
+	}
+	if !wait {
+		if format == "json" {
+			return cli.JSON(w, r)
+		}
+		fmt.Fprintln(w, "the rotation has begun; follow it with: ca authority show")
+		return nil
+	}
+	p := &rotationProgress{w: w, json: format == "json", terminal: isTerminal(w), begun: time.Now(), old: activeRoot(before), gone: compromised}
+	ticker := time.NewTicker(pollEvery)
+	defer ticker.Stop()
+	for {
+		over, err := p.show(time.Now(), r)
+		if err != nil || over {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			p.end()
+			return errors.New("interrupted: the rotation goes on; follow it with ca authority show, stop it with ca authority pause or rollback")
+		case <-ticker.C:
+		}
+		if r, err = getRotation(ctx, c); err != nil {
+			p.end()
+			return fmt.Errorf("%w\n  The rotation goes on without this command; follow it with: ca authority show", err)
+		}
+	}
+}
+
+// activeRoot is the id of the root that signs.
+func activeRoot(r *adminv1.Rotation) string {
+	for _, root := range r.GetRoots() {
+		if root.GetState() == "active" {
+			return root.GetId()
+		}
+	}
+	// A tainted root signs until its successor does.
+	if roots := r.GetRoots(); len(roots) > 0 {
+		return roots[0].GetId()
+	}
+	return ""
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
+}
+
+// rotationProgress shows how a rotation goes: one line that changes on a terminal, a line
+// for each change elsewhere, or a JSON object for each.
+type rotationProgress struct {
+	w              io.Writer
+	json, terminal bool
+	begun          time.Time
+	// old is the root that is replaced; gone has the end wait until it has left.
+	old  string
+	gone bool
+
+	total, renewed uint32
+	renewing       time.Time
+	last           string
+}
+
+// event is what -o json writes, one a line.
+type event struct {
+	// Phase is "distributing", "renewing", "draining" or "done".
+	Phase               string   `json:"phase"`
+	Time                string   `json:"time"`
+	BundleSequence      uint64   `json:"bundle_sequence"`
+	Proxies             uint32   `json:"proxies"`
+	ProxiesAcknowledged uint32   `json:"proxies_acknowledged"`
+	SVIDs               uint32   `json:"svids"`
+	SVIDsRenewed        uint32   `json:"svids_renewed"`
+	Rate                float64  `json:"svids_renewed_per_second"`
+	RemainingSeconds    float64  `json:"remaining_seconds,omitempty"`
+	Laggards            []string `json:"laggards,omitempty"`
+	Stalled             string   `json:"stalled,omitempty"`
+}
+
+func (p *rotationProgress) event(now time.Time, r *adminv1.Rotation) event {
+	e := event{
+		Phase: "distributing", Time: now.UTC().Format(time.RFC3339), BundleSequence: r.GetBundleSequence(),
+		Proxies: r.GetProxies(), ProxiesAcknowledged: r.GetProxiesAcknowledged(), Stalled: r.GetStalled(),
+	}
+	for _, l := range r.GetLaggards() {
+		e.Laggards = append(e.Laggards, laggardText(now, l))
+	}
+	i := slices.IndexFunc(r.GetRoots(), func(root *adminv1.Root) bool { return root.GetId() == p.old })
+	signs := slices.ContainsFunc(r.GetRoots(), func(root *adminv1.Root) bool { return root.GetState() == "active" && root.GetId() != p.old })
+	old := uint32(0)
+	if i >= 0 {
+		old = r.GetRoots()[i].GetSvids()
+	}
+	switch {
+	case !signs:
+		p.total = max(p.total, old)
+	case i < 0, old == 0 && !p.gone:
+		e.Phase = "done"
+	case old == 0:
+		e.Phase = "draining"
+	default:
+		e.Phase = "renewing"
+	}
+	if signs {
+		if p.renewing.IsZero() {
+			p.renewing = now
+		}
+		p.total = max(p.total, old)
+		p.renewed = max(p.renewed, p.total-old)
+		if took := now.Sub(p.renewing).Seconds(); took > 0 {
+			e.Rate = float64(p.renewed) / took
+		}
+		if e.Rate > 0 {
+			e.RemainingSeconds = float64(old) / e.Rate
+		}
+	}
+	e.SVIDs, e.SVIDsRenewed = p.total, p.renewed
+	return e
+}
+
+// show writes what has changed and reports whether there is nothing more to wait
+// for.
+func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, err error) {
+	e := p.event(now, r)
+	over = e.Phase == "done"
+	text := e.text(p.terminal)
+	// Times and rates alone are no news, but for a terminal.
+	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), e.Stalled)
+	switch {
+	case p.terminal && !p.json:
+		_, err = fmt.Fprintf(p.w, "\r\x1b[K%s", text)
+	case key == p.last:
+	case p.json:
+		err = json.NewEncoder(p.w).Encode(e)
+	default:
+		_, err = fmt.Fprintln(p.w, text)
+	}
+	p.last = key
+	if !over || err != nil {
+		return over, err
+	}
+	p.end()
+	if !p.json {
+		took := now.Sub(p.begun)
+		if i := slices.IndexFunc(r.GetRoots(), func(root *adminv1.Root) bool { return root.GetId() == p.old }); i >= 0 {
+			fmt.Fprintf(p.w, "done in %s; root %s stays in the bundle until nothing that it signed lives, %s at most\n",
+				cli.Short(took), p.old, cli.Until(now, r.GetRoots()[i].GetLiveUntil().AsTime()))
+		} else {
+			fmt.Fprintf(p.w, "done in %s; root %s has left the bundle\n", cli.Short(took), p.old)
+		}
+	}
+	return true, nil
+}
+
+// end leaves the line that changes.
+func (p *rotationProgress) end() {
+	if p.terminal && !p.json {
+		fmt.Fprintln(p.w)
+	}
+}
+
+const barWidth = 20
+
+func (e event) text(short bool) string {
+	part, all := e.ProxiesAcknowledged, e.Proxies
+	if e.Phase != "distributing" {
+		part, all = e.SVIDsRenewed, e.SVIDs
+	}
+	full := barWidth
+	if all > 0 {
+		full = int(float64(barWidth) * float64(min(part, all)) / float64(all))
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%-12s [%s%s] ", e.Phase, strings.Repeat("#", full), strings.Repeat(".", barWidth-full))
+	fmt.Fprintf(&b, "%d of %d proxies acknowledged", e.ProxiesAcknowledged, e.Proxies)
+	if e.Phase != "distributing" {
+		fmt.Fprintf(&b, ", %d of %d svids renewed, %.0f/s", e.SVIDsRenewed, e.SVIDs, e.Rate)
+		if e.RemainingSeconds > 0 {
+			fmt.Fprintf(&b, ", %s left", cli.Short(time.Duration(e.RemainingSeconds*float64(time.Second))))
+		}
+	}
+	if e.Phase != "distributing" || len(e.Laggards) == 0 {
+		return b.String()
+	}
+	if short {
+		fmt.Fprintf(&b, ", waiting for %s", e.Laggards[0])
+		if n := len(e.Laggards) - 1; n > 0 {
+			fmt.Fprintf(&b, " and %d more", n)
+		}
+		return b.String()
+	}
+	for _, l := range e.Laggards {
+		fmt.Fprintf(&b, "\n  waiting for %s", l)
+	}
+	return b.String()
+}
