@@ -195,6 +195,7 @@ type CA struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
+	nap     time.Duration // longestNap, but in tests of years
 	live    *liveKeys
 
 	// state is what Sign reads: one load, no lock.
@@ -286,6 +287,7 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 		cfg: cfg, log: cfg.Logger, metrics: m,
 		live:    newLiveKeys(cfg.MaxTTL, maxLiveKeys),
 		drained: make(map[string]time.Time),
+		nap:     longestNap,
 		kick:    make(chan struct{}, 1), kickMint: make(chan struct{}, 1),
 	}
 	now := time.Now()

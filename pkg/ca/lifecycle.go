@@ -109,7 +109,7 @@ func (c *CA) maintain(ctx context.Context, now time.Time) (nap time.Duration) {
 		c.cfg.OnChange()
 		c.mu.Lock()
 	}
-	return min(max(c.nextDue(now).Sub(now), 10*time.Millisecond), longestNap)
+	return min(max(c.nextDue(now).Sub(now), 10*time.Millisecond), c.nap)
 }
 
 // renew reports whether the intermediate was replaced. The caller holds mu.
@@ -168,7 +168,7 @@ func (c *CA) nextDue(now time.Time) time.Time {
 		return c.retryAt
 	}
 	s := c.state.Load()
-	due := now.Add(longestNap)
+	due := now.Add(c.nap)
 	sooner := func(t time.Time) {
 		if t.After(now) && t.Before(due) {
 			due = t
