@@ -80,8 +80,8 @@ func handshake(ctx context.Context, client, server *proxy) error {
 	clientSVID, clientBundle := client.source()
 	serverSVID, serverBundle := server.source()
 	a, b := net.Pipe()
-	defer a.Close() //nolint:errcheck // it is in memory
-	defer b.Close() //nolint:errcheck // it is in memory
+	defer a.Close()
+	defer b.Close()
 	done := make(chan error, 1)
 	go func() {
 		s := tls.Server(b, tlsconfig.MTLSServerConfig(serverSVID, serverBundle, tlsconfig.AuthorizeID(clientSVID.ID)))
@@ -134,21 +134,21 @@ func TestFault_F27_ThreeYearsUnattended(t *testing.T) {
 				}
 			},
 		}
-		f := open(t, cfg)
+		start := func() (*fixture, func()) {
+			f := open(t, cfg)
+			f.nap = time.Hour
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { _ = f.Run(ctx) })
+			return f, func() { cancel(); running.Wait() }
+		}
+		f, stop := start()
 		cfg = f.cfg
-		f.nap = time.Hour
-		ctx, cancel := context.WithCancel(t.Context())
-		var running sync.WaitGroup
-		running.Go(func() { _ = f.Run(ctx) })
-		start, most, handshakes := time.Now(), 0, 0
-		for step := 0; time.Since(start) < 3*365*24*time.Hour; step++ {
+		begun, most, handshakes := time.Now(), 0, 0
+		for step := 0; time.Since(begun) < 3*365*24*time.Hour; step++ {
 			if step%300 == 299 { // a new process
-				cancel()
-				running.Wait()
-				f = open(t, cfg)
-				f.nap = time.Hour
-				ctx, cancel = context.WithCancel(t.Context())
-				running.Go(func() { _ = f.Run(ctx) })
+				stop()
+				f, stop = start()
 			}
 			for _, p := range proxies {
 				if random.IntN(50) == 0 {
@@ -164,8 +164,8 @@ func TestFault_F27_ThreeYearsUnattended(t *testing.T) {
 				if !s.moving && i != step%len(proxies) {
 					continue
 				}
-				if err := handshake(ctx, p, proxies[(i+1)%len(proxies)]); err != nil {
-					t.Fatalf("after %s: %v; roots are %s", time.Since(start), err, states(t, store))
+				if err := handshake(t.Context(), p, proxies[(i+1)%len(proxies)]); err != nil {
+					t.Fatalf("after %s: %v; roots are %s", time.Since(begun), err, states(t, store))
 				}
 				handshakes++
 			}
@@ -174,14 +174,13 @@ func TestFault_F27_ThreeYearsUnattended(t *testing.T) {
 				t.Fatalf("%d roots in the bundle", len(s.bundle))
 			}
 			if warning, failure := f.Health(time.Now()); failure != nil {
-				t.Fatalf("after %s: %v, %v", time.Since(start), failure, warning)
+				t.Fatalf("after %s: %v, %v", time.Since(begun), failure, warning)
 			}
 			f.FleetChanged()
 			time.Sleep(8 * time.Hour)
 			synctest.Wait()
 		}
-		cancel()
-		running.Wait()
+		stop()
 		if n := len(store.roots); n < 12 {
 			t.Errorf("only %d roots in three years", n)
 		}
