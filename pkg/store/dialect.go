@@ -51,8 +51,8 @@ const (
 // fails half-way for want of the lock.
 //
 // synchronous is FULL if what was committed has to survive a power cut, NORMAL if
-// the newest commits may be lost by it.
-func openSQLite(path, synchronous string) (writer, reader *sql.DB, err error) {
+// the newest commits may be lost by it. Further pragmas are such as "cache_size(1)".
+func openSQLite(path, synchronous string, pragmas ...string) (writer, reader *sql.DB, err error) {
 	abs, err := filepath.Abs(path)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find database %s: %w", path, err)
@@ -67,6 +67,7 @@ func openSQLite(path, synchronous string) (writer, reader *sql.DB, err error) {
 			"_journal_mode": {"WAL"},
 			"_synchronous":  {synchronous},
 			"_dqs":          {"0"},
+			"_pragma":       pragmas,
 		}
 		maps.Copy(q, extra)
 		return (&url.URL{Scheme: "file", Path: abs, RawQuery: q.Encode()}).String()

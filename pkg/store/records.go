@@ -89,7 +89,9 @@ var errRebuild = errors.New("it does not belong to this ledger")
 func openRecords(ctx context.Context, path string, journal *ledger.Journal, log *slog.Logger) (*Records, error) {
 	// NORMAL: after a power cut the newest commits may be gone, and their records
 	// are taken again.
-	writer, reader, err := openSQLite(path, "NORMAL")
+	// Hashes are spread over all of their indexes: pages are kept in memory, and
+	// written back together after many batches, not after each.
+	writer, reader, err := openSQLite(path, "NORMAL", "cache_size(-16384)", "wal_autocheckpoint(16384)")
 	if err != nil {
 		return nil, err
 	}
