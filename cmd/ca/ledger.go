@@ -180,8 +180,8 @@ func writeRecord(w io.Writer, format string, e ledger.Entry) error {
 		switch {
 		case f.value == "":
 		case f.name == "":
-			line = append(line, f.value)
-		case strings.ContainsAny(f.value, " \t\n\""):
+			line = append(line, cli.Printable(f.value))
+		case strings.ContainsAny(f.value, " \"") || f.value != cli.Printable(f.value):
 			line = append(line, f.name+"="+strconv.Quote(f.value))
 		default:
 			line = append(line, f.name+"="+f.value)
