@@ -2,7 +2,7 @@
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
-PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus
+PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
@@ -42,8 +42,13 @@ bin/shop bin/demo: FORCE
 
 install: ## install all that tests need
 	scripts/install-packages $(PACKAGES)
+<<<<<<< HEAD
 	scripts/install-envoy
 	scripts/install-docker -own && scripts/install-tools fsck omniwitness
+=======
+	scripts/install-envoy && scripts/install-otelcol && scripts/install-validators
+	scripts/install-docker -own
+>>>>>>> db2c528 (test/export: real receivers, and parsers that are not ours)
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker

@@ -2,7 +2,8 @@
 // SIEMs read. It answers "which of the format's fields is this". It does not know
 // how lines travel.
 //
-// The header has nothing in it that anybody but the CA chose. In the extension,
+// The header has nothing in it that anybody but the CA chose, and no character that
+// would have to be escaped, since some readers know of none there. In the extension,
 // values are escaped as the format says (ArcSight CEF, revision 25, "Character
 // Encoding"), and further characters that do not print are written as \uXXXX: no
 // value can end its field, its event or its line.
@@ -12,6 +13,7 @@ import (
 	"encoding/hex"
 	"net/netip"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -41,11 +43,7 @@ func Format(e ledger.Entry) ([]byte, error) {
 	}
 	b := []byte("CEF:0")
 	for _, field := range []string{"meshid", "ca", r.GetCaVersion(), export.EventName(r.GetEvent()), export.Title(r), severity} {
-		if field == "" {
-			field = "unknown" // some readers refuse an empty one
-		}
-		b = append(b, '|')
-		b = export.AppendVisible(b, export.Clip(field, clip), header)
+		b = append(append(b, '|'), header(field)...)
 	}
 	b = append(b, '|')
 
@@ -130,12 +128,18 @@ func (x *extension) address(s string) {
 	x.add("spt", strconv.Itoa(int(a.Port())))
 }
 
-// header adds a character to a field of the header.
-func header(b []byte, r rune) []byte {
-	if r == '|' || r == '\\' {
-		b = append(b, '\\')
+// header is s as a field of the header; some readers refuse an empty one.
+func header(s string) string {
+	if s == "" {
+		return "unknown"
 	}
-	return utf8.AppendRune(b, r)
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' || strings.ContainsRune(`|\=`, r) {
+			return '_'
+		}
+		return r
+	}, s)
+	return s[:min(len(s), clip)]
 }
 
 // text adds a character to a value of the extension.

@@ -25,7 +25,7 @@ func TestFormat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const want = `CEF:0|meshid|ca|1.2\|3|issue|Issue X.509-SVID: refused|6|rt=1795444265123 externalId=7 act=issue outcome=refused ` +
+	const want = `CEF:0|meshid|ca|1.2_3|issue|Issue X.509-SVID: refused|6|rt=1795444265123 externalId=7 act=issue outcome=refused ` +
 		`reason=rule_not_matched msg=docker.labels["app"] \=\= "a|b\\c"\\u000a\\u202e shost=spiffe://example.org/n/1 src=10.0.3.7 spt=41234 ` +
 		`dvchost=ca-2 duser=spiffe://example.org/shop cs3Label=entry cs3=shop ` +
 		`cs5Label=recordHash cs5=ab00000000000000000000000000000000000000000000000000000000000000 cs6Label=requestId cs6=r ` +

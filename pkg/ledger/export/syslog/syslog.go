@@ -34,7 +34,7 @@ const (
 	mostBytes       = 1 << 20
 	datagramBytes   = 65_000
 	headerBytes     = 3072 // of a message before its record, at most
-	clip            = 256  // bytes of a value in structured data
+	clip            = 256  // bytes of a value in structured data, as it is written
 
 	timestamp = "2006-01-02T15:04:05.000000Z" // RFC 5424 §6.2.3
 )
@@ -274,15 +274,24 @@ func (t *Syslog) message(journal string, e ledger.Entry) []byte {
 	return append(b, record...)
 }
 
-// parameter adds an SD-PARAM (RFC 5424 §6.3.3).
+// parameter adds an SD-PARAM (RFC 5424 §6.3.3). A value that is too long when it is
+// escaped ends with an ellipsis.
 func parameter(b []byte, name, value string) []byte {
 	b = append(append(append(b, ' '), name...), '=', '"')
-	b = export.AppendVisible(b, export.Clip(value, clip), func(b []byte, r rune) []byte {
-		if r == '"' || r == '\\' || r == ']' {
-			b = append(b, '\\')
+	start := len(b)
+	for _, r := range value {
+		before := len(b)
+		b = export.AppendVisible(b, string(r), func(b []byte, r rune) []byte {
+			if r == '"' || r == '\\' || r == ']' {
+				b = append(b, '\\')
+			}
+			return utf8.AppendRune(b, r)
+		})
+		if len(b)-start > clip {
+			b = append(b[:before], "…"...)
+			break
 		}
-		return utf8.AppendRune(b, r)
-	})
+	}
 	return append(b, '"')
 }
 

@@ -17,10 +17,11 @@ import (
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/export"
 	"github.com/meshid/meshid/pkg/ledger/export/cef"
+	"github.com/meshid/meshid/pkg/ledger/export/ocsf"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
-var formats = export.Formats{"json": ledger.FormatJSON, "cef": cef.Format}
+var formats = export.Formats{"json": ledger.FormatJSON, "cef": cef.Format, "ocsf": ocsf.Format}
 
 func entry(s string) ledger.Entry {
 	return ledger.Entry{Index: 7, Record: &ledgerv1.Record{
@@ -32,16 +33,15 @@ func entry(s string) ledger.Entry {
 
 // FuzzMessage: what another parser finds is one message with what the record has.
 func FuzzMessage(f *testing.F) {
-	for _, s := range []string{"", `a"] [x@1 y="z`, "a\n<0>1 - - - - - - forged", `\`, "\x00\u202e\u2028", "1 <0>1 - - - - - -", strings.Repeat("]", 100_000)} {
-		f.Add(s, false)
-		f.Add(s, true)
-	}
-	f.Fuzz(func(t *testing.T, s string, inCEF bool) {
-		s = strings.ToValidUTF8(s, "?")
-		c := Config{Address: "localhost:514", Transport: "tcp"}
-		if inCEF {
-			c.Format = "cef"
+	for _, s := range []string{"", `a"] [x@1 y="z`, "a\n<0>1 - - - - - - forged", `\`, "\x00\u202e\u2028", "1 <0>1 - - - - - -", strings.Repeat("]", 100_000), strings.Repeat("\n", 50_000), strings.Repeat("\U000e0041", 10_000)} {
+		for format := range 3 {
+			f.Add(s, format)
 		}
+	}
+	f.Fuzz(func(t *testing.T, s string, inFormat int) {
+		s = strings.ToValidUTF8(s, "?")
+		format := []string{"json", "cef", "ocsf"}[uint(inFormat)%3]
+		c := Config{Format: format, Address: "localhost:514", Transport: "tcp"}
 		target, err := New(c, formats)
 		if err != nil {
 			t.Fatal(err)
