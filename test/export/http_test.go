@@ -72,9 +72,10 @@ func TestFault_F64_Webhook(t *testing.T) {
 				Path   string `json:"path"`
 				Client string `json:"client"`
 				Body   struct {
-					Journal     string `json:"journal"`
-					First, Next uint64 //nolint:tagliatelle // they are lower-case in the text as well
-					Records     []struct {
+					Journal string `json:"journal"`
+					First   uint64 `json:"first"`
+					Next    uint64 `json:"next"`
+					Records []struct {
 						Index uint64 `json:"index"`
 					} `json:"records"`
 				} `json:"body"`

@@ -92,8 +92,12 @@ action(type="omfile" file="%[1]s/received" template="parsed" fileCreateMode="060
 
 // message is what rsyslog found.
 type message struct {
-	Msg, App, Host, ID, Facility string
-	Data                         map[string]map[string]string
+	Msg      string                       `json:"msg"`
+	App      string                       `json:"app"`
+	Host     string                       `json:"host"`
+	ID       string                       `json:"id"`
+	Facility string                       `json:"facility"`
+	Data     map[string]map[string]string `json:"data"`
 }
 
 func (r *receiver) messages(t *testing.T) (all []message, indexes []uint64) {

@@ -187,6 +187,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_INSTANCE_ENDED:  "End workload instance",
 	ledgerv1.Event_EVENT_STARTED:         "Start CA",
 	ledgerv1.Event_EVENT_STOPPED:         "Stop CA",
+	ledgerv1.Event_EVENT_CLOCK:           "Judge clock",
 	ledgerv1.Event_EVENT_CALL_REFUSED:    "Refuse admin call",
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: "Order renewal",
 }

@@ -74,6 +74,7 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_INSTANCE_ENDED:  {entityManagement, remove},
 	ledgerv1.Event_EVENT_STARTED:         {applicationLifecycle, startApp},
 	ledgerv1.Event_EVENT_STOPPED:         {applicationLifecycle, stopApp},
+	ledgerv1.Event_EVENT_CLOCK:           {applicationLifecycle, other},
 	ledgerv1.Event_EVENT_CALL_REFUSED:    {apiActivity, other},
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: {apiActivity, update},
 }

@@ -31,8 +31,14 @@ func FuzzFormat(f *testing.F) {
 		}
 		var got struct {
 			StatusDetail string `json:"status_detail"`
-			Metadata     struct{ Sequence int }
-			Unmapped     struct{ Record struct{ Detail string } }
+			Metadata     struct {
+				Sequence int `json:"sequence"`
+			} `json:"metadata"`
+			Unmapped struct {
+				Record struct {
+					Detail string `json:"detail"`
+				} `json:"record"`
+			} `json:"unmapped"`
 		}
 		if err := json.Unmarshal(line, &got); err != nil {
 			t.Fatal(err)
