@@ -42,13 +42,8 @@ bin/shop bin/demo: FORCE
 
 install: ## install all that tests need
 	scripts/install-packages $(PACKAGES)
-<<<<<<< HEAD
-	scripts/install-envoy
-	scripts/install-docker -own && scripts/install-tools fsck omniwitness
-=======
 	scripts/install-envoy && scripts/install-otelcol && scripts/install-validators
-	scripts/install-docker -own
->>>>>>> db2c528 (test/export: real receivers, and parsers that are not ours)
+	scripts/install-docker -own && scripts/install-tools fsck omniwitness
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker
