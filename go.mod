@@ -53,11 +53,7 @@ require (
 	github.com/remyoudompheng/bigfft v0.0.0-20230129092748-24d4a6f8daec // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
 	go.yaml.in/yaml/v3 v3.0.5 // indirect
-<<<<<<< Updated upstream
 	golang.org/x/exp v0.0.0-20260908205506-85c1c2202aba // indirect
-=======
-	golang.org/x/exp v0.0.0-20240823005443-9b4947da3948 // indirect
->>>>>>> Stashed changes
 	golang.org/x/text v0.43.0 // indirect
 	google.golang.org/genproto/googleapis/api v0.0.0-20261012220534-4341edf3f941 // indirect
 	modernc.org/libc v1.80.1 // indirect
