@@ -15,9 +15,8 @@ import (
 	"github.com/meshid/meshid/pkg/ledger/search"
 )
 
-// BenchmarkRecords takes a journal of RECORDS records (default 100,000; the figures
-// in docs/performance.md are of a million) of 200 nodes and 500 identities, and asks
-// each question of it.
+// BenchmarkRecords takes a journal of RECORDS records (100,000 by default) of 200
+// nodes and 500 identities, and asks each question of it.
 func BenchmarkRecords(b *testing.B) {
 	n := 100_000
 	if s := os.Getenv("RECORDS"); s != "" {

@@ -257,7 +257,7 @@ func (b *batch) certificate(w *row) error {
 			before    int64
 			oldDigest string
 		)
-		found, err := b.lookUp(`SELECT record, image_digest FROM certificates WHERE serial = ?1 AND node = ?2`,
+		found, err := b.lookUp(`SELECT record, image_digest FROM certificates WHERE serial = ?1 AND +node = ?2`,
 			[]any{previous, w.node}, &before, &oldDigest)
 		if err != nil {
 			return fmt.Errorf("find previous certificate: %w", err)
@@ -315,7 +315,7 @@ func (b *batch) replaced(where string, w *row, args ...any) error {
 func (b *batch) dropped(w *row) error {
 	for _, c := range w.Record.GetDropped() {
 		if err := b.exec(`UPDATE certificates SET state = ?1, state_at = ?2, overdue_at = NULL
-			WHERE serial = ?3 AND node = ?4 AND overdue_at IS NOT NULL`, int(search.Dropped), toStored(w.time), blob(c.GetSerial()), w.node); err != nil {
+			WHERE serial = ?3 AND +node = ?4 AND overdue_at IS NOT NULL`, int(search.Dropped), toStored(w.time), blob(c.GetSerial()), w.node); err != nil {
 			return err
 		}
 	}
