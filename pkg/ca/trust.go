@@ -221,7 +221,8 @@ func (c *CA) adopt(ctx context.Context, now time.Time, t Trust, known []*root) e
 		return err
 	}
 	for _, r := range next.roots {
-		if r.state == StateRetiring {
+		i := slices.IndexFunc(s.roots, func(o *root) bool { return o.id == r.id })
+		if r.state == StateRetiring && (i < 0 || s.roots[i].state != StateRetiring || s.roots[i].tainted != r.tainted) {
 			c.renewals = append(c.renewals, r.id)
 		}
 	}

@@ -199,7 +199,12 @@ func (s *session) order(r *nodev1.Rotate) {
 	s.mu.Lock()
 	if s.rotate == nil || s.rotate.GetAuthority() != "" {
 		if s.rotate != nil && s.rotate.GetAuthority() != r.GetAuthority() {
-			r = &nodev1.Rotate{Within: r.GetWithin(), Sequence: r.GetSequence()} // two authorities at once: all
+			// Two authorities at once: all, as soon as the more urgent of them.
+			sooner := r
+			if s.rotate.GetWithin().AsDuration() < r.GetWithin().AsDuration() {
+				sooner = s.rotate
+			}
+			r = &nodev1.Rotate{Within: sooner.GetWithin(), Sequence: r.GetSequence()}
 		}
 		s.rotate = r
 	}

@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -212,47 +210,13 @@ func BenchmarkRotationsUnderLoad(b *testing.B) {
 	ports := []string{"SOCKET", a.Socket, "SERVER", port(b), "ONCE", port(b), "KEPT", port(b)}
 	server := startEnvoy(b, firstUser, serverBootstrap, ports...)
 	client := startEnvoy(b, firstUser+1, clientBootstrap, ports...)
-	get := func(ctx context.Context, c *http.Client, port string) error {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://127.0.0.1:"+port, http.NoBody)
-		if err != nil {
-			return err
-		}
-		response, err := c.Do(request)
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(io.Discard, response.Body)
-		if response.StatusCode != http.StatusOK {
-			err = errors.New(response.Status)
-		}
-		return errors.Join(err, response.Body.Close())
-	}
 	for _, p := range []string{ports[5], ports[7]} {
 		local.Await(b, "wait for the Envoys", func(ctx context.Context) error { return get(ctx, http.DefaultClient, p) })
 	}
 	rotations := 0
-	var requests, failures atomic.Int64
+	var requests, failures int64
 	for b.Loop() {
-		var callers sync.WaitGroup
-		stop := make(chan struct{})
-		for i := range 8 {
-			callers.Go(func() {
-				c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{}}
-				defer c.CloseIdleConnections()
-				for {
-					select {
-					case <-stop:
-						return
-					default:
-					}
-					requests.Add(1)
-					if err := get(b.Context(), c, ports[5+i%2*2]); err != nil {
-						failures.Add(1)
-						b.Log(err)
-					}
-				}
-			})
-		}
+		stop := load(b, 8, ports[5], ports[7])
 		tick := time.NewTicker(100 * time.Millisecond)
 		for range 50 {
 			<-tick.C
@@ -261,11 +225,11 @@ func BenchmarkRotationsUnderLoad(b *testing.B) {
 			rotations++
 		}
 		tick.Stop()
-		close(stop)
-		callers.Wait()
+		made, failed := stop()
+		requests, failures = requests+made, failures+failed
 	}
-	b.ReportMetric(float64(requests.Load()), "requests")
-	b.ReportMetric(float64(failures.Load()), "failed")
+	b.ReportMetric(float64(requests), "requests")
+	b.ReportMetric(float64(failures), "failed")
 	b.ReportMetric(float64(rotations), "rotations")
 	only(b)
 	for _, e := range []*local.Process{client, server} {
