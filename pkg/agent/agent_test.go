@@ -700,7 +700,9 @@ func TestFault_F31_RebootWithoutKey(t *testing.T) {
 				t.Errorf("condition %+v does not say %q", c, want)
 			}
 		}
+		ca.mu.Lock()
 		ca.refuseAttest = nil
+		ca.mu.Unlock()
 		time.Sleep(time.Minute)
 		settleDown()
 		if c := h.condition(condNode); c.Severity != health.OK {
