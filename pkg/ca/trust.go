@@ -407,9 +407,13 @@ func (c *CA) AdoptUpstream(ctx context.Context, actor string) error {
 	}
 	root := verified.Anchors[0]
 	return c.order(ctx, actor, root, func(t rotation.Trust, in rotation.Inputs) (*rotation.Step, error) {
-		step, err := rotation.Announce(t, in, authorityID(root), true)
+		if step, err := rotation.Announce(t, in, authorityID(root), true); step != nil || err != nil {
+			return step, err
+		}
+		// It is known already, such as from before the mesh went back.
+		step, err := rotation.Switch(t, authorityID(root))
 		if err == nil && step == nil {
-			return nil, fmt.Errorf("%w: root %s of the upstream CA is in the bundle already", rotation.ErrRefused, authorityID(root))
+			return nil, fmt.Errorf("%w: root %s of the upstream CA is active already", rotation.ErrRefused, authorityID(root))
 		}
 		return step, err
 	})

@@ -479,3 +479,78 @@ func TestAdoptUpstreamAndBack(t *testing.T) {
 		}
 	})
 }
+
+// A CA stands still in the middle of a rotation, and another one finishes it: what
+// the first one does after it wakes is refused by the store, and it goes on from
+// what is there.
+func TestFault_F22_LateStepIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		store, keyStore := &memoryStore{}, keys.Memory()
+		a := open(t, Config{Store: store, Keys: keyStore, Fleet: nodes.nodes, Instance: "a"})
+		late := open(t, Config{Store: store, Keys: keyStore, Fleet: nodes.nodes, Instance: "late"})
+		command(t, a.CA, rotation.VerbPrepare, false)
+		now := time.Now()
+		late.mu.Lock()
+		_, err := late.refresh(t.Context(), now)
+		late.mu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		decided := late.state.Load()
+		command(t, a.CA, rotation.VerbActivate, true)
+		_, before := a.Bundle()
+		// It wakes with what it had decided.
+		step, err := rotation.Do(decided.rotationTrust(), rotation.Inputs{Now: now}, rotation.Command{Verb: rotation.VerbRollback})
+		if err != nil {
+			t.Fatal(err)
+		}
+		late.mu.Lock()
+		err = late.take(t.Context(), now, step, nil, "")
+		late.mu.Unlock()
+		if !errors.Is(err, ErrTrustChanged) {
+			t.Fatalf("a late step: %v", err)
+		}
+		if got := states(t, store); got != "retiring active" {
+			t.Fatal(got)
+		}
+		nodes.acknowledge(before)
+		late.run(t)
+		time.Sleep(2 * longestNap)
+		synctest.Wait()
+		if _, after := late.Bundle(); after != before || late.state.Load().signer.id != a.state.Load().signer.id {
+			t.Errorf("bundle %d, then %d", before, after)
+		}
+	})
+}
+
+// A store that was restored from a backup never takes the bundle back: what is in
+// force stays, and health says what has happened.
+func TestV_L8_RestoredStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		store := &memoryStore{}
+		f := open(t, Config{Store: store, Fleet: nodes.nodes})
+		backup := store.trust()
+		command(t, f.CA, rotation.VerbPrepare, false)
+		_, before := f.Bundle()
+		f.run(t)
+		synctest.Wait()
+		store.mu.Lock()
+		store.roots, store.sequence, store.epoch = backup.Roots, backup.Sequence, backup.Epoch
+		store.mu.Unlock()
+		time.Sleep(2 * longestNap)
+		synctest.Wait()
+		if roots, after := f.Bundle(); after != before || len(roots) != 2 {
+			t.Errorf("%d roots at sequence %d, it was %d", len(roots), after, before)
+		}
+		if warning, _ := f.Health(time.Now()); warning == nil || !strings.Contains(warning.Error(), "restored from a backup") {
+			t.Errorf("health: %v", warning)
+		}
+		if err := f.Command(t.Context(), rotation.Command{Verb: rotation.VerbRollback}, "uid:0"); err == nil {
+			t.Error("a step was taken on a restored store")
+		}
+	})
+}

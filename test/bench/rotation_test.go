@@ -7,6 +7,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
@@ -171,6 +174,59 @@ func TestFault_F57_RootRotationUnderTraffic(t *testing.T) {
 	t.Logf("of %d requests %d failed; the root that replaces a lost one signed after %s, everything was renewed after %s, the lost one left the bundle after %s",
 		requests, failures, converged.Round(time.Millisecond), renewed.Round(time.Millisecond), left.Round(time.Millisecond))
 	if failures > 0 || requests == 0 {
+		t.Errorf("%d of %d requests failed", failures, requests)
+	}
+}
+
+// From the root of an enterprise's own CA, in files, to one of the CA's own, and
+// back, under traffic between two real Envoys. No request fails.
+func TestAdoptUnderTraffic(t *testing.T) {
+	require.Root(t)
+	dir := t.TempDir()
+	above := upstreamtest.NewAuthority(t, upstreamtest.Good)
+	for name, content := range map[string][]byte{
+		"ca.pem": upstreamtest.PEM(above.Issuer), "roots.pem": upstreamtest.PEM(above.Root), "ca-key.pem": upstreamtest.KeyPEM(t, above.Key),
+	} {
+		must(t, os.WriteFile(filepath.Join(dir, name), content, 0o600))
+	}
+	ca := local.StartCA(t, local.CAOptions{Config: fmt.Sprintf("upstream: {disk: {certificate: %[1]s/ca.pem, key: %[1]s/ca-key.pem, roots: %[1]s/roots.pem}}\n", dir)})
+	apply(t, ca, everybody)
+	a := ca.StartAgent(t, "adopt", local.AgentOptions{})
+	ports := []string{"SOCKET", a.Socket, "SERVER", port(t), "ONCE", port(t), "KEPT", port(t)}
+	startEnvoy(t, firstUser, serverBootstrap, ports...)
+	startEnvoy(t, firstUser+1, clientBootstrap, ports...)
+	for _, p := range []string{ports[5], ports[7]} {
+		local.Await(t, "wait for the Envoys", func(ctx context.Context) error { return get(ctx, http.DefaultClient, p) })
+	}
+	stop := load(t, 4, ports[5], ports[7])
+	for _, to := range []struct {
+		verb     string
+		upstream bool
+	}{{"adopt-self", false}, {"adopt", true}} {
+		rotate(t, ca, to.verb)
+		awaitRotation(t, ca, to.verb, func(r *adminv1.Rotation) bool {
+			for _, root := range r.GetRoots() {
+				if root.GetState() == "active" {
+					return root.GetUpstream() == to.upstream
+				}
+			}
+			return false
+		})
+		renewed, err := ca.Admin.RenewSVIDs(t.Context(), &adminv1.RenewSVIDsRequest{})
+		must(t, err)
+		if renewed.GetNodes() != 1 {
+			t.Errorf("%d nodes renew", renewed.GetNodes())
+		}
+		awaitRotation(t, ca, "wait until all is renewed after "+to.verb, func(r *adminv1.Rotation) bool {
+			for _, root := range r.GetRoots() {
+				if root.GetState() != "active" && root.GetSvids() > 0 {
+					return false
+				}
+			}
+			return true
+		})
+	}
+	if requests, failures := stop(); failures > 0 || requests == 0 {
 		t.Errorf("%d of %d requests failed", failures, requests)
 	}
 }

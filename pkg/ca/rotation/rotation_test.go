@@ -2,6 +2,7 @@ package rotation
 
 import (
 	"bufio"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -289,5 +290,24 @@ func TestPrepareAt(t *testing.T) {
 		if left := end.Sub(at); left <= p.IntermediateLife || !at.After(start) {
 			t.Errorf("%+v: %s before its end, %s after it was made", p, left, at.Sub(start))
 		}
+	}
+}
+
+// An old root, that of an upstream CA too, can always be removed, and the refusal
+// before that says who still chains to it.
+func TestV_L7_OldRootCanBeRemoved(t *testing.T) {
+	w := newWorld()
+	w.run(t, "root")
+	w.trust.Roots[0].Foreign = true
+	for _, line := range []string{"node a acked=1/1@1", "rotate", "node a acked=1/1@2 holds=r1:3", "next"} {
+		w.run(t, line)
+	}
+	_, err := Do(w.trust, w.in, Command{Verb: VerbRetire, Root: "r1"})
+	if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "3 of them in use on a") || !strings.Contains(err.Error(), "--override") {
+		t.Errorf("the refusal: %v", err)
+	}
+	step, err := Do(w.trust, w.in, Command{Verb: VerbRetire, Root: "r1", Override: true})
+	if err != nil || len(step.Moves) != 1 || step.Moves[0].To != Gone {
+		t.Errorf("with override: %+v, %v", step, err)
 	}
 }
