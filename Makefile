@@ -2,13 +2,13 @@
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
-PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl
+PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
 
 .DEFAULT_GOAL := all
-.PHONY: all help build release vet quick up demo test race lint fuzz bench e2e generate install clean
+.PHONY: all help build release vet quick up demo test race lint fuzz crash bench e2e generate install clean
 
 all: build vet quick ## build, vet, and run the tests that need nothing installed
 
@@ -28,8 +28,7 @@ quick: ## go test, without what needs Docker or Envoy
 	go test ./...
 
 up: build bin/shop bin/demo ## a mesh of Docker containers with real Envoys, until Ctrl-C
-	scripts/install-envoy
-	scripts/install-docker
+	scripts/install-envoy && scripts/install-docker
 	$(ROOT) bin/demo up
 
 demo: build bin/shop bin/demo ## the same with a story: scaling, rotations, crashes; ends with figures
@@ -41,8 +40,7 @@ bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
-	scripts/install-packages $(PACKAGES)
-	scripts/install-envoy && scripts/install-otelcol && scripts/install-validators
+	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators
 	scripts/install-docker -own && scripts/install-tools fsck omniwitness
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
@@ -62,12 +60,14 @@ lint: ## golangci-lint, with the rules of .golangci.yml
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	scripts/each-fuzz-target $(FUZZTIME)
 
+crash: install ## 10,000 power failures of the ledger, 300 kills of the CA under load: nobody has a certificate without a record
+	$(ROOT) env MESHID_CRASH_POINTS=10000 MESHID_CRASH_KILLS=300 go test -count=1 -v -timeout 60m -run '^TestFault_F([1-5]|14|18)_' ./pkg/ledger ./test/hostile
+
 bench: ## the benchmarks; docs/performance.md says what they should be
 	scripts/install-envoy && $(ROOT) go test -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 generate: ## Go from .proto files, and what is generated into docs/ and deploy/
-	scripts/install-packages protobuf-compiler libprotobuf-dev
-	scripts/install-tools protoc-gen-go protoc-gen-go-grpc
+	scripts/install-packages protobuf-compiler libprotobuf-dev && scripts/install-tools protoc-gen-go protoc-gen-go-grpc
 	PATH=$(CURDIR)/bin:$$PATH protoc -I. --go_out=. --go_opt=module=github.com/meshid/meshid \
 		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid $(PROTOS)
 	go generate ./...
