@@ -241,7 +241,7 @@ type state struct {
 	roots  []*root
 	bundle []*x509.Certificate
 	trust  Trust
-	// moving is set while a root is prepared, distributed or retiring.
+	// moving is set while what the nodes say decides about a root.
 	moving bool
 	// keys are the SubjectPublicKeyInfo hashes of all of the above: nobody may
 	// have a certificate for one of them.

@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/meshid/meshid/internal/backoff"
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ca/upstream"
@@ -44,6 +45,8 @@ const (
 	// longestNap bounds how long a deadline can be overslept: timers stand
 	// still while the machine sleeps, so the wall clock is looked at again.
 	longestNap = 30 * time.Second
+	// minPause is the least time from one look to the next.
+	minPause = 50 * time.Millisecond
 	// A renewal that failed is tried again after 1 s, doubling up to this.
 	longestRetry = time.Minute
 	// clockNap is between two looks while the clock is not to be relied on.
@@ -66,7 +69,13 @@ func (c *CA) Run(ctx context.Context) error {
 			minting.Go(func() { c.runWatch(ctx, w) })
 		}
 	}
+	var last time.Time
 	for {
+		// However often it is woken, such as by nodes that acknowledge a bundle.
+		if backoff.Wait(ctx, minPause-time.Since(last)) != nil {
+			return nil
+		}
+		last = time.Now()
 		timer := time.NewTimer(c.maintain(ctx, time.Now()))
 		select {
 		case <-ctx.Done():
@@ -345,8 +354,10 @@ func (c *CA) parseTrust(ctx context.Context, now time.Time, t Trust, known []*ro
 		switch loaded.state {
 		case StateActive:
 			s.signer = loaded
-		case StatePrepared, StateDistributed, StateRetiring:
+		case StatePrepared:
 			s.moving = true
+		case StateRetiring:
+			s.moving = s.moving || loaded.tainted
 		}
 	}
 	switch {

@@ -161,7 +161,7 @@ func TestFault_F27_ThreeYearsUnattended(t *testing.T) {
 			s := f.state.Load()
 			for i, p := range proxies {
 				// All of them while something moves, else one after the other.
-				if !s.moving && i != step%len(proxies) {
+				if len(s.roots) == 1 && i != step%len(proxies) {
 					continue
 				}
 				if err := handshake(t.Context(), p, proxies[(i+1)%len(proxies)]); err != nil {
