@@ -40,6 +40,6 @@ on this machine, with both files:
 		SilenceErrors: true,
 		Version:       cli.Version(),
 	}
-	root.AddCommand(newRunCommand(), newCheckCommand(), newStatusCommand(), newFetchCommand())
+	root.AddCommand(newRunCommand(), newCheckCommand(), newStatusCommand(), newFetchCommand(), newCheckEnvoyCommand())
 	return root
 }

@@ -39,6 +39,7 @@ var arrows = []struct {
 	{"pkg/config", nil},
 	{"pkg/health", nil},
 	{"pkg/attest/peer", nil},
+	{"pkg/sds/envoycheck", nil},
 	{"internal/cli", []string{"internal/*", "pkg/health"}}, // what both commands share: logs, metrics and health over HTTP
 	{"internal/**", []string{"internal/*"}},
 	// Level 1.
