@@ -19,7 +19,7 @@ func validate(t *testing.T, format string) []map[string]any {
 	t.Helper()
 	python := cached(t, "validators/bin/python", "install-validators")
 	var text bytes.Buffer
-	for i, r := range records(1 << 16) {
+	for i, r := range records(1 << 13) {
 		line, _ := export.Encode(formats[format], ledger.Entry{Index: uint64(i), Record: r}, 16<<20)
 		text.Write(append(line, '\n'))
 	}

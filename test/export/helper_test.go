@@ -11,6 +11,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -50,8 +51,8 @@ var hostile = []string{
 	`a externalId=666 msg=x|y\|z\=`,
 	`\`, `\\`, `"`, `]`, "=", "|", "\x00", "\x1b[2J", "\u202e\u2066txt.exe", "\u2028\u2029\u0085", "\U000e0041", "é 漢 🙂",
 	`","index":666,"x":"`,
-	strings.Repeat("A", 1<<16),
-	strings.Repeat("\n\"", 1<<15),
+	strings.Repeat("A", 1<<13),
+	strings.Repeat("\n\"", 1<<12),
 	" <13>1 - - - - - - 17 <13>1 - - - - - -",
 }
 
@@ -117,8 +118,14 @@ func few(n int) []*ledgerv1.Record {
 	return all
 }
 
+// fed is an export that goes on.
+type fed struct {
+	*ledger.Feed
+	dir string // of its cursor
+}
+
 // feed sends a journal's records to a target until stop is called or the test ends.
-func feed(t *testing.T, j *ledger.Journal, dir string, target export.Target) (f *ledger.Feed, stop func()) {
+func feed(t *testing.T, j *ledger.Journal, dir string, target export.Target) (f *fed, stop func()) {
 	t.Helper()
 	x, err := export.New(j, target, export.Options{Dir: filepath.Join(dir, "exports"), Name: "test", FromBeginning: true})
 	if err != nil {
@@ -128,7 +135,8 @@ func feed(t *testing.T, j *ledger.Journal, dir string, target export.Target) (f 
 	if err != nil {
 		t.Fatal(err)
 	}
-	f = ledger.NewFeed(j, "test", x, m, ledger.FeedOptions{Timeout: 10 * time.Second, Retry: backoff.Policy{Base: 50 * time.Millisecond, Max: 500 * time.Millisecond}})
+	f = &fed{dir: dir}
+	f.Feed = ledger.NewFeed(j, "test", x, m, ledger.FeedOptions{Timeout: 10 * time.Second, Retry: backoff.Policy{Base: 50 * time.Millisecond, Max: 500 * time.Millisecond}})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- f.Run(ctx) }()
@@ -143,7 +151,7 @@ func feed(t *testing.T, j *ledger.Journal, dir string, target export.Target) (f 
 }
 
 // await waits until a condition holds.
-func await(t *testing.T, what string, f *ledger.Feed, cond func() bool) {
+func await(t *testing.T, what string, f *fed, cond func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -161,16 +169,19 @@ func await(t *testing.T, what string, f *ledger.Feed, cond func() bool) {
 	}
 }
 
-// taken says that a sink has all records.
-func taken(j *ledger.Journal, f *ledger.Feed) func() bool {
+// taken says that the cursor on the disk is behind all records.
+func taken(j *ledger.Journal, f *fed) func() bool {
 	return func() bool {
-		l := f.Lag(time.Now())
-		return l.Records == 0 && l.Err == nil && j.Size() > 0
+		var cursor struct {
+			Next uint64 `json:"next"`
+		}
+		text, err := os.ReadFile(filepath.Join(f.dir, "exports", "test.cursor"))
+		return err == nil && json.Unmarshal(text, &cursor) == nil && cursor.Next == j.Size()
 	}
 }
 
 // failing says that the last attempt to send failed for a reason.
-func failing(f *ledger.Feed, reason string) func() bool {
+func failing(f *fed, reason string) func() bool {
 	return func() bool {
 		err := f.Lag(time.Now()).Err
 		return err != nil && strings.Contains(err.Error(), reason)

@@ -53,7 +53,7 @@ global(workDirectory="%[1]s" maxMessageSize="8k"
   defaultNetstreamDriverCAFile="%[2]s/ca.pem" defaultNetstreamDriverCertFile="%[2]s/receiver.pem" defaultNetstreamDriverKeyFile="%[2]s/receiver.key")
 main_queue(queue.type="Direct")
 module(load="mmpstrucdata")
-module(load="imtcp" streamDriver.name="ossl" streamDriver.mode="1" streamDriver.authMode="x509/name" permittedPeer=["sender"])
+module(load="imtcp" streamDriver.name="ossl" streamDriver.mode="1" streamDriver.authMode="x509/certvalid")
 input(type="imtcp" address="127.0.0.1" port="%[3]s" listenPortFileName="%[1]s/port")
 template(name="parsed" type="list") {
   constant(value="{") property(outname="msg" name="msg" format="jsonf") constant(value=",")
@@ -196,7 +196,7 @@ func TestFault_F64_SyslogReceiver(t *testing.T) {
 }
 
 // A receiver that is not the one that is meant gets nothing, and neither does
-// a sender get in whose name is not permitted.
+// a sender get in that it does not know.
 func TestSyslogCertificates(t *testing.T) {
 	keys, others := pki(t), pki(t)
 	r := startRsyslog(t, t.TempDir(), keys, "0")
@@ -207,13 +207,18 @@ func TestSyslogCertificates(t *testing.T) {
 	stop()
 
 	other := senderTLS(keys)
-	other.Certificate, other.Key = keys+"/receiver.pem", keys+"/receiver.key" // a name that is not permitted
+	other.Certificate, other.Key = others+"/sender.pem", others+"/sender.key" // of a CA that the receiver does not know
 	stranger, err := syslog.New(syslog.Config{Address: "127.0.0.1:" + r.port, TLS: other}, formats)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f, stop = feed(t, j, t.TempDir(), stranger)
-	await(t, "the sender to be refused", f, failing(f, ""))
+	await(t, "the sender to be refused", f, func() bool {
+		if taken(j, f)() {
+			t.Fatalf("the sender was not refused; %d records were received", len(lines(t, r.out)))
+		}
+		return failing(f, "")()
+	})
 	stop()
 	if n := len(lines(t, r.out)); n > 0 {
 		t.Errorf("%d records were received", n)

@@ -203,7 +203,7 @@ func TestFilterNames(t *testing.T) {
 // one that fails.
 func TestEncode(t *testing.T) {
 	r := record(ledgerv1.Event_EVENT_ISSUE, ledgerv1.Outcome_OUTCOME_REFUSED)
-	long := strings.Repeat("\x01\"", 1<<19)
+	long := strings.Repeat("\x01\"", 1<<14)
 	r.SpiffeId, r.Detail, r.Actor, r.Diff, r.RequestId, r.CaInstance, r.Reason = long, long, long, long, long, long, long
 	e := ledger.Entry{Index: 7, Record: r}
 	line, abridged := Encode(ledger.FormatJSON, e, 2*MinRecordBytes)

@@ -24,6 +24,9 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/meshid/meshid/internal/backoff"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/export"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
@@ -172,6 +175,7 @@ func (t *Syslog) datagrams(ctx context.Context, network string, messages [][]byt
 //  2. write the messages, each behind its length (RFC 5425 §4.3)
 //  3. say that this was all
 //  4. wait until the receiver ends its side as well
+//  5. find out that it ended after all had reached it, and not before
 func (t *Syslog) stream(ctx context.Context, messages [][]byte) (err error) {
 	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", t.config.Address)
 	if err != nil {
@@ -222,8 +226,43 @@ func (t *Syslog) stream(ctx context.Context, messages [][]byte) (err error) {
 	if _, err := io.Copy(io.Discard, conn); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("wait until the receiver has read all: %w", err)
 	}
+	if err := reached(ctx, tcp); err != nil {
+		return fmt.Errorf("the receiver closed the connection without reading: %w", err)
+	}
 	closed = true
 	return tcp.Close()
+}
+
+// reached is step 5. A receiver that refuses a sender closes the connection, often
+// before our messages are there; the end of its side then looks the same, but its
+// kernel answers the messages with a reset instead of an acknowledgement.
+func reached(ctx context.Context, conn *net.TCPConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	for {
+		var unacknowledged, failure int
+		var cerr error
+		err := raw.Control(func(fd uintptr) {
+			var oerr error
+			unacknowledged, oerr = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+			var gerr error
+			failure, gerr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR) // after the queue: a reset empties it
+			cerr = errors.Join(oerr, gerr)
+		})
+		switch {
+		case errors.Join(err, cerr) != nil:
+			return errors.Join(err, cerr)
+		case failure != 0:
+			return unix.Errno(failure) //nolint:gosec // a positive number
+		case unacknowledged == 0:
+			return nil
+		}
+		if err := backoff.Wait(ctx, 2*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 // bound ends what happens on a connection at ctx's deadline, or soon.

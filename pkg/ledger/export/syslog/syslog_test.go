@@ -33,7 +33,7 @@ func entry(s string) ledger.Entry {
 
 // FuzzMessage: what another parser finds is one message with what the record has.
 func FuzzMessage(f *testing.F) {
-	for _, s := range []string{"", `a"] [x@1 y="z`, "a\n<0>1 - - - - - - forged", `\`, "\x00\u202e\u2028", "1 <0>1 - - - - - -", strings.Repeat("]", 100_000), strings.Repeat("\n", 50_000), strings.Repeat("\U000e0041", 10_000)} {
+	for _, s := range []string{"", `a"] [x@1 y="z`, "a\n<0>1 - - - - - - forged", `\`, "\x00\u202e\u2028", "1 <0>1 - - - - - -", strings.Repeat("]", 10_000), strings.Repeat("\n", 10_000), strings.Repeat("\U000e0041", 3000)} {
 		for format := range 3 {
 			f.Add(s, format)
 		}
@@ -144,6 +144,37 @@ func TestReset(t *testing.T) {
 	}
 	if err := target.Send(context.Background(), export.Batch{Entries: []ledger.Entry{entry("a")}}); err == nil {
 		t.Error("a connection that was reset counts as one that was read to its end")
+	}
+	l.Close()
+	<-ended
+}
+
+// A receiver that closes the connection at once, as one does that refuses the
+// sender, has read nothing, whichever comes first: its end or our messages.
+func TestClosedUnread(t *testing.T) {
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	target, err := New(Config{Address: l.Addr().String(), Transport: "tcp"}, formats)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 300 {
+		if err := target.Send(context.Background(), export.Batch{Entries: []ledger.Entry{entry("a")}}); err == nil {
+			t.Fatal("what was not read counts as sent")
+		}
 	}
 	l.Close()
 	<-ended
