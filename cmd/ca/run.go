@@ -164,6 +164,10 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopped(ctx)) }()
+	anchor, err := server.OpenAnchor(ctx, anchorPath(v.DataDir), journal, db)
+	if err != nil {
+		return err
+	}
 	verifiers, err := nodeVerifiers(v.NodeAttestation, db)
 	if err != nil {
 		return err
@@ -199,7 +203,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 	srv, err = server.New(ctx, server.Config{
-		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
+		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Anchor: anchor, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
 		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
 		Logger: logger, Registerer: registry, Health: tracker,

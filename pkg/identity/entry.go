@@ -105,6 +105,9 @@ func (e *Entry) Revision() uint64 { return e.proto.GetRevision() }
 // entry.
 func (e *Entry) Digest() [32]byte { return e.digest }
 
+// DigestOf returns the digest that an entry has, or would have if it compiled.
+func DigestOf(p *entryv1.Entry) [32]byte { return digest(p) }
+
 // Admin reports whether who holds this identity may use the admin API.
 func (e *Entry) Admin() bool { return e.proto.GetAdmin() }
 

@@ -237,7 +237,9 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 	}
 	s.registry.Apply(revision, compiled, removed)
 	s.hub.wakeAll()
+	s.cfg.Anchor.changed(records)
 	s.reportBroken()
+	s.keepAnchor(ctx)
 	for _, ch := range records {
 		s.metrics.entryChanges.WithLabelValues(ch.action).Inc()
 	}

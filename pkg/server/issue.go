@@ -61,7 +61,8 @@ const (
 
 // Reasons that are in records only.
 const (
-	reasonEntryBroken = "entry_broken"
+	reasonEntryBroken     = "entry_broken"
+	reasonEntryUnrecorded = "entry_unrecorded"
 )
 
 // refusalReasons are all of them.

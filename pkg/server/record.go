@@ -158,13 +158,16 @@ func (s *Server) recordEntriesInForce(ctx context.Context, entries *registry.Ent
 	records := make([]*ledgerv1.Record, 0, entries.Set.Len()+len(entries.Broken))
 	for e := range entries.Set.All() {
 		r := s.ownRecord(ledgerv1.Event_EVENT_ENTRY_LOADED)
-		r.Entry, r.Definition = entryRef(e), e.Proto()
+		r.Entry, r.Definition, r.Detail = entryRef(e), e.Proto(), s.cfg.Anchor.acceptedBy()
 		records = append(records, r)
 	}
 	for _, name := range slices.Sorted(maps.Keys(entries.Broken)) {
 		r := s.ownRecord(ledgerv1.Event_EVENT_ENTRY_LOADED)
 		r.Outcome, r.Reason = ledgerv1.Outcome_OUTCOME_ERROR, reasonEntryBroken
 		r.Detail = "the entry does not compile and is not in force: apply it again, or delete it"
+		if why, not := s.cfg.Anchor.unrecordedEntry(name); not {
+			r.Reason, r.Detail = reasonEntryUnrecorded, "the entry is not in force: "+why
+		}
 		r.Definition = entries.Broken[name]
 		r.Entry = &ledgerv1.EntryRef{Name: name, Revision: r.GetDefinition().GetRevision()}
 		records = append(records, r)

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,11 +33,13 @@ import (
 )
 
 // Conditions are the names of what this package reports to its health.Tracker.
-var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock}
+var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded}
 
 const (
 	// conditionEntries: some stored entries do not compile and are not in force.
 	conditionEntries = "entries"
+	// conditionUnrecorded: what is in the store is not what was recorded.
+	conditionUnrecorded = "store_unrecorded"
 	// conditionClone: an agent presented an X.509-SVID that it had replaced.
 	conditionClone = "agent_clone"
 	// conditionStore: what is noted about nodes cannot be written.
@@ -97,6 +100,8 @@ type Config struct {
 	// Sinks are those that the ledger is not archived without; nil if there are
 	// none.
 	Sinks Sinks
+	// Anchor has compared the store with the ledger; nil if nobody has.
+	Anchor *Anchor
 	// Instance names this CA process in records.
 	Instance string
 	Version  string
@@ -267,6 +272,11 @@ func (s *Server) load(ctx context.Context) error {
 	broken := make(map[string]*entryv1.Entry)
 	results, errs := s.compileAll(stored)
 	for i, e := range results {
+		if why, not := s.cfg.Anchor.unrecordedEntry(stored[i].GetName()); not {
+			broken[stored[i].GetName()] = stored[i]
+			s.log.ErrorContext(ctx, "stored entry is not in force: somebody has written to the database", "entry", stored[i].GetName(), "reason", why)
+			continue
+		}
 		if errs[i] != nil {
 			broken[stored[i].GetName()] = stored[i]
 			s.log.ErrorContext(ctx, "stored entry is not in force", "entry", stored[i].GetName(), "err", errs[i])
@@ -276,12 +286,24 @@ func (s *Server) load(ctx context.Context) error {
 	}
 	s.registry = registry.New(s.cfg.Store.Epoch(), revision, identity.NewSet(compiled...), broken, nodes)
 	s.reportBroken()
-	return s.recordEntriesInForce(ctx, s.registry.Entries())
+	if err := s.recordEntriesInForce(ctx, s.registry.Entries()); err != nil {
+		return err
+	}
+	s.keepAnchor(ctx)
+	return nil
 }
 
 // reportBroken keeps the condition about entries that are not in force.
 func (s *Server) reportBroken() {
-	if n := len(s.registry.Entries().Broken); n > 0 {
+	broken := s.registry.Entries().Broken
+	foreign := s.cfg.Anchor.differences(s.registry.Entries())
+	if len(foreign) > 0 {
+		s.cfg.Health.Set(conditionUnrecorded, health.Error, "somebody has written to the database; these entries are not what the ledger says, "+
+			"and are not in force: "+strings.Join(foreign, ", ")+". Apply them again, then delete those that are not wanted")
+	} else {
+		s.cfg.Health.Clear(conditionUnrecorded)
+	}
+	if n := len(broken) - s.cfg.Anchor.unrecordedOf(broken); n > 0 {
 		s.cfg.Health.Set(conditionEntries, health.Warning,
 			fmt.Sprintf("%d stored entries do not compile and are not in force: apply them again, or delete them", n))
 		return
@@ -338,6 +360,7 @@ func (s *Server) noteBundle(ctx context.Context) {
 	if s.registry.Advance(revision) {
 		s.hub.wakeAll()
 	}
+	s.keepAnchor(ctx)
 }
 
 // flush writes down what was noted about nodes and refusals.

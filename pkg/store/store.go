@@ -68,7 +68,7 @@ func (d *DB) Close() error {
 }
 
 // Epoch names this history of revisions. It was chosen at random when the
-// database was created: revisions of two epochs cannot be compared.
+// database was created, or by Restored, which is not called concurrently: revisions of two epochs cannot be compared.
 func (d *DB) Epoch() string { return d.epoch }
 
 // Revision returns the revision of the last change of entries or roots.
@@ -79,6 +79,23 @@ func (d *DB) Revision(ctx context.Context) (uint64, error) {
 		return 0, fmt.Errorf("read revision: %w", err)
 	}
 	return uint64(revision), nil //nolint:gosec // the table holds the CHECK that it is not negative
+}
+
+// Restored says that what is in the store was restored from a copy and counts
+// from now on: a new history begins, at this revision and this sequence of the
+// trust bundle, which must be above all that were ever told.
+func (d *DB) Restored(ctx context.Context, revision, sequence uint64) error {
+	epoch := rand.Text()
+	err := d.update(ctx, func(tx *sql.Tx) error {
+		_, err := d.exec(ctx, tx, `UPDATE state SET epoch = ?1, revision = ?2, bundle_sequence = ?3 WHERE id = 1`,
+			epoch, int64(revision), int64(sequence)) //nolint:gosec // the table holds the CHECK that they are not negative
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("begin a new history: %w", err)
+	}
+	d.epoch = epoch
+	return nil
 }
 
 // update runs fn in a transaction that writes.

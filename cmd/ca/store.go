@@ -1,0 +1,76 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/server"
+	"github.com/meshid/meshid/pkg/store"
+)
+
+// anchorPath is where the CA notes what is in its store, beside the ledger.
+func anchorPath(dataDir string) string { return filepath.Join(dataDir, "store.anchor") }
+
+func newStoreCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "store",
+		Short: "What to do when the CA's database was restored from a copy",
+	}
+	cmd.AddCommand(newStoreAccept())
+	return cmd
+}
+
+func newStoreAccept() *cobra.Command {
+	var path string
+	var o overrides
+	cmd := &cobra.Command{
+		Use:   "accept",
+		Short: "Go on with a database that is older than the ledger",
+		Long: `A CA does not start when its database (meshid.db in its data folder) is older than
+what its ledger says and agents were told: entries that were deleted since would be
+back, and those that were applied would be gone. It names what was lost.
+
+Put the newest copy of the database back. If this one is all there is, accept it:
+what is in it counts from then on, in a new epoch that all agents take for new, and
+that it was accepted, and by whom, is recorded at the next start. Then apply the
+entries again.
+
+The CA must not run meanwhile.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			v, err := loadSettings(path, cmd.Flags().Changed("config"), o)
+			if err != nil {
+				return err
+			}
+			ctx := cmd.Context()
+			db, err := store.Open(ctx, filepath.Join(v.DataDir, "meshid.db"))
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, db.Close()) }()
+			journal, err := ledger.Open(ledgerDir(v.DataDir), ledger.Options{})
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, journal.Close()) }()
+			err = server.AcceptStore(ctx, anchorPath(v.DataDir), journal, db, fmt.Sprintf("uid:%d", os.Getuid()), time.Now(),
+				func(revision, sequence uint64) (string, error) {
+					err := db.Restored(ctx, revision, sequence)
+					return db.Epoch(), err
+				})
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "accepted: start the CA, look at `ca entry get`, and apply what is missing")
+			return nil
+		},
+	}
+	configFlags(cmd, &path, &o)
+	return cmd
+}
