@@ -255,7 +255,7 @@ func reached(ctx context.Context, conn *net.TCPConn) error {
 		case errors.Join(err, cerr) != nil:
 			return errors.Join(err, cerr)
 		case failure != 0:
-			return unix.Errno(failure) //nolint:gosec // a positive number
+			return unix.Errno(failure)
 		case unacknowledged == 0:
 			return nil
 		}
