@@ -28,7 +28,7 @@ type disk interface {
 // osDisk is the file system of the operating system.
 type osDisk struct{}
 
-func (osDisk) mkdir(path string) error             { return durable.MkdirAll(path, 0o755) }
+func (osDisk) mkdir(path string) error             { return durable.MkdirAll(path, 0o700) }
 func (osDisk) rename(from, to string) error        { return os.Rename(from, to) } //nolint:gosec // G703: the names are our own
 func (osDisk) syncDir(path string) error           { return durable.SyncDir(path) }
 func (osDisk) replace(path string, b []byte) error { return durable.WriteFile(path, b, 0o600) }
