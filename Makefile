@@ -40,7 +40,7 @@ bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
-	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators
+	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin
 	scripts/install-docker -own && scripts/install-tools fsck omniwitness
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped

@@ -12,6 +12,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
+	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/export"
@@ -55,9 +56,10 @@ type upstreamKind struct {
 }
 
 // upstreamKinds is the table of upstream CAs: one line a kind.
-func upstreamKinds(u upstreamSettings) []upstreamKind {
+func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 	return []upstreamKind{
 		{"disk", u.Disk, openUpstream(disk.New)},
+		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 	}
 }
 
@@ -72,11 +74,12 @@ func openUpstream[Config any, CA upstream.CA](open func(Config) (CA, error)) fun
 	}
 }
 
-// openUpstreamCA returns the upstream CA that is configured, nil if none is.
-func openUpstreamCA(u upstreamSettings, pins [][32]byte) (*ca.Upstream, error) {
+// openUpstreamCA returns the upstream CA that is configured, nil if none is. One
+// that holds more than memory is an io.Closer.
+func openUpstreamCA(u upstreamSettings, pins [][32]byte, logger *slog.Logger) (*ca.Upstream, error) {
 	var found *ca.Upstream
 	var names []string
-	for _, kind := range upstreamKinds(u) {
+	for _, kind := range upstreamKinds(u, logger) {
 		names = append(names, kind.name)
 		if !kind.section.Present() {
 			continue

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -87,7 +88,7 @@ func newCheckCommand() *cobra.Command {
 			if _, err := nodeVerifiers(v.NodeAttestation, nil); err != nil {
 				return err
 			}
-			if _, err := openUpstreamCA(v.Upstream, v.pins); err != nil {
+			if _, err := openUpstreamCA(v.Upstream, v.pins, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
 			if _, err := exportTargets(v, slog.New(slog.DiscardHandler)); err != nil {
@@ -173,9 +174,14 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 		return err
 	}
 
-	above, err := openUpstreamCA(v.Upstream, v.pins)
+	above, err := openUpstreamCA(v.Upstream, v.pins, logger)
 	if err != nil {
 		return err
+	}
+	if above != nil {
+		if closer, ok := above.CA.(io.Closer); ok {
+			defer func() { err = errors.Join(err, closer.Close()) }()
+		}
 	}
 
 	guard := clock.NewGuard(clock.Read)

@@ -77,6 +77,7 @@ var arrows = []struct {
 	{"test/**", []string{"test/**", "proto/**", "pkg/**", "internal/*"}},
 	{"deploy/grafana", nil},
 	{"deploy/demo", []string{"test/shop/**", "proto/admin/v1"}},
+	{"deploy/plugin/*", []string{"proto/plugin/v1"}},
 	{"scripts/*", []string{"test/shop/engine"}},
 }
 

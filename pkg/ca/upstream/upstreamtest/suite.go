@@ -63,7 +63,7 @@ func Run(t *testing.T, k Kind) {
 			ca, _ := start(t, b)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			_, err := mint(ctx, t, ca)
+			_, err := Mint(ctx, t, ca)
 			checkError(t, err)
 		})
 	}
@@ -81,7 +81,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 			ca, _ := start(t, c.behaviour)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			_, err := mint(ctx, t, ca)
+			_, err := Mint(ctx, t, ca)
 			checkError(t, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("the error does not wrap %q: %v", c.want, err)
@@ -92,7 +92,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 		ca, _ := start(t, RateLimited)
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
-		_, err := mint(ctx, t, ca)
+		_, err := Mint(ctx, t, ca)
 		checkError(t, err)
 		limit, ok := errors.AsType[*upstream.RateLimitError](err)
 		if !ok {
@@ -108,7 +108,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 		defer cancel()
 		done := make(chan error, 1)
 		go func() {
-			_, err := mint(ctx, t, ca)
+			_, err := Mint(ctx, t, ca)
 			done <- err
 		}()
 		select {
@@ -120,8 +120,8 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 	})
 }
 
-// mint asks for an intermediate and checks the answer as its user does.
-func mint(ctx context.Context, t testing.TB, ca upstream.CA) (*upstream.Verified, error) {
+// Mint asks for an intermediate and checks the answer as its user does.
+func Mint(ctx context.Context, t testing.TB, ca upstream.CA) (*upstream.Verified, error) {
 	t.Helper()
 	r, err := upstream.NewRequest(TrustDomain, newKey(t), pkix.Name{
 		CommonName: "meshid intermediate", SerialNumber: strings.ToLower(rand.Text()),
@@ -141,14 +141,14 @@ func checkGood(t *testing.T, ca upstream.CA, a *Authority, isReal bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	first, err := mint(ctx, t, ca)
+	first, err := Mint(ctx, t, ca)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !isReal && !first.Anchors[0].Equal(a.Root) {
 		t.Errorf("the anchor is %q, not the root %q", first.Anchors[0].Subject, a.Root.Subject)
 	}
-	second, err := mint(ctx, t, ca)
+	second, err := Mint(ctx, t, ca)
 	if err != nil {
 		t.Fatalf("the second time: %v", err)
 	}
