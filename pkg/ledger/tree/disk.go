@@ -2,6 +2,7 @@ package tree
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +29,7 @@ type disk interface {
 // osDisk is the file system of the operating system.
 type osDisk struct{}
 
-func (osDisk) mkdir(path string) error             { return durable.MkdirAll(path, 0o700) }
+func (osDisk) mkdir(path string) error             { return makeDir(path) }
 func (osDisk) rename(from, to string) error        { return os.Rename(from, to) } //nolint:gosec // G703: the names are our own
 func (osDisk) syncDir(path string) error           { return durable.SyncDir(path) }
 func (osDisk) replace(path string, b []byte) error { return durable.WriteFile(path, b, 0o600) }
@@ -44,4 +45,14 @@ func (osDisk) write(path string, b []byte) error {
 		err = f.Sync()
 	}
 	return errors.Join(err, f.Close())
+}
+
+// makeDir makes sure that path is a directory that only this user can change. A
+// new one is private; that others may read it is up to the operator, who may want
+// a web server to.
+func makeDir(path string) error {
+	if err := durable.CheckDir(path, 0o755); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return durable.MkdirAll(path, 0o700)
 }

@@ -129,7 +129,7 @@ func Open(dir string, journal *ledger.Journal, o Options) (_ *Tree, err error) {
 	for _, w := range o.Witnesses {
 		t.witnesses = append(t.witnesses, newWitness(w, o.witnessRetry))
 	}
-	if err := durable.MkdirAll(dir, 0o700); err != nil {
+	if err := makeDir(dir); err != nil {
 		return nil, fmt.Errorf("open ledger tree: %w", err)
 	}
 	if t.lock, err = durable.Acquire(filepath.Join(dir, lockName)); err != nil {
