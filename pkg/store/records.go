@@ -42,7 +42,8 @@ type Records struct {
 	counts [search.Rules]atomic.Uint64 // as committed
 	live   atomic.Uint64               // records from here on raise alarms
 
-	names nameCache // owned by Put
+	names   nameCache // owned by Put
+	tallied int64     // hour up to which old tallies are forgotten; owned by Put
 
 	gauges struct {
 		sync.Mutex // guards what follows

@@ -83,6 +83,7 @@ type batch struct {
 	tx         *sql.Tx
 	statements map[string]*sql.Stmt
 	raised     [search.Rules]uint64
+	tallies    tallies
 }
 
 func (b *batch) put(entries []ledger.Entry) error {
@@ -111,6 +112,9 @@ func (b *batch) put(entries []ledger.Entry) error {
 			ON CONFLICT (rule) DO UPDATE SET total = anomaly_counts.total + excluded.total`, rule, int64(n)); err != nil { //nolint:gosec // G115: it counts records of a batch
 			return err
 		}
+	}
+	if err := b.tally(); err != nil {
+		return err
 	}
 	return b.exec(`UPDATE cursor SET next = ?1, segment = ?2, position = ?3, hash = ?4 WHERE id = 1`,
 		last.Index+1, last.Place.Segment, last.Place.Offset, last.Hash[:])
@@ -221,6 +225,7 @@ func (b *batch) record(e ledger.Entry) (err error) {
 	if err != nil {
 		return err
 	}
+	b.tallies.count(w)
 	var failure, anomalies, request any
 	if o := rec.GetOutcome(); o != ledgerv1.Outcome_OUTCOME_SUCCESS {
 		failure = int(o)
