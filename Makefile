@@ -2,7 +2,7 @@
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
-PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace
+PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace chromium
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method

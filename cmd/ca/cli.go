@@ -50,6 +50,6 @@ then let a machine join, and say who gets which identity:
 	}
 	add("server", newRunCommand(), newCheckCommand(), newUpstreamCommand(), newLedgerCommand(), newStoreCommand())
 	add("operate", newEntryCommand(), newNodeCommand(), newTokenCommand(), newWhoCommand(),
-		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newStatusCommand())
+		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newConsoleCommand(), newStatusCommand())
 	return root
 }

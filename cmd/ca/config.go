@@ -79,6 +79,8 @@ type settings struct {
 	NodeAttestation nodeAttestation `yaml:"node_attestation"`
 	// Where the ledger's records are sent besides: a list. See docs/audit.md.
 	Exports []exportSettings `yaml:"exports"`
+	// The read-only web console. See docs/console.md.
+	Console consoleSettings `yaml:"console"`
 }
 
 // exportSettings is one export, with one section for each kind of target in
@@ -126,6 +128,61 @@ type witnessSettings struct {
 	Key string `yaml:"key"`
 }
 
+// consoleSettings are those of the web console.
+type consoleSettings struct {
+	// Address of the console, such as 127.0.0.1:8444; without it, there is none.
+	Listen string `yaml:"listen" default:"off"`
+	// Address by which browsers reach it, such as "https://console.example.org";
+	// by default that of listen.
+	URL string `yaml:"url"`
+	// Further names by which browsers may reach it, without port. Requests for names
+	// that are not here are refused.
+	Names []string `yaml:"names"`
+	// PEM file of a certificate that browsers accept, with those between it and its
+	// root. It is read again when it changes. Without it, the console shows the CA's
+	// own X.509-SVID, of which browsers warn.
+	Certificate string `yaml:"certificate"`
+	// PEM file of the certificate's private key, mode 0600.
+	Key string `yaml:"key"`
+	// How long a login lasts.
+	SessionLife config.Duration `yaml:"session_life" default:"8h"`
+	// Let people sign in with single-use links, which `ca console link` makes; one
+	// is printed at the start.
+	OneTimeLink bool `yaml:"one_time_link" default:"false"`
+	// Let people sign in with certificates.
+	MTLS struct {
+		// X.509-SVIDs whose SPIFFE ID is that of an entry marked admin.
+		Admins bool `yaml:"admins" default:"false"`
+		// PEM file of CAs whose client certificates are looked at.
+		ClientCA string `yaml:"client_ca"`
+		// Their certificates that may look: by subject as RFC 4514 writes it, by DNS name,
+		// or by e-mail address.
+		Subjects []string `yaml:"subjects"`
+	} `yaml:"mtls"`
+	// Let people sign in with an OpenID Connect provider. It has to send browsers back
+	// to the console's address with /console/login/callback.
+	OIDC struct {
+		// Address of the provider, as in its tokens.
+		Issuer string `yaml:"issuer"`
+		// Name of the console at the provider.
+		ClientID string `yaml:"client_id"`
+		// File with the secret of the console at the provider, mode 0600; none for a
+		// public client.
+		ClientSecretFile string `yaml:"client_secret_file"`
+		// What to ask for beside openid.
+		Scopes []string `yaml:"scopes"`
+		// The claim with a person's groups.
+		GroupsClaim string `yaml:"groups_claim" default:"groups"`
+		// Subjects (the claim sub) that may look.
+		Subjects []string `yaml:"subjects"`
+		// Groups whose members may look.
+		Groups []string `yaml:"groups"`
+		// PEM file of the CAs that issue the provider's certificate; by default, those
+		// of the system.
+		CA string `yaml:"ca"`
+	} `yaml:"oidc"`
+}
+
 // nodeAttestation has one section for each method in plugins.go.
 type nodeAttestation struct {
 	// Single-use tokens made by `ca token create`. No settings.
@@ -151,6 +208,7 @@ type validated struct {
 	trustDomain spiffeid.TrustDomain
 	pins        [][sha256.Size]byte
 	witnesses   []tree.Witness
+	console     *consoleAccess // nil if there is none
 }
 
 // loadSettings reads path, lets the flags stand above it, fills in the
@@ -247,6 +305,9 @@ func (v *validated) check(file *config.File) error {
 	maxTTL := between("svid.max_ttl", &v.SVID.MaxTTL, identity.MaxTTL, identity.MinTTL, identity.MaxTTL)
 	between("svid.default_ttl", &v.SVID.DefaultTTL, min(time.Hour, maxTTL), identity.MinTTL, maxTTL)
 	nodeTTL := between("svid.node_ttl", &v.SVID.NodeTTL, 4*time.Hour, identity.MinTTL, identity.MaxTTL)
+	if a, on := v.Console.check(bad); on {
+		v.console = a
+	}
 	between("svid.backdate", &v.SVID.Backdate, 5*time.Minute, time.Second, time.Hour)
 	root := between("authority.root_life", &v.Authority.RootLife, 10*365*24*time.Hour, time.Hour, 30*365*24*time.Hour)
 	// An intermediate is replaced at half of its life, and what it signed then

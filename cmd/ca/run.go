@@ -56,7 +56,7 @@ folder, a root key (mode 0600) and a self-signed root.`,
 			if err != nil {
 				return err
 			}
-			return serve(cmd.Context(), v, logger)
+			return serve(cmd.Context(), v, cmd.OutOrStdout(), logger)
 		},
 	}
 	configFlags(cmd, &path, &o)
@@ -109,7 +109,7 @@ func newCheckCommand() *cobra.Command {
 //     new intermediate
 //  3. the server takes both, and the listeners are opened
 //  4. everything runs in one group; the first error ends all
-func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
+func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger) (err error) {
 	logger = logger.With("instance", v.Instance)
 	if err := cli.Harden(); err != nil {
 		logger.WarnContext(ctx, "process hardening is incomplete", "err", err)
@@ -208,11 +208,13 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	var web *webConsole
 	srv, err = server.New(ctx, server.Config{
 		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Anchor: anchor, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
 		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
 		Logger: logger, Registerer: registry, Health: tracker,
+		ConsoleLink: func(by string) (string, time.Time, error) { return web.link(by) },
 	})
 	if err != nil {
 		return err
@@ -226,6 +228,11 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen: %w", err), admin.Close())
 	}
+	if v.console != nil {
+		if web, err = openConsole(ctx, v, srv, authority, journal, proofs, index, registry, logger); err != nil {
+			return errors.Join(err, admin.Close(), listener.Close())
+		}
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
@@ -236,6 +243,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) (err error) {
 	}
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.AdminGRPC(), admin, shutdownTimeout) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, srv.GRPC(), listener, shutdownTimeout) })
+	if web != nil {
+		group.Go(func() error { return web.run(ctx, v.Console.OneTimeLink, out, logger) })
+	}
 	if v.MetricsListen != "off" {
 		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
 	}

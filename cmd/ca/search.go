@@ -23,6 +23,7 @@ type searchIndex struct {
 	records *store.Records // nil if it cannot be used
 	feed    *ledger.Feed
 	report  func(error)
+	tell    func() // after it has taken records; set before run
 	log     *slog.Logger
 }
 
@@ -31,7 +32,7 @@ type searchIndex struct {
 func openSearch(ctx context.Context, dataDir string, j *ledger.Journal, m *ledger.FeedMetrics, t *health.Tracker,
 	registry prometheus.Registerer, logger *slog.Logger,
 ) *searchIndex {
-	s := &searchIndex{log: logger, report: func(err error) {
+	s := &searchIndex{log: logger, tell: func() {}, report: func(err error) {
 		if err == nil {
 			t.Clear(conditionSearch)
 			return
@@ -45,8 +46,23 @@ func openSearch(ctx context.Context, dataDir string, j *ledger.Journal, m *ledge
 		s.fail(ctx, err)
 		return s
 	}
-	s.feed = ledger.NewFeed(j, "search", s.records, m, ledger.FeedOptions{Logger: logger, OnState: s.report})
+	s.feed = ledger.NewFeed(j, "search", telling{s.records, s}, m, ledger.FeedOptions{Logger: logger, OnState: s.report})
 	return s
+}
+
+// telling is the index as a sink that says when it has taken something.
+type telling struct {
+	*store.Records
+	index *searchIndex
+}
+
+// Put implements ledger.Sink.
+func (t telling) Put(ctx context.Context, entries []ledger.Entry) error {
+	err := t.Records.Put(ctx, entries)
+	if err == nil {
+		t.index.tell()
+	}
+	return err
 }
 
 func (s *searchIndex) fail(ctx context.Context, err error) {

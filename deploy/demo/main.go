@@ -50,6 +50,7 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	}
 	switch args[0] {
 	case "up":
+		config.ExtraCA = "console: {listen: '127.0.0.1:0', one_time_link: true}\n"
 		return withMesh(ctx, config, out, up)
 	case "story":
 		config.Rate, config.RequestsPerConnection = 100, 10

@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/shop/mesh"
 )
 
@@ -23,6 +24,11 @@ func up(ctx context.Context, m *mesh.Mesh, out io.Writer) error {
 	fmt.Fprintf(out, "• the shop is open; look around while it runs:\n"+
 		"    bin/ca status --admin-socket %[1]s/ca/admin.sock\n    bin/ca ledger tail --config %[1]s/ca/ca.yaml\n    bin/node-agent status --admin-socket %[1]s/agent/admin.sock\n",
 		link)
+	console, err := m.Console.CreateLink(ctx, new(adminv1.CreateLinkRequest))
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "• the console, for one browser on this machine, within ten minutes (which warns of the CA's own certificate):\n    %s\n    another link: bin/ca console link --admin-socket %s/ca/admin.sock\n", console.GetUrl(), link)
 	every := 10 * time.Second
 	if terminal(out) {
 		every = time.Second

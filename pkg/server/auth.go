@@ -68,6 +68,8 @@ var methods = map[string]role{
 	adminv1.AdminService_ConfirmClock_FullMethodName:       roleAdmin,
 	adminv1.AdminService_GetStatus_FullMethodName:          roleAdmin,
 
+	adminv1.ConsoleService_CreateLink_FullMethodName: roleAdmin,
+
 	adminv1.LedgerService_Find_FullMethodName:         roleAdmin,
 	adminv1.LedgerService_Who_FullMethodName:          roleAdmin,
 	adminv1.LedgerService_FirstSeen_FullMethodName:    roleAdmin,

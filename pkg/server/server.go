@@ -117,6 +117,9 @@ type Config struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 	Health     *health.Tracker
+	// ConsoleLink makes a link by which one browser can sign in to the console, once;
+	// its error says why not. It is nil if there is no console here.
+	ConsoleLink func(by string) (url string, ends time.Time, err error)
 }
 
 // Limits bound what callers may use up. Zero means the default.

@@ -55,6 +55,7 @@ func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
 	nodev1.RegisterNodeServiceServer(g, s.NodeService())
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
 	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
+	adminv1.RegisterConsoleServiceServer(g, &consoleService{s: s})
 	return g
 }
 
@@ -65,6 +66,7 @@ func (s *Server) AdminGRPC(opts ...grpc.ServerOption) *grpc.Server {
 	g := s.newGRPC(peer.Credentials(), append([]grpc.ServerOption{grpc.MaxRecvMsgSize(maxAdminMessage)}, opts...))
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
 	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
+	adminv1.RegisterConsoleServiceServer(g, &consoleService{s: s})
 	return g
 }
 
@@ -174,6 +176,37 @@ func (s *Server) clientIdentity(state *tls.ConnectionState) (spiffeid.ID, error)
 		return spiffeid.ID{}, fmt.Errorf("client certificate is for %s", id)
 	}
 	return id, nil
+}
+
+// Admin returns the SPIFFE ID of a client whose connection was made elsewhere, with
+// any certificate, if it proves to be that of an entry marked admin: its chain is
+// verified here, against the bundle of the moment.
+func (s *Server) Admin(state *tls.ConnectionState) (string, error) {
+	if len(state.PeerCertificates) == 0 || len(state.PeerCertificates) > maxClientChain {
+		return "", errors.New("client sent no certificate, or too many")
+	}
+	roots, between := x509.NewCertPool(), x509.NewCertPool()
+	bundle, _ := s.cfg.CA.Bundle()
+	for _, c := range bundle {
+		roots.AddCert(c)
+	}
+	for _, c := range state.PeerCertificates[1:] {
+		between.AddCert(c)
+	}
+	chains, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return "", err
+	}
+	id, err := s.clientIdentity(&tls.ConnectionState{PeerCertificates: state.PeerCertificates, VerifiedChains: chains})
+	if err != nil {
+		return "", err
+	}
+	if _, ok := s.registry.Entries().Admin(id.String()); !ok {
+		return "", fmt.Errorf("%s is not the identity of an entry marked admin", id)
+	}
+	return id.String(), nil
 }
 
 // tlsInfo is what a TLS connection proved.

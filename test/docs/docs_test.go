@@ -201,7 +201,11 @@ func TestMetrics(t *testing.T) {
 	}
 	dir := t.TempDir()
 	caMetrics, agentMetrics, listen := freeAddress(t), freeAddress(t), freeAddress(t)
-	start(t, "ca", "run", "--trust-domain", "example.org", "--data-dir", dir+"/ca", "--listen", listen,
+	config := filepath.Join(dir, "ca.yaml")
+	if err := os.WriteFile(config, []byte("trust_domain: example.org\nconsole: {listen: '127.0.0.1:0', one_time_link: true}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start(t, "ca", "run", "--config", config, "--data-dir", dir+"/ca", "--listen", listen,
 		"--admin-socket", dir+"/admin.sock", "--metrics-listen", caMetrics)
 	ca := scrape(t, caMetrics)
 	ctl := func(args ...string) []byte {

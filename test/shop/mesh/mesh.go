@@ -78,6 +78,8 @@ type Mesh struct {
 	CA    *Process
 	Agent *Process
 	Admin adminv1.AdminServiceClient
+	// Console makes links to the console, if ExtraCA has one.
+	Console adminv1.ConsoleServiceClient
 
 	conn          *grpc.ClientConn
 	caAddress     string
@@ -202,7 +204,7 @@ metrics_listen: %s
 	if err != nil {
 		return err
 	}
-	m.Admin = adminv1.NewAdminServiceClient(m.conn)
+	m.Admin, m.Console = adminv1.NewAdminServiceClient(m.conn), adminv1.NewConsoleServiceClient(m.conn)
 	return m.AwaitCA(ctx)
 }
 

@@ -1,0 +1,198 @@
+package console
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestAccess: who has shown nothing sees nothing.
+func TestAccess(t *testing.T) {
+	c := testConsole(t, &world{text: "secret-name"})
+	b := newBrowser(t, c)
+	for _, path := range pagePaths {
+		resp := b.status(http.StatusSeeOther, http.MethodGet, path, nil)
+		if to := resp.Header.Get("Location"); !strings.HasPrefix(to, loginPath+"?to=%2Fconsole%2F") || strings.Contains(resp.Body, "secret-name") {
+			t.Errorf("%s: to %s: want the login", path, to)
+		}
+	}
+	b.status(http.StatusUnauthorized, http.MethodGet, "/console/events", nil)
+	if page := b.status(http.StatusOK, http.MethodGet, loginPath, nil).Body; strings.Contains(page, "secret-name") {
+		t.Error("the login shows more than itself")
+	}
+	for _, forged := range []string{"", "x", strings.Repeat("A", 26)} {
+		b.cookies[sessionCookie] = forged
+		b.status(http.StatusSeeOther, http.MethodGet, "/console/", nil)
+	}
+}
+
+// TestLink: a link signs in once, not after its time, and looking at it uses nothing
+// up.
+func TestLink(t *testing.T) {
+	now := epoch
+	c := testConsole(t, &world{text: "x"}, func(c *Config) { c.Now = func() time.Time { return now } })
+	secret := token(t, c)
+	b := newBrowser(t, c)
+	for range 3 { // previews
+		if page := b.status(http.StatusOK, http.MethodGet, loginPath+"?token="+secret, nil).Body; !strings.Contains(page, secret) {
+			t.Error("the link offers no button")
+		}
+	}
+	resp := b.status(http.StatusSeeOther, http.MethodPost, loginPath+"/link", url.Values{"token": {secret}, "to": {"/console/ledger?event=issue"}})
+	if to := resp.Header.Get("Location"); to != "/console/ledger?event=issue" {
+		t.Errorf("goes to %q", to)
+	}
+	b.status(http.StatusOK, http.MethodGet, "/console/", nil)
+	newBrowser(t, c).status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {secret}})
+
+	late := token(t, c)
+	now = now.Add(linkLife)
+	newBrowser(t, c).status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {late}})
+
+	// The session ends at its time, and with the logout.
+	now = epoch.Add(8 * time.Hour)
+	b.status(http.StatusSeeOther, http.MethodGet, "/console/", nil)
+	b = newBrowser(t, c).signIn()
+	stolen := b.cookies[sessionCookie]
+	b.status(http.StatusSeeOther, http.MethodPost, "/console/logout", url.Values{})
+	b.cookies[sessionCookie] = stolen
+	b.status(http.StatusSeeOther, http.MethodGet, "/console/", nil)
+
+	for range maxLinks {
+		if _, _, err := c.NewLink("uid:0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := c.NewLink("uid:0"); !errors.Is(err, errTooManyLinks) {
+		t.Errorf("one more link: %v", err)
+	}
+	off := testConsole(t, &world{}, func(c *Config) { c.Access = Access{} })
+	if _, _, err := off.NewLink("uid:0"); !errors.Is(err, ErrNoLinks) {
+		t.Errorf("links are off: %v", err)
+	}
+}
+
+// TestForgedForms: no other site can sign somebody in or out.
+func TestForgedForms(t *testing.T) {
+	c := testConsole(t, &world{text: "x"})
+	b := newBrowser(t, c).signIn()
+	b.change = func(r *http.Request) { r.Header.Set("Sec-Fetch-Site", "cross-site") }
+	b.status(http.StatusForbidden, http.MethodPost, "/console/logout", url.Values{})
+	b.status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {token(t, c)}})
+	b.change = func(r *http.Request) { r.Header.Set("Origin", "https://evil.example") }
+	b.status(http.StatusForbidden, http.MethodPost, "/console/logout", url.Values{})
+	b.change = nil
+	b.status(http.StatusOK, http.MethodGet, "/console/", nil)
+}
+
+// TestHost: a name that somebody else points here is refused (DNS rebinding).
+func TestHost(t *testing.T) {
+	c := testConsole(t, &world{text: "x"}, func(c *Config) { c.Names = []string{host, "127.0.0.1", "::1"} })
+	b := newBrowser(t, c).signIn()
+	for name, want := range map[string]int{
+		host: http.StatusOK, host + ":8444": http.StatusOK, "CONSOLE.example.org.": http.StatusOK, "127.0.0.1:1": http.StatusOK, "[::1]:8444": http.StatusOK,
+		"evil.example": http.StatusMisdirectedRequest, "localhost": http.StatusMisdirectedRequest, "": http.StatusMisdirectedRequest,
+		host + ".evil.example": http.StatusMisdirectedRequest, "127.0.0.2": http.StatusMisdirectedRequest,
+	} {
+		b.change = func(r *http.Request) { r.Host = name }
+		b.status(want, http.MethodGet, "/console/", nil)
+	}
+}
+
+func TestLocal(t *testing.T) {
+	for _, elsewhere := range []string{
+		"", "/", "//evil.example", "https://evil.example/console/", "/console", "/consolex/", `/console/\evil`, "/console//evil.example", "/console/login",
+		"/console/events", "/console/a b", "/console/\r\nX: y", "javascript:alert(1)", "/console/ü", "/console/" + strings.Repeat("a", maxURLBytes),
+	} {
+		if got := local(elsewhere); got != "/console/" {
+			t.Errorf("local(%.40q) = %q", elsewhere, got)
+		}
+	}
+	for _, ours := range []string{"/console/", "/console/ledger?identity=spiffe%3A%2F%2Fexample.org%2Fa", "/console/ledger/7"} {
+		if got := local(ours); got != ours {
+			t.Errorf("local(%q) = %q", ours, got)
+		}
+	}
+}
+
+func TestTries(t *testing.T) {
+	now := epoch
+	c := testConsole(t, &world{text: "x"}, func(c *Config) { c.Now = func() time.Time { return now } })
+	b := newBrowser(t, c)
+	for range maxTries {
+		b.status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {"wrong"}})
+	}
+	good := token(t, c)
+	b.status(http.StatusTooManyRequests, http.MethodPost, loginPath+"/link", url.Values{"token": {good}})
+	b.change = func(r *http.Request) { r.RemoteAddr = "198.51.100.7:1" } // somebody else is not in the way
+	b.status(http.StatusSeeOther, http.MethodPost, loginPath+"/link", url.Values{"token": {good}})
+	now = now.Add(triesPer)
+	if !c.tries.take("192.0.2.1:1", now) {
+		t.Error("still refused after a minute")
+	}
+	for i := range 3 * maxAddresses {
+		c.tries.take(string(rune('a'+i%26))+strings.Repeat("x", i%100)+string(rune(i)), now)
+	}
+	if n := len(c.tries.count); n > maxAddresses+1 {
+		t.Errorf("%d addresses are remembered", n)
+	}
+}
+
+func TestSessionsAreBounded(t *testing.T) {
+	s := newSessions(time.Hour)
+	first := s.add(user{name: "first"}, epoch)
+	var last string
+	for i := range maxSessions {
+		last = s.add(user{name: "u"}, epoch.Add(time.Duration(i+1)*time.Millisecond))
+	}
+	if s.count() != maxSessions {
+		t.Errorf("%d sessions", s.count())
+	}
+	if _, ok := s.get(first, epoch); ok {
+		t.Error("the oldest is still there")
+	}
+	if _, ok := s.get(last, epoch); !ok {
+		t.Error("the newest is not there")
+	}
+}
+
+// TestCertificates: only the configured CA's, only the named subjects, only while
+// they are valid; and X.509-SVIDs as the server judges them.
+func TestCertificates(t *testing.T) {
+	ca, other := newTestCA(t), newTestCA(t)
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.cert)
+	svid := ca.issue(t, "an svid", x509.ExtKeyUsageClientAuth, epoch.Add(time.Hour))
+	c := testConsole(t, &world{text: "x"}, func(c *Config) {
+		c.Access = Access{ClientCAs: pool, Subjects: []string{"CN=alice", "bob@example.org"}, Admin: func(s *tls.ConnectionState) (string, error) {
+			if s.PeerCertificates[0].Equal(svid) {
+				return "spiffe://example.org/admin", nil
+			}
+			return "", errors.New("no admin")
+		}}
+	})
+	for name, tc := range map[string]struct {
+		cert *x509.Certificate
+		want int
+	}{
+		"named":         {ca.issue(t, "alice", x509.ExtKeyUsageClientAuth, epoch.Add(time.Hour)), http.StatusOK},
+		"an admin":      {svid, http.StatusOK},
+		"not named":     {ca.issue(t, "mallory", x509.ExtKeyUsageClientAuth, epoch.Add(time.Hour)), http.StatusSeeOther},
+		"another ca":    {other.issue(t, "alice", x509.ExtKeyUsageClientAuth, epoch.Add(time.Hour)), http.StatusSeeOther},
+		"expired":       {ca.issue(t, "alice", x509.ExtKeyUsageClientAuth, epoch.Add(-time.Minute)), http.StatusSeeOther},
+		"of a server":   {ca.issue(t, "alice", x509.ExtKeyUsageServerAuth, epoch.Add(time.Hour)), http.StatusSeeOther},
+		"the ca itself": {ca.cert, http.StatusSeeOther},
+	} {
+		b := newBrowser(t, c)
+		b.tls = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{tc.cert}}
+		t.Run(name, func(t *testing.T) {
+			b.t = t
+			b.status(tc.want, http.MethodGet, "/console/", nil)
+		})
+	}
+}
