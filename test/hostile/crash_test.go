@@ -61,18 +61,25 @@ type customers struct {
 	received [][]byte   // leaves, as DER
 }
 
+// maxBatch is what a customer asks for at once, at most.
+const maxBatch = 4
+
 // newCustomers starts n of them.
 func newCustomers(t *testing.T, ca *local.CA, n int) *customers {
 	t.Helper()
 	c := &customers{}
 	ctx, cancel := context.WithCancel(t.Context())
 	c.cancel = cancel
-	_, request := csr(t)
 	for i := range n {
+		var requests [][]byte // a key is of one instance
+		for range maxBatch {
+			_, request := csr(t)
+			requests = append(requests, request)
+		}
 		r := join(t, ca, fmt.Sprint("customer-", i))
 		c.keep(r.chain[0])
 		conn := r.dial(t, ca, tlsTo(r.roots, r))
-		c.wg.Go(func() { c.ask(ctx, conn, request, i) })
+		c.wg.Go(func() { c.ask(ctx, conn, requests, i) })
 	}
 	t.Cleanup(c.stop)
 	return c
@@ -92,13 +99,13 @@ func (c *customers) keep(leaf []byte) {
 
 // ask asks for one to four at once until ctx ends. A call that fails is forgotten:
 // what it would have returned was not received by anybody.
-func (c *customers) ask(ctx context.Context, conn *grpc.ClientConn, request []byte, n int) {
+func (c *customers) ask(ctx context.Context, conn *grpc.ClientConn, requests [][]byte, n int) {
 	client := nodev1.NewNodeServiceClient(conn)
 	for round := 0; ctx.Err() == nil; round++ {
-		items := make([]*nodev1.IssueItem, 1+(n+round)%4)
+		items := make([]*nodev1.IssueItem, 1+(n+round)%maxBatch)
 		for i := range items {
 			items[i] = &nodev1.IssueItem{
-				Entry: "bob", Csr: request, Instance: fmt.Sprintf("unix:%d:%d", n, i), Kind: nodev1.IssueKind_ISSUE_KIND_FIRST,
+				Entry: "bob", Csr: requests[i], Instance: fmt.Sprintf("unix:%d:%d", n, i), Kind: nodev1.IssueKind_ISSUE_KIND_FIRST,
 				Workload: &attributesv1.Workload{Unix: &attributesv1.Unix{Uid: int64(bob), Gid: int64(bob), Path: "/bin/x"}},
 			}
 		}
