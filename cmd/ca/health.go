@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/tree"
@@ -17,6 +18,7 @@ const (
 	conditionLedger    = "ledger"
 	conditionTree      = "ledger_tree"
 	conditionWitness   = "ledger_witness"
+	conditionRootKey   = "root_key"
 )
 
 // healthInterval is how often the authority and the journal are looked at.
@@ -66,4 +68,41 @@ func watchHealth(ctx context.Context, authority *ca.CA, journal *ledger.Journal,
 		case <-ticker.C:
 		}
 	}
+}
+
+// trustStore has the roots; *store.DB has it.
+type trustStore interface {
+	Trust(ctx context.Context) (ca.Trust, error)
+}
+
+// watchKeys keeps the condition of the roots' keys until ctx ends: a CA that runs
+// goes on without their files, and cannot be started again.
+func watchKeys(ctx context.Context, trust trustStore, from keys.Store, t *health.Tracker) error {
+	ticker := time.NewTicker(healthInterval)
+	defer ticker.Stop()
+	for {
+		report(t, conditionRootKey, checkKeys(ctx, trust, from), nil)
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// checkKeys opens the key of each root that is or may be signed with.
+func checkKeys(ctx context.Context, trust trustStore, from keys.Store) error {
+	now, err := trust.Trust(ctx)
+	if err != nil {
+		return fmt.Errorf("look for the roots' keys: %w", err)
+	}
+	for _, r := range now.Roots {
+		if r.Key == "" || r.State != ca.StateActive && r.State != ca.StatePrepared {
+			continue
+		}
+		if _, err := from.Open(ctx, r.Key); err != nil {
+			return fmt.Errorf("the CA runs, and cannot be started again: put the root's key back: %w", err)
+		}
+	}
+	return nil
 }

@@ -52,7 +52,7 @@ func nodeID(ctx context.Context, c *clientFlags, name string) (string, error) {
 func newNodeList(c *clientFlags) *cobra.Command {
 	return listing(c, &cobra.Command{Short: "Show the nodes that attested, and what is in force there"},
 		adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{},
-		[]string{"NODE", "STATE", "CONNECTED", "REVISION", "ACKED/STREAMS", "SVID EXPIRES", "AGENT"},
+		[]string{"NODE", "STATE", "CONNECTED", "REVISION", "ACKED/STREAMS", "SVID EXPIRES", "CLOCK", "AGENT"},
 		func(answer *adminv1.ListNodesResponse) (rows [][]string) {
 			now := time.Now()
 			for _, n := range answer.GetNodes() {
@@ -67,11 +67,19 @@ func newNodeList(c *clientFlags) *cobra.Command {
 				rows = append(rows, []string{
 					n.GetId(), state, connected, fmt.Sprint(n.GetRevision()),
 					fmt.Sprintf("%d/%d", n.GetStreamsAcknowledged(), n.GetStreams()),
-					cli.Until(now, n.GetSvidNotAfter().AsTime()), n.GetAgentVersion(),
+					cli.Until(now, n.GetSvidNotAfter().AsTime()), clockText(n.GetClockSkew()), n.GetAgentVersion(),
 				})
 			}
 			return rows
 		})
+}
+
+// clockText says how far a node's clock is ahead of the CA's.
+func clockText(skew *durationpb.Duration) string {
+	if skew == nil {
+		return "-"
+	}
+	return fmt.Sprintf("%+.1fs", skew.AsDuration().Seconds())
 }
 
 func newNodeEvict(c *clientFlags) *cobra.Command {

@@ -125,7 +125,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionSearch}, exportConditions(exports))...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionRootKey, conditionSearch}, exportConditions(exports))...)
 	if err != nil {
 		return err
 	}
@@ -184,10 +184,11 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		}
 	}
 
+	rootKeys := keys.File(filepath.Join(v.DataDir, "keys"))
 	guard := clock.NewGuard(clock.Read)
 	var srv *server.Server
 	authority, err := ca.Open(ctx, ca.Config{
-		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: keys.File(filepath.Join(v.DataDir, "keys")), Store: db, Ledger: journal,
+		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: rootKeys, Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		Upstream: above, Logger: logger, Registerer: registry,
@@ -237,6 +238,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { index.run(ctx); return nil })
+	group.Go(func() error { return watchKeys(ctx, db, rootKeys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })

@@ -79,6 +79,7 @@ const (
 	condBundle   = "trust_bundle"
 	condSealed   = "sealed_cache"
 	condClock    = "clock"
+	condSkew     = "clock_skew"
 	condCapacity = "capacity"
 	condWorkload = "workload_attestation"
 )
@@ -86,7 +87,7 @@ const (
 // Conditions are the names of the health conditions that an agent reports.
 var Conditions = []string{
 	condNode, condCA, condStale, condRenewal, condEntries,
-	condBundle, condSealed, condClock, condCapacity, condWorkload,
+	condBundle, condSealed, condClock, condSkew, condCapacity, condWorkload,
 }
 
 const (
@@ -141,6 +142,7 @@ type Agent struct {
 	reattest bool         // the CA does not accept own any more
 
 	session   *session // nil while there is none
+	skew      skew
 	since     time.Time
 	lastError string
 	flights   int       // batches on their way

@@ -137,13 +137,15 @@ var (
 	descUnreachable = prometheus.NewDesc("meshid_agent_ca_unreachable_seconds",
 		"How long there has been no session with the CA; 0 while there is one.", nil, nil)
 	descRevision = prometheus.NewDesc("meshid_agent_revision", "Revision of the entries in force.", nil, nil)
-	descBundle   = prometheus.NewDesc("meshid_agent_bundle_sequence", "Sequence of the trust bundle in force.", nil, nil)
+	descSkew     = prometheus.NewDesc("meshid_agent_clock_skew_seconds",
+		"How far this machine's clock is ahead of the CA's; 0 while it is not known.", nil, nil)
+	descBundle = prometheus.NewDesc("meshid_agent_bundle_sequence", "Sequence of the trust bundle in force.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descSVIDs, descIdents, descInstances, descStreams, descNotAfter, descStale, descUnreachable, descRevision, descBundle,
+		descSVIDs, descIdents, descInstances, descStreams, descNotAfter, descStale, descUnreachable, descRevision, descBundle, descSkew,
 	} {
 		ch <- d
 	}
@@ -160,6 +162,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	if a.bundle != nil {
 		sequence = a.bundle.Sequence
 	}
+	ahead := a.skew.by
 	unreachable := time.Duration(0)
 	if a.session == nil {
 		unreachable = now.Sub(a.since)
@@ -182,6 +185,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		{descUnreachable, unreachable.Seconds()},
 		{descRevision, float64(revision)},
 		{descBundle, float64(sequence)},
+		{descSkew, ahead.Seconds()},
 	} {
 		ch <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, g.value)
 	}

@@ -149,6 +149,7 @@ func (a *Agent) install(next *session) {
 	a.mu.Lock()
 	old := a.session
 	a.session = next
+	a.skew.next = time.Time{}
 	if next != nil {
 		if old == nil {
 			a.since = time.Now()

@@ -18,12 +18,15 @@ type Status struct {
 	// Since is when the session with the CA began or ended.
 	Since time.Time `json:"since"`
 	// LastError is why there is no session.
-	LastError      string `json:"last_error,omitempty"`
-	Epoch          string `json:"epoch"`
-	Revision       uint64 `json:"revision"`
-	BundleSequence uint64 `json:"bundle_sequence"`
-	Roots          int    `json:"roots"`
-	Entries        int    `json:"entries"`
+	LastError string `json:"last_error,omitempty"`
+	// ClockSkewSeconds is how far this machine's clock is ahead of the CA's;
+	// absent while it is not known.
+	ClockSkewSeconds *float64 `json:"clock_skew_seconds,omitempty"`
+	Epoch            string   `json:"epoch"`
+	Revision         uint64   `json:"revision"`
+	BundleSequence   uint64   `json:"bundle_sequence"`
+	Roots            int      `json:"roots"`
+	Entries          int      `json:"entries"`
 	// Skipped are entries that this agent cannot compile.
 	Skipped int `json:"entries_skipped"`
 	// NotAfter and RenewAt are those of the agent's own X.509-SVID.
@@ -83,6 +86,10 @@ func (a *Agent) Status() Status {
 		Streams:     len(a.streams),
 		Instances:   []InstanceStatus{},
 		Conditions:  a.cfg.Health.Conditions(),
+	}
+	if a.skew.known {
+		by := a.skew.by.Seconds()
+		s.ClockSkewSeconds = &by
 	}
 	if a.entries != nil {
 		s.Entries, s.Skipped = a.entries.Len(), len(a.raw)-a.entries.Len()

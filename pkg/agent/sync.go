@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -81,6 +82,8 @@ func (a *Agent) receive(ctx context.Context, stream syncStream) error {
 			a.rotate(ctx, m.Rotate)
 		case *nodev1.SyncResponse_Inspect:
 			a.inspect(ctx, m.Inspect, inspections)
+		case *nodev1.SyncResponse_Clock:
+			a.noteClock(m.Clock)
 		default:
 			// A newer CA may say more than this agent understands.
 			a.log.WarnContext(ctx, "message of the ca is not understood")
@@ -333,6 +336,8 @@ func (a *Agent) answer(i *nodev1.Inspected) {
 // stream has ended.
 func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 	var lastAcks time.Time
+	ask := time.NewTicker(skewEvery)
+	defer ask.Stop()
 	for {
 		now := time.Now()
 		messages, ended, later := a.collect(now.Sub(lastAcks))
@@ -358,6 +363,10 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 			return context.Cause(ctx)
 		case <-a.up:
 		case <-timer:
+		case <-ask.C:
+			a.mu.Lock()
+			a.report.applied = true
+			a.mu.Unlock()
 		}
 	}
 }
@@ -374,6 +383,12 @@ func (a *Agent) collect(since time.Duration) (messages []*nodev1.SyncRequest, en
 		m := &nodev1.Applied{Revision: a.revision}
 		if a.bundle != nil {
 			m.BundleSequence = a.bundle.Sequence
+		}
+		if sent, due := a.skew.ask(time.Now()); due {
+			m.Sent = timestamppb.New(sent)
+		}
+		if a.skew.known {
+			m.ClockSkew = durationpb.New(a.skew.by)
 		}
 		messages = append(messages, &nodev1.SyncRequest{Message: &nodev1.SyncRequest_Applied{Applied: m}})
 	}

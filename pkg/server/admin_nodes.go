@@ -185,7 +185,7 @@ func (a *adminService) ListNodes(context.Context, *adminv1.ListNodesRequest) (*a
 			force := session.inForce()
 			node.Connected = true
 			node.Revision, node.BundleSequence = force.revision, force.bundleSequence
-			node.Streams, node.StreamsAcknowledged = force.streams, force.acknowledged
+			node.Streams, node.StreamsAcknowledged, node.ClockSkew = force.streams, force.acknowledged, force.clockSkew
 			if hello, ok := session.opened(); ok && hello.GetAgentVersion() != "" {
 				node.AgentVersion = hello.GetAgentVersion()
 			}

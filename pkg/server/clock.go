@@ -8,6 +8,8 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -111,4 +113,27 @@ func (a *adminService) ConfirmClock(ctx context.Context, _ *adminv1.ConfirmClock
 	s.cfg.Health.Clear(conditionClock)
 	s.log.WarnContext(ctx, "clock was confirmed", "actor", c.actor, "err", jump, "request_id", c.requestID)
 	return &adminv1.ConfirmClockResponse{Time: timestamppb.Now(), By: durationpb.New(by)}, nil
+}
+
+// maxSkew is what the clocks of agents may differ by before it is a condition.
+const maxSkew = 30 * time.Second
+
+// reportSkew keeps the condition about the clocks of the nodes that are connected.
+func (s *Server) reportSkew() {
+	var wrong []string
+	for _, session := range s.hub.all() {
+		if skew := session.inForce().clockSkew.AsDuration(); skew.Abs() > maxSkew {
+			wrong = append(wrong, fmt.Sprintf("%s (%+.0f s)", session.nodeID, skew.Seconds()))
+		}
+	}
+	if len(wrong) == 0 {
+		s.cfg.Health.Clear(conditionSkew)
+		return
+	}
+	const shown = 3
+	text := strings.Join(wrong[:min(len(wrong), shown)], ", ")
+	if len(wrong) > shown {
+		text += fmt.Sprintf(" and %d more", len(wrong)-shown)
+	}
+	s.cfg.Health.Set(conditionSkew, health.Warning, "clocks of nodes are not the CA's: "+text+": set those that are wrong")
 }

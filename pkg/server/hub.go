@@ -8,6 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/ca/rotation"
@@ -137,6 +139,7 @@ type session struct {
 	evicted  *nodev1.Evicted
 	rotate   *nodev1.Rotate
 	inspects []*nodev1.Inspect
+	clock    *nodev1.Clock // likewise
 	// inspections are waited for, by request.
 	inspections map[uint64]chan *nodev1.Inspected
 	nextRequest uint64
@@ -159,6 +162,9 @@ type inForce struct {
 	held     map[string]uint32
 	counted  bool
 	reported bool
+	// clockSkew is how far the agent says that its clock is ahead; nil if it does
+	// not.
+	clockSkew *durationpb.Duration
 }
 
 func (s *session) poke() {
@@ -250,12 +256,12 @@ func (s *session) eviction() *nodev1.Evicted {
 }
 
 // takeOrders returns what is still to be sent, once.
-func (s *session) takeOrders() (rotate *nodev1.Rotate, inspects []*nodev1.Inspect) {
+func (s *session) takeOrders() (rotate *nodev1.Rotate, inspects []*nodev1.Inspect, clock *nodev1.Clock) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	rotate, inspects = s.rotate, s.inspects
-	s.rotate, s.inspects = nil, nil
-	return rotate, inspects
+	rotate, inspects, clock = s.rotate, s.inspects, s.clock
+	s.rotate, s.inspects, s.clock = nil, nil, nil
+	return rotate, inspects, clock
 }
 
 // opened returns Hello once it has come.

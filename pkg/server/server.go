@@ -33,13 +33,15 @@ import (
 )
 
 // Conditions are the names of what this package reports to its health.Tracker.
-var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded}
+var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded, conditionSkew}
 
 const (
 	// conditionEntries: some stored entries do not compile and are not in force.
 	conditionEntries = "entries"
 	// conditionUnrecorded: what is in the store is not what was recorded.
 	conditionUnrecorded = "store_unrecorded"
+	// conditionSkew: clocks of nodes are not the CA's.
+	conditionSkew = "agent_clocks"
 	// conditionClone: an agent presented an X.509-SVID that it had replaced.
 	conditionClone = "agent_clone"
 	// conditionStore: what is noted about nodes cannot be written.
@@ -301,7 +303,7 @@ func (s *Server) reportBroken() {
 	broken := s.registry.Entries().Broken
 	foreign := s.cfg.Anchor.differences(s.registry.Entries())
 	if len(foreign) > 0 {
-		s.cfg.Health.Set(conditionUnrecorded, health.Error, "somebody has written to the database; these entries are not what the ledger says, "+
+		s.cfg.Health.Set(conditionUnrecorded, health.Warning, "somebody has written to the database; these entries are not what the ledger says, "+
 			"and are not in force: "+strings.Join(foreign, ", ")+". Apply them again, then delete those that are not wanted")
 	} else {
 		s.cfg.Health.Clear(conditionUnrecorded)
@@ -369,6 +371,7 @@ func (s *Server) noteBundle(ctx context.Context) {
 // flush writes down what was noted about nodes and refusals.
 func (s *Server) flush(ctx context.Context) {
 	s.flushRefusals(ctx)
+	s.reportSkew()
 	touched := s.registry.TakeTouched()
 	if len(touched) == 0 {
 		return

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
@@ -112,6 +113,13 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 	case *nodev1.SyncRequest_Applied:
 		session.force.revision = m.Applied.GetRevision()
 		session.force.bundleSequence = m.Applied.GetBundleSequence()
+		if skew := m.Applied.GetClockSkew(); skew.IsValid() {
+			session.force.clockSkew = skew
+		}
+		if sent := m.Applied.GetSent(); sent.IsValid() {
+			session.clock = &nodev1.Clock{Sent: sent, Received: timestamppb.Now()}
+			session.poke()
+		}
 		s.cfg.CA.FleetChanged()
 	case *nodev1.SyncRequest_BundleAcks:
 		if err := session.force.acks(m.BundleAcks); err != nil {
@@ -233,7 +241,12 @@ func (s *sender) sendNew() (evicted bool, err error) {
 	if !ok {
 		return false, nil
 	}
-	rotate, inspects := s.session.takeOrders()
+	rotate, inspects, clock := s.session.takeOrders()
+	if clock != nil {
+		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Clock{Clock: clock}}); err != nil {
+			return false, err
+		}
+	}
 	if bundle := s.s.bundle(); !s.bundled || bundle.GetSequence() != s.sequence {
 		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Bundle{Bundle: bundle}}); err != nil {
 			return false, err

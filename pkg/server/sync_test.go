@@ -362,11 +362,11 @@ func TestOrdersMerge(t *testing.T) {
 		for _, authority := range tt.orders {
 			s.order(&nodev1.Rotate{Authority: authority})
 		}
-		r, _ := s.takeOrders()
+		r, _, _ := s.takeOrders()
 		if r.GetAuthority() != tt.want {
 			t.Errorf("%v: %q", tt.orders, r.GetAuthority())
 		}
-		if r, _ := s.takeOrders(); r != nil {
+		if r, _, _ := s.takeOrders(); r != nil {
 			t.Errorf("%v: sent twice", tt.orders)
 		}
 	}

@@ -3,6 +3,7 @@ package hostile
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
 )
@@ -112,6 +114,18 @@ func TestFault_F29_KeyDeleted(t *testing.T) {
 	if id := fetch(t, agent); id != "spiffe://example.org/root" {
 		t.Errorf("while the CA runs: %q", id)
 	}
+	local.Await(t, "wait for the alarm", func(ctx context.Context) error {
+		s, err := ca.Admin.GetStatus(ctx, &adminv1.GetStatusRequest{})
+		if err != nil {
+			return err
+		}
+		for _, c := range s.GetConditions() {
+			if c.GetName() == "root_key" && strings.Contains(c.GetMessage(), "put the root's key back") {
+				return nil
+			}
+		}
+		return fmt.Errorf("conditions are %v", s.GetConditions())
+	})
 	must(t, ca.Stop(t))
 	before := len(ca.Log())
 	ca.Start(t)

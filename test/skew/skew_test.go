@@ -14,11 +14,13 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math"
 	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -28,6 +30,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/meshid/meshid/pkg/health"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
@@ -316,6 +319,56 @@ func TestFault_F46_AgentAnHourWrong(t *testing.T) {
 			})
 			c.Step(t, 0)
 			fetch(t, a, "the renewal, once the clock is right", renewed(c, old))
+		})
+	}
+}
+
+// An agent's clock is too far from the CA's: the agent says by how much, and so does
+// the CA; when it is set right, so it is again.
+func TestFault_F46_SkewIsReported(t *testing.T) {
+	for _, by := range []time.Duration{45 * time.Second, -2 * time.Minute} {
+		t.Run(by.String(), func(t *testing.T) {
+			c := stepclock.New(t)
+			c.Step(t, by)
+			ca := local.StartCA(t, local.CAOptions{})
+			a := ca.StartAgent(t, "web-1", local.AgentOptions{Wrap: c.Wrap()})
+			reported := func(by time.Duration, warned bool) {
+				t.Helper()
+				local.Await(t, "wait for the report", func(ctx context.Context) error {
+					s, err := a.Status(ctx, t)
+					if err != nil {
+						return err
+					}
+					if s.ClockSkewSeconds == nil || math.Abs(*s.ClockSkewSeconds-by.Seconds()) > 10 {
+						return fmt.Errorf("the agent does not know that it is %s ahead", by)
+					}
+					if i := slices.IndexFunc(s.Conditions, func(c health.Condition) bool { return c.Name == "clock_skew" }); (s.Conditions[i].Message != "") != warned {
+						return fmt.Errorf("the condition is %v", s.Conditions[i])
+					}
+					nodes, err := ca.Admin.ListNodes(ctx, &adminv1.ListNodesRequest{})
+					if err != nil {
+						return err
+					}
+					if skew := nodes.GetNodes()[0].GetClockSkew(); skew == nil || (skew.AsDuration()-by).Abs() > 10*time.Second {
+						return fmt.Errorf("the CA knows of %v", skew)
+					}
+					status, err := ca.Admin.GetStatus(ctx, &adminv1.GetStatusRequest{})
+					if err != nil {
+						return err
+					}
+					for _, c := range status.GetConditions() {
+						if c.GetName() == "agent_clocks" && (c.GetMessage() != "") != warned {
+							return fmt.Errorf("the CA's condition is %v", c)
+						}
+					}
+					return nil
+				})
+			}
+			reported(by, true)
+			c.Step(t, 0)
+			ca.Kill() // a new session asks at once
+			ca.Start(t)
+			reported(0, false)
 		})
 	}
 }

@@ -1031,8 +1031,10 @@ type Node struct {
 	BundleSequence      uint64                 `protobuf:"varint,12,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	Streams             uint32                 `protobuf:"varint,13,opt,name=streams,proto3" json:"streams,omitempty"`
 	StreamsAcknowledged uint32                 `protobuf:"varint,14,opt,name=streams_acknowledged,json=streamsAcknowledged,proto3" json:"streams_acknowledged,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// How far the node's clock is ahead of the CA's; absent while it is not known.
+	ClockSkew     *durationpb.Duration `protobuf:"bytes,15,opt,name=clock_skew,json=clockSkew,proto3" json:"clock_skew,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
@@ -1161,6 +1163,13 @@ func (x *Node) GetStreamsAcknowledged() uint32 {
 		return x.StreamsAcknowledged
 	}
 	return 0
+}
+
+func (x *Node) GetClockSkew() *durationpb.Duration {
+	if x != nil {
+		return x.ClockSkew
+	}
+	return nil
 }
 
 type ListNodesRequest struct {
@@ -3022,7 +3031,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"$\n" +
 	"\x12DeleteTokenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x15\n" +
-	"\x13DeleteTokenResponse\"\x9a\x04\n" +
+	"\x13DeleteTokenResponse\"\xd4\x04\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12:\n" +
 	"\n" +
@@ -3042,7 +3051,9 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\brevision\x18\v \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\f \x01(\x04R\x0ebundleSequence\x12\x18\n" +
 	"\astreams\x18\r \x01(\rR\astreams\x121\n" +
-	"\x14streams_acknowledged\x18\x0e \x01(\rR\x13streamsAcknowledged\"\x12\n" +
+	"\x14streams_acknowledged\x18\x0e \x01(\rR\x13streamsAcknowledged\x128\n" +
+	"\n" +
+	"clock_skew\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\tclockSkew\"\x12\n" +
 	"\x10ListNodesRequest\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.meshid.admin.v1.NodeR\x05nodes\":\n" +
@@ -3256,75 +3267,76 @@ var file_proto_admin_v1_admin_proto_depIdxs = []int32{
 	54, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
 	51, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
 	51, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	18, // 17: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	51, // 18: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	51, // 19: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	30, // 20: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	52, // 21: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	30, // 22: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	38, // 23: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	38, // 24: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	39, // 25: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	40, // 26: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	51, // 27: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	51, // 28: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	51, // 29: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	51, // 30: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	51, // 31: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	52, // 32: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	51, // 33: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	45, // 34: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	52, // 35: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	51, // 36: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	53, // 37: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	53, // 38: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	51, // 39: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	50, // 40: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 41: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 42: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 43: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 44: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 45: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 46: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 47: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 48: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 49: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 50: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 51: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 52: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	27, // 53: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	29, // 54: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	32, // 55: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	34, // 56: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	36, // 57: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	41, // 58: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 59: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	43, // 60: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 61: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 62: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 63: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 64: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 65: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 66: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 67: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 68: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 69: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 70: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 71: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 72: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	28, // 73: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	31, // 74: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	33, // 75: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	35, // 76: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	37, // 77: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	42, // 78: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 79: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	44, // 80: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	61, // [61:81] is the sub-list for method output_type
-	41, // [41:61] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	52, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
+	51, // 19: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	51, // 20: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	30, // 21: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	52, // 22: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	30, // 23: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	38, // 24: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	38, // 25: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	39, // 26: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	40, // 27: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	51, // 28: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	51, // 29: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	51, // 30: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	51, // 31: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	51, // 32: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	52, // 33: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	51, // 34: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	45, // 35: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	52, // 36: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	51, // 37: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	53, // 38: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	53, // 39: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	51, // 40: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	50, // 41: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 42: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 43: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 44: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 45: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 46: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 47: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 48: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 49: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 50: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 51: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 52: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 53: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	27, // 54: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	29, // 55: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	32, // 56: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	34, // 57: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	36, // 58: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	41, // 59: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 60: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	43, // 61: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 62: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 63: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 64: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 65: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 66: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 67: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 68: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 69: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 70: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 71: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 72: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 73: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	28, // 74: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	31, // 75: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	33, // 76: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	35, // 77: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	37, // 78: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	42, // 79: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 80: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	44, // 81: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	62, // [62:82] is the sub-list for method output_type
+	42, // [42:62] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }

@@ -822,8 +822,12 @@ type Applied struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Revision       uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	BundleSequence uint64                 `protobuf:"varint,2,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// If present, the agent's clock when it sent this: the CA answers with Clock.
+	Sent *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=sent,proto3" json:"sent,omitempty"`
+	// How far the agent's clock is ahead of the CA's; absent while it is not known.
+	ClockSkew     *durationpb.Duration `protobuf:"bytes,4,opt,name=clock_skew,json=clockSkew,proto3" json:"clock_skew,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Applied) Reset() {
@@ -868,6 +872,20 @@ func (x *Applied) GetBundleSequence() uint64 {
 		return x.BundleSequence
 	}
 	return 0
+}
+
+func (x *Applied) GetSent() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Sent
+	}
+	return nil
+}
+
+func (x *Applied) GetClockSkew() *durationpb.Duration {
+	if x != nil {
+		return x.ClockSkew
+	}
+	return nil
 }
 
 // BundleAcks says how many of the open streams to proxies and workloads have
@@ -1202,6 +1220,7 @@ type SyncResponse struct {
 	//	*SyncResponse_Evicted
 	//	*SyncResponse_Rotate
 	//	*SyncResponse_Inspect
+	//	*SyncResponse_Clock
 	Message       isSyncResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1298,6 +1317,15 @@ func (x *SyncResponse) GetInspect() *Inspect {
 	return nil
 }
 
+func (x *SyncResponse) GetClock() *Clock {
+	if x != nil {
+		if x, ok := x.Message.(*SyncResponse_Clock); ok {
+			return x.Clock
+		}
+	}
+	return nil
+}
+
 type isSyncResponse_Message interface {
 	isSyncResponse_Message()
 }
@@ -1326,6 +1354,10 @@ type SyncResponse_Inspect struct {
 	Inspect *Inspect `protobuf:"bytes,6,opt,name=inspect,proto3,oneof"`
 }
 
+type SyncResponse_Clock struct {
+	Clock *Clock `protobuf:"bytes,7,opt,name=clock,proto3,oneof"`
+}
+
 func (*SyncResponse_Snapshot) isSyncResponse_Message() {}
 
 func (*SyncResponse_Delta) isSyncResponse_Message() {}
@@ -1337,6 +1369,64 @@ func (*SyncResponse_Evicted) isSyncResponse_Message() {}
 func (*SyncResponse_Rotate) isSyncResponse_Message() {}
 
 func (*SyncResponse_Inspect) isSyncResponse_Message() {}
+
+func (*SyncResponse_Clock) isSyncResponse_Message() {}
+
+// Clock answers an Applied with sent, so that the agent learns how far the two
+// clocks are apart, to half of the time that the answer took.
+type Clock struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it was in Applied.
+	Sent *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=sent,proto3" json:"sent,omitempty"`
+	// The CA's clock when that arrived.
+	Received      *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=received,proto3" json:"received,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Clock) Reset() {
+	*x = Clock{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Clock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Clock) ProtoMessage() {}
+
+func (x *Clock) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Clock.ProtoReflect.Descriptor instead.
+func (*Clock) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Clock) GetSent() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Sent
+	}
+	return nil
+}
+
+func (x *Clock) GetReceived() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Received
+	}
+	return nil
+}
 
 // Snapshot replaces all entries of the agent.
 type Snapshot struct {
@@ -1354,7 +1444,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1366,7 +1456,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1379,7 +1469,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Snapshot) GetEpoch() string {
@@ -1424,7 +1514,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1526,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1539,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Delta) GetFromRevision() uint64 {
@@ -1492,7 +1582,7 @@ type Evicted struct {
 
 func (x *Evicted) Reset() {
 	*x = Evicted{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1504,7 +1594,7 @@ func (x *Evicted) String() string {
 func (*Evicted) ProtoMessage() {}
 
 func (x *Evicted) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1517,7 +1607,7 @@ func (x *Evicted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evicted.ProtoReflect.Descriptor instead.
 func (*Evicted) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Evicted) GetBanned() bool {
@@ -1550,7 +1640,7 @@ type Rotate struct {
 
 func (x *Rotate) Reset() {
 	*x = Rotate{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1652,7 @@ func (x *Rotate) String() string {
 func (*Rotate) ProtoMessage() {}
 
 func (x *Rotate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1665,7 @@ func (x *Rotate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotate.ProtoReflect.Descriptor instead.
 func (*Rotate) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Rotate) GetAuthority() string {
@@ -1610,7 +1700,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1622,7 +1712,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1635,7 +1725,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Inspect) GetRequest() uint64 {
@@ -1662,7 +1752,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1764,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1777,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *IssueRequest) GetItems() []*IssueItem {
@@ -1717,7 +1807,7 @@ type IssueItem struct {
 
 func (x *IssueItem) Reset() {
 	*x = IssueItem{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1819,7 @@ func (x *IssueItem) String() string {
 func (*IssueItem) ProtoMessage() {}
 
 func (x *IssueItem) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1832,7 @@ func (x *IssueItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueItem.ProtoReflect.Descriptor instead.
 func (*IssueItem) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IssueItem) GetEntry() string {
@@ -1803,7 +1893,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1815,7 +1905,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1828,7 +1918,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IssueResponse) GetResults() []*IssueResult {
@@ -1851,7 +1941,7 @@ type IssueResult struct {
 
 func (x *IssueResult) Reset() {
 	*x = IssueResult{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1863,7 +1953,7 @@ func (x *IssueResult) String() string {
 func (*IssueResult) ProtoMessage() {}
 
 func (x *IssueResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1876,7 +1966,7 @@ func (x *IssueResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
 func (*IssueResult) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IssueResult) GetResult() isIssueResult_Result {
@@ -1932,7 +2022,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2034,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2047,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -1993,7 +2083,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2005,7 +2095,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2018,7 +2108,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Refusal) GetReason() Reason {
@@ -2053,7 +2143,7 @@ type InstancesEnded_Instance struct {
 
 func (x *InstancesEnded_Instance) Reset() {
 	*x = InstancesEnded_Instance{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2155,7 @@ func (x *InstancesEnded_Instance) String() string {
 func (*InstancesEnded_Instance) ProtoMessage() {}
 
 func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2139,10 +2229,13 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x18\n" +
-	"\arotated\x18\x05 \x01(\x04R\arotated\"N\n" +
+	"\arotated\x18\x05 \x01(\x04R\arotated\"\xb8\x01\n" +
 	"\aApplied\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
-	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\"\xdf\x01\n" +
+	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12.\n" +
+	"\x04sent\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x128\n" +
+	"\n" +
+	"clock_skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tclockSkew\"\xdf\x01\n" +
 	"\n" +
 	"BundleAcks\x12\x18\n" +
 	"\astreams\x18\x01 \x01(\rR\astreams\x12\x1a\n" +
@@ -2167,15 +2260,19 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\arequest\x18\x01 \x01(\x04R\arequest\x12:\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1e.meshid.attributes.v1.WorkloadR\bworkload\x12\x1a\n" +
 	"\binstance\x18\x03 \x01(\tR\binstance\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\xce\x02\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"\xfd\x02\n" +
 	"\fSyncResponse\x126\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x18.meshid.node.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x05delta\x18\x02 \x01(\v2\x15.meshid.node.v1.DeltaH\x00R\x05delta\x120\n" +
 	"\x06bundle\x18\x03 \x01(\v2\x16.meshid.node.v1.BundleH\x00R\x06bundle\x123\n" +
 	"\aevicted\x18\x04 \x01(\v2\x17.meshid.node.v1.EvictedH\x00R\aevicted\x120\n" +
 	"\x06rotate\x18\x05 \x01(\v2\x16.meshid.node.v1.RotateH\x00R\x06rotate\x123\n" +
-	"\ainspect\x18\x06 \x01(\v2\x17.meshid.node.v1.InspectH\x00R\ainspectB\t\n" +
-	"\amessage\"\x9e\x01\n" +
+	"\ainspect\x18\x06 \x01(\v2\x17.meshid.node.v1.InspectH\x00R\ainspect\x12-\n" +
+	"\x05clock\x18\a \x01(\v2\x15.meshid.node.v1.ClockH\x00R\x05clockB\t\n" +
+	"\amessage\"o\n" +
+	"\x05Clock\x12.\n" +
+	"\x04sent\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x126\n" +
+	"\breceived\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\x9e\x01\n" +
 	"\bSnapshot\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x120\n" +
@@ -2254,7 +2351,7 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_proto_node_v1_node_proto_goTypes = []any{
 	(IssueKind)(0),                  // 0: meshid.node.v1.IssueKind
 	(Reason)(0),                     // 1: meshid.node.v1.Reason
@@ -2274,74 +2371,80 @@ var file_proto_node_v1_node_proto_goTypes = []any{
 	(*InstancesEnded)(nil),          // 15: meshid.node.v1.InstancesEnded
 	(*Inspected)(nil),               // 16: meshid.node.v1.Inspected
 	(*SyncResponse)(nil),            // 17: meshid.node.v1.SyncResponse
-	(*Snapshot)(nil),                // 18: meshid.node.v1.Snapshot
-	(*Delta)(nil),                   // 19: meshid.node.v1.Delta
-	(*Evicted)(nil),                 // 20: meshid.node.v1.Evicted
-	(*Rotate)(nil),                  // 21: meshid.node.v1.Rotate
-	(*Inspect)(nil),                 // 22: meshid.node.v1.Inspect
-	(*IssueRequest)(nil),            // 23: meshid.node.v1.IssueRequest
-	(*IssueItem)(nil),               // 24: meshid.node.v1.IssueItem
-	(*IssueResponse)(nil),           // 25: meshid.node.v1.IssueResponse
-	(*IssueResult)(nil),             // 26: meshid.node.v1.IssueResult
-	(*IssuedSVID)(nil),              // 27: meshid.node.v1.IssuedSVID
-	(*Refusal)(nil),                 // 28: meshid.node.v1.Refusal
-	(*InstancesEnded_Instance)(nil), // 29: meshid.node.v1.InstancesEnded.Instance
-	(*timestamppb.Timestamp)(nil),   // 30: google.protobuf.Timestamp
-	(*v1.Workload)(nil),             // 31: meshid.attributes.v1.Workload
-	(*v11.Entry)(nil),               // 32: meshid.entry.v1.Entry
-	(*v1.Node)(nil),                 // 33: meshid.attributes.v1.Node
-	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
-	(*v1.Process)(nil),              // 35: meshid.attributes.v1.Process
+	(*Clock)(nil),                   // 18: meshid.node.v1.Clock
+	(*Snapshot)(nil),                // 19: meshid.node.v1.Snapshot
+	(*Delta)(nil),                   // 20: meshid.node.v1.Delta
+	(*Evicted)(nil),                 // 21: meshid.node.v1.Evicted
+	(*Rotate)(nil),                  // 22: meshid.node.v1.Rotate
+	(*Inspect)(nil),                 // 23: meshid.node.v1.Inspect
+	(*IssueRequest)(nil),            // 24: meshid.node.v1.IssueRequest
+	(*IssueItem)(nil),               // 25: meshid.node.v1.IssueItem
+	(*IssueResponse)(nil),           // 26: meshid.node.v1.IssueResponse
+	(*IssueResult)(nil),             // 27: meshid.node.v1.IssueResult
+	(*IssuedSVID)(nil),              // 28: meshid.node.v1.IssuedSVID
+	(*Refusal)(nil),                 // 29: meshid.node.v1.Refusal
+	(*InstancesEnded_Instance)(nil), // 30: meshid.node.v1.InstancesEnded.Instance
+	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
+	(*v1.Workload)(nil),             // 33: meshid.attributes.v1.Workload
+	(*v11.Entry)(nil),               // 34: meshid.entry.v1.Entry
+	(*v1.Node)(nil),                 // 35: meshid.attributes.v1.Node
+	(*v1.Process)(nil),              // 36: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
 	5,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	8,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
-	30, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
+	31, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
 	5,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	10, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
 	11, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
 	12, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
 	15, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
 	16, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
-	13, // 10: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
-	14, // 11: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
-	30, // 12: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	29, // 13: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
-	31, // 14: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
-	18, // 15: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
-	19, // 16: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
-	8,  // 17: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
-	20, // 18: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
-	21, // 19: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
-	22, // 20: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
-	32, // 21: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
-	33, // 22: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
-	32, // 23: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
-	34, // 24: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
-	24, // 25: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
-	31, // 26: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
-	0,  // 27: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	35, // 28: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
-	26, // 29: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	27, // 30: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	28, // 31: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	30, // 32: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	1,  // 33: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	34, // 34: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	2,  // 35: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	6,  // 36: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	9,  // 37: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	23, // 38: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	4,  // 39: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	7,  // 40: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	17, // 41: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	25, // 42: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	39, // [39:43] is the sub-list for method output_type
-	35, // [35:39] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	31, // 10: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
+	32, // 11: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
+	13, // 12: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
+	14, // 13: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
+	31, // 14: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	30, // 15: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
+	33, // 16: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
+	19, // 17: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
+	20, // 18: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
+	8,  // 19: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
+	21, // 20: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
+	22, // 21: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
+	23, // 22: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
+	18, // 23: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
+	31, // 24: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
+	31, // 25: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
+	34, // 26: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
+	35, // 27: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
+	34, // 28: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
+	32, // 29: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
+	25, // 30: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
+	33, // 31: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
+	0,  // 32: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
+	36, // 33: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	27, // 34: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	28, // 35: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	29, // 36: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	31, // 37: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	1,  // 38: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	32, // 39: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	2,  // 40: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	6,  // 41: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	9,  // 42: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	24, // 43: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	4,  // 44: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	7,  // 45: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	17, // 46: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	26, // 47: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	44, // [44:48] is the sub-list for method output_type
+	40, // [40:44] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
@@ -2371,8 +2474,9 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncResponse_Evicted)(nil),
 		(*SyncResponse_Rotate)(nil),
 		(*SyncResponse_Inspect)(nil),
+		(*SyncResponse_Clock)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[24].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[25].OneofWrappers = []any{
 		(*IssueResult_Svid)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
@@ -2382,7 +2486,7 @@ func file_proto_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
