@@ -71,7 +71,7 @@ func (l *demand) run(b *testing.B, each int, pace time.Duration) {
 				due := time.Now()
 				if pace > 0 {
 					due = began.Add(pace*time.Duration(k) + pace*time.Duration(i)/time.Duration(len(l.nodes)))
-					time.Sleep(time.Until(due))
+					<-time.After(time.Until(due))
 				}
 				answer, err := n.client.Issue(context.Background(), &nodev1.IssueRequest{Items: l.pools[i][k%8 : k%8+1]})
 				times[i] = append(times[i], time.Since(due))
