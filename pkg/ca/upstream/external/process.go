@@ -145,7 +145,7 @@ func (p *process) wait(output *os.File, logger *slog.Logger) {
 		logger.Warn("what the plug-in left behind was not ended", "err", err)
 	}
 	// One that has left the group may hold the pipe.
-	if err := output.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+	if err := ignore(output.SetReadDeadline(time.Now().Add(time.Second)), os.ErrClosed); err != nil {
 		logger.Warn("pipe of the plug-in has no deadline", "err", err)
 	}
 	<-passed
