@@ -107,9 +107,9 @@ func TestOutputFlag(t *testing.T) {
 	}
 }
 
-// TestServe: the servers end with their context, and only /metrics, /livez and
+// The servers end with their context, and only /metrics, /livez and
 // /readyz are there.
-func TestV_H11_MetricsListenerServesNothingElse(t *testing.T) {
+func TestV_H11_J2_MetricsListenerServesNothingElse(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	tracker, err := health.New(registry, "meshid_test", "a")
 	if err != nil {

@@ -138,7 +138,7 @@ func TestV_G9_RootAddedByHand(t *testing.T) {
 
 // The database is restored from an older copy: the CA does not start and says what
 // is lost, until an operator accepts it; then agents follow it.
-func TestFault_F16_StoreRestoredFromACopy(t *testing.T) {
+func TestV_L8_F16_StoreRestoredFromACopy(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	fetchAs(t, bob, w.agent)
