@@ -22,6 +22,7 @@ import (
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/ca"
+	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/console"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/tree"
@@ -78,6 +79,7 @@ func (s *consoleSettings) check(bad func(path, format string, args ...any)) (a *
 	if life < time.Minute || life > 7*24*time.Hour {
 		bad("console.session_life", "%v is out of range; write a duration from 1m to 168h", life)
 	}
+	s.SessionLife = config.Duration(life)
 	a.access = console.Access{Links: s.OneTimeLink, SessionLife: life, Subjects: s.MTLS.Subjects}
 	switch {
 	case (s.Certificate == "") != (s.Key == ""):

@@ -1,8 +1,8 @@
 // Package console is the CA's web console: it answers "what goes on" to people, in
-// a browser, and changes nothing. Pages are made by the server with html/template;
-// a small script renews what is seen when the ledger grows. It does not know where
-// anything is stored, how it is issued, or how records are found: it asks those who
-// do, through the interfaces that it declares.
+// a browser, and changes nothing. The server makes the pages; a small script renews
+// what is seen when the ledger grows. It does not know where anything is stored, how
+// it is issued, or how records are found: it asks those who do, through the
+// interfaces that it declares.
 package console
 
 import (

@@ -460,6 +460,8 @@ func dump(t *testing.T, r *Records) map[string][]string {
 		"sightings":     `SELECT record || '|' || identity || '|' || node || '|' || fresh FROM sightings ORDER BY 1`,
 		"fan_out":       `SELECT node || '|' || identities FROM fan_out ORDER BY 1`,
 		"anomalies":     `SELECT rule || '|' || total FROM anomaly_counts ORDER BY 1`,
+		"tallies":       `SELECT minute || '|' || event || '|' || outcome || '|' || reason || '|' || total FROM tallies ORDER BY 1`,
+		"entry_tallies": `SELECT hour || '|' || entry || '|' || outcome || '|' || total || '|' || last FROM entry_tallies ORDER BY 1`,
 		"entry_changes": `SELECT record || '|' || entry || '|' || revision FROM entry_changes ORDER BY 1`,
 		"names":         `SELECT id || '|' || kind || '|' || name FROM names ORDER BY 1`,
 		"cursor":        `SELECT next || '|' || segment || '|' || position || '|' || hex(hash) FROM cursor`,
