@@ -7,14 +7,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"html/template"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
-
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/meshid/meshid/internal/cli"
 )
@@ -58,9 +57,8 @@ type view struct {
 // pages are the parsed templates, and the files beside them by their names with
 // the hash of their content, so that a browser never mixes versions.
 type pages struct {
-	pages  map[string]*page
-	assets map[string]asset
-	funcs  map[string]any
+	templates map[string]*template.Template
+	assets    map[string]asset
 }
 
 type asset struct {
@@ -68,11 +66,8 @@ type asset struct {
 	kind    string
 }
 
-// pageNames are the files of templates beside the frame.
-var pageNames = []string{"login", "overview", "nodes", "identities", "issuance", "authorities", "entries", "ledger", "record", "problem"}
-
 func newPages(now func() time.Time) (*pages, error) {
-	p := &pages{pages: make(map[string]*page), assets: make(map[string]asset)}
+	p := &pages{templates: make(map[string]*template.Template), assets: make(map[string]asset)}
 	names := make(map[string]string)
 	for file, kind := range assetTypes {
 		content, err := assetFiles.ReadFile("assets/" + file)
@@ -84,7 +79,7 @@ func newPages(now func() time.Time) (*pages, error) {
 		names[file] = base + "-" + hex.EncodeToString(sum[:6]) + "." + ext
 		p.assets[names[file]] = asset{content, kind}
 	}
-	p.funcs = map[string]any{
+	funcs := template.FuncMap{
 		"asset":     func(file string) string { return prefix + "/assets/" + names[file] },
 		"text":      text,
 		"ago":       func(t time.Time) string { return ago(now(), t) },
@@ -92,9 +87,6 @@ func newPages(now func() time.Time) (*pages, error) {
 		"rfc3339":   func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
 		"duration":  cli.Short,
 		"count":     count,
-		"when":      func(t *timestamppb.Timestamp) time.Time { return t.AsTime() },
-		"never":     time.Time.IsZero,
-		"signIn":    func(to string) string { return loginPath + "/oidc?" + url.Values{"to": {to}}.Encode() },
 		"search":    searchLink,
 		"hex":       func(b []byte) string { return hex.EncodeToString(b) },
 		"plural":    plural,
@@ -103,10 +95,17 @@ func newPages(now func() time.Time) (*pages, error) {
 		"states":    func() []choice { return nodeStates },
 		"last":      lastPart,
 	}
-	for _, name := range pageNames {
-		var err error
-		if p.pages[name], err = parsePage(templateFiles, p.funcs, "layout.html", "parts.html", name+".html"); err != nil {
+	layout, err := template.New("layout.html").Funcs(funcs).ParseFS(templateFiles, "templates/layout.html", "templates/parts.html")
+	if err != nil {
+		return nil, fmt.Errorf("parse the console's layout: %w", err)
+	}
+	for _, name := range []string{"login", "overview", "nodes", "identities", "issuance", "authorities", "entries", "ledger", "record", "problem"} {
+		t, err := layout.Clone()
+		if err != nil {
 			return nil, err
+		}
+		if p.templates[name], err = t.ParseFS(templateFiles, "templates/"+name+".html"); err != nil {
+			return nil, fmt.Errorf("parse the console's page %s: %w", name, err)
 		}
 	}
 	return p, nil
@@ -174,7 +173,7 @@ func (v *view) problem(status int, title, message string) {
 // render writes a page, or an error if it cannot be made: never half of one.
 func (c *Console) render(w http.ResponseWriter, status int, v *view) {
 	var b bytes.Buffer
-	if err := c.pages.pages[v.Template].render(&b, "layout.html", v); err != nil {
+	if err := c.pages.templates[v.Template].Execute(&b, v); err != nil {
 		c.log.Error("page of the console cannot be rendered", "page", v.Template, "err", err)
 		http.Error(w, "the page cannot be made: the CA's log says why", http.StatusInternalServerError)
 		return
