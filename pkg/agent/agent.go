@@ -129,17 +129,18 @@ type Agent struct {
 	// processes are those that have an open stream, the latest of each workload.
 	processes map[subject]*attributesv1.Process
 
-	node     *attributesv1.Node // as the CA established it
-	raw      map[string]*entryv1.Entry
-	entries  *identity.Set
-	epoch    string
-	revision uint64
-	rotated  uint64 // sequence of the last order to rotate that was carried out
-	bundle   *identity.Bundle
-	bundled  time.Time    // when it came into force
-	own      *ownIdentity // nil before the node is attested
-	dropped  error        // why the sealed cache was of no use; nil once the node is attested
-	reattest bool         // the CA does not accept own any more
+	node        *attributesv1.Node // as the CA established it
+	raw         map[string]*entryv1.Entry
+	entries     *identity.Set
+	epoch       string
+	revision    uint64
+	quarantined uint64 // sequence of the quarantines that were carried out
+	rotated     uint64 // sequence of the last order to rotate that was carried out
+	bundle      *identity.Bundle
+	bundled     time.Time    // when it came into force
+	own         *ownIdentity // nil before the node is attested
+	dropped     error        // why the sealed cache was of no use; nil once the node is attested
+	reattest    bool         // the CA does not accept own any more
 
 	session   *session // nil while there is none
 	skew      skew

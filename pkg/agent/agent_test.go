@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -246,6 +247,74 @@ func TestFault_F43_TotalExpiry(t *testing.T) {
 
 // TestV_E7_Evicted: an evicted node loses everything at once, and gets it back
 // when it may attest again.
+// TestV_E3_Quarantined: what the CA quarantines is withdrawn at once and not asked for
+// again until it is lifted; a key that is quarantined is replaced by another.
+func TestV_E3_Quarantined(t *testing.T) {
+	bubble(t, func(t *testing.T, h *harness) {
+		h.ca.apply(uidEntry("web", "/web", 1000), uidEntry("more", "/more", 1000))
+		w := h.subscribe(1, 1000)
+		settleDown()
+		first := mustHave(t, w, "/more", "/web").SVIDs
+		push := func(m *nodev1.Quarantines) {
+			h.ca.mu.Lock()
+			h.ca.push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Quarantines{Quarantines: m}})
+			h.ca.mu.Unlock()
+			settleDown()
+		}
+		sum := func(b []byte) []byte {
+			s := sha256.Sum256(b)
+			return s[:]
+		}
+		web := sum([]byte("spiffe://example.org/web"))
+		push(&nodev1.Quarantines{Sequence: 7, SpiffeIdSha256: [][]byte{web, {1, 2}}})
+		s := mustHave(t, w, "/more")
+		if diff := cmp.Diff([]string{"/web"}, withdrawn(s)); diff != "" || s.Denied {
+			t.Errorf("withdrawn (-want +got)\n%s denied %v", diff, s.Denied)
+		}
+		h.mu.Lock()
+		sequence := h.quarantined
+		h.mu.Unlock()
+		if sequence != 7 {
+			t.Errorf("sequence %d", sequence)
+		}
+		late := h.subscribe(2, 1000) // another of the same instance
+		before := h.ca.issued()
+		time.Sleep(10 * time.Minute)
+		settleDown()
+		mustHave(t, late, "/more")
+		if n := h.ca.issued(); n != before {
+			t.Errorf("%d X.509-SVIDs asked for meanwhile", n-before)
+		}
+		push(&nodev1.Quarantines{Sequence: 8})
+		again := mustHave(t, w, "/more", "/web")
+		if len(again.Withdrawn) != 0 {
+			t.Errorf("lifted, and withdrawn: %v", again.Withdrawn)
+		}
+		for _, v := range again.SVIDs {
+			if v.ID.Path() == "/web" && slices.ContainsFunc(first, func(o *identity.SVID) bool { return o.Key.Public().(*ecdsa.PublicKey).Equal(v.Key.Public()) }) {
+				t.Error("the old key came back")
+			}
+		}
+		for n, m := range []*nodev1.Quarantines{
+			{KeySha256: [][]byte{sum(again.SVIDs[0].Chain[0].RawSubjectPublicKeyInfo)}},
+			{Serials: [][]byte{append([]byte{0}, again.SVIDs[1].Chain[0].SerialNumber.Bytes()...)}},
+		} {
+			m.Sequence = uint64(9 + n)
+			push(m)
+			next := mustHave(t, w, "/more", "/web")
+			if next.SVIDs[n].Chain[0].Equal(again.SVIDs[n].Chain[0]) || !next.SVIDs[1-n].Chain[0].Equal(again.SVIDs[1-n].Chain[0]) {
+				t.Errorf("%d: only the one that is quarantined is to be replaced", n)
+			}
+			again = next
+		}
+		// All of them: then it is denied.
+		push(&nodev1.Quarantines{Sequence: 11, SpiffeIdSha256: [][]byte{web, sum([]byte("spiffe://example.org/more"))}})
+		if s := mustHave(t, w); !s.Denied || len(s.Withdrawn) != 2 {
+			t.Errorf("all: %+v", s)
+		}
+	})
+}
+
 func TestV_E7_Evicted(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		h.ca.apply(uidEntry("web", "/web", 1000))

@@ -447,7 +447,7 @@ func (a *Agent) setBundle(b *identity.Bundle) {
 func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	a.mu.Lock()
 	bundle := a.bundle
-	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision, Rotated: a.rotated}
+	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision, Rotated: a.rotated, QuarantineSequence: a.quarantined}
 	if bundle != nil {
 		hello.BundleSequence = bundle.Sequence
 	}

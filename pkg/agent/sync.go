@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/hex"
@@ -80,6 +81,8 @@ func (a *Agent) receive(ctx context.Context, stream syncStream) error {
 			err = errEvicted
 		case *nodev1.SyncResponse_Rotate:
 			a.rotate(ctx, m.Rotate)
+		case *nodev1.SyncResponse_Quarantines:
+			a.quarantine(ctx, m.Quarantines)
 		case *nodev1.SyncResponse_Inspect:
 			a.inspect(ctx, m.Inspect, inspections)
 		case *nodev1.SyncResponse_Clock:
@@ -288,6 +291,39 @@ func (a *Agent) rotate(ctx context.Context, r *nodev1.Rotate) {
 	a.log.InfoContext(ctx, "svids are rotated", "authority", r.GetAuthority(), "count", n, "within", within)
 }
 
+// maxQuarantines bounds what is believed of one message, of each kind.
+const maxQuarantines = 100_000
+
+// quarantine withdraws what the CA refuses, and notes it for what is still to come.
+// A message without sense is carried out as far as it has some: nothing of it can do
+// more than withhold.
+func (a *Agent) quarantine(ctx context.Context, m *nodev1.Quarantines) {
+	hashes := func(list [][]byte) map[[32]byte]struct{} {
+		set := make(map[[32]byte]struct{}, min(len(list), maxQuarantines))
+		for _, b := range list[:min(len(list), maxQuarantines)] {
+			if len(b) == 32 {
+				set[[32]byte(b)] = struct{}{}
+			}
+		}
+		return set
+	}
+	q := &cache.Quarantine{IDs: hashes(m.GetSpiffeIdSha256()), Keys: hashes(m.GetKeySha256()), Serials: make(map[string]struct{})}
+	serials := m.GetSerials()
+	for _, serial := range serials[:min(len(serials), maxQuarantines)] {
+		q.Serials[string(bytes.TrimLeft(serial, "\x00"))] = struct{}{}
+	}
+	a.mu.Lock()
+	now := time.Now()
+	n := a.cache.SetQuarantine(now, q)
+	a.quarantined = m.GetSequence()
+	a.settle(now)
+	a.report.applied = true
+	a.mu.Unlock()
+	signal(a.save)
+	signal(a.up)
+	a.log.InfoContext(ctx, "quarantines in force", "ids", len(q.IDs), "keys", len(q.Keys), "serials", len(q.Serials), "withdrawn", n)
+}
+
 // inspect answers what would be attested of a process.
 func (a *Agent) inspect(ctx context.Context, i *nodev1.Inspect, places chan struct{}) {
 	answer := &nodev1.Inspected{Request: i.GetRequest()}
@@ -380,7 +416,7 @@ func (a *Agent) collect(since time.Duration) (messages []*nodev1.SyncRequest, en
 	defer a.mu.Unlock()
 	if a.report.applied {
 		a.report.applied = false
-		m := &nodev1.Applied{Revision: a.revision}
+		m := &nodev1.Applied{Revision: a.revision, QuarantineSequence: a.quarantined}
 		if a.bundle != nil {
 			m.BundleSequence = a.bundle.Sequence
 		}

@@ -114,8 +114,9 @@ type Ready struct {
 type Cache struct {
 	config Config
 
-	entries *identity.Set // nil until known
-	bundle  *identity.Bundle
+	entries    *identity.Set // nil until known
+	quarantine *Quarantine
+	bundle     *identity.Bundle
 
 	instances map[string]*instance
 	watches   map[WatchID]*workload
@@ -201,6 +202,8 @@ type slot struct {
 	remedy    remedy
 	pending   bool
 	gone      bool
+	refused   bool // the identity is quarantined: it is not asked for
+	taken     bool // its SVID was quarantined, and there is no other yet
 	transport bool // the last attempt failed on its way
 	failures  int
 	reason    string // of the last failure

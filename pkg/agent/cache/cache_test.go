@@ -2,6 +2,7 @@ package cache
 
 import (
 	"bufio"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"flag"
@@ -103,6 +104,7 @@ func TestTranscripts(t *testing.T) {
 //	detach WATCH             announce INSTANCE k=v…          end INSTANCE
 //	issue REQUEST [ttl=D] [by=AUTHORITY] [root=ROOT] [as=PATH]
 //	refuse REQUEST [DURATION]   fail REQUEST     rotate AUTHORITY|all DURATION
+//	quarantine PATH|SERIAL…  all that is quarantined
 //	wait DURATION            evict    resume     restart     room N     node LABEL
 func (w *world) run(args []string) string {
 	var out strings.Builder
@@ -222,6 +224,20 @@ func (w *world) run(args []string) string {
 	case "wait":
 		w.now = w.now.Add(w.duration(word(0)))
 		w.cache.Tick(w.now)
+	case "quarantine":
+		q := &Quarantine{IDs: make(map[[32]byte]struct{}), Serials: make(map[string]struct{})}
+		for _, what := range words {
+			if strings.HasPrefix(what, "/") {
+				q.IDs[sha256.Sum256([]byte("spiffe://example.org"+what))] = struct{}{}
+			} else {
+				serial, err := hex.DecodeString(what)
+				if err != nil {
+					w.t.Fatal(err)
+				}
+				q.Serials[string(serial)] = struct{}{}
+			}
+		}
+		fmt.Fprintf(&out, "  withdrawn: %d\n", w.cache.SetQuarantine(w.now, q))
 	case "evict":
 		w.cache.Evict(w.now)
 	case "resume":

@@ -124,16 +124,20 @@ func (c *Cache) Issued(now time.Time, request uint64, svid *identity.SVID) bool 
 	if s == nil {
 		return false
 	}
-	if s.gone || svid.ID != s.identity.ID {
+	if refused := c.quarantine.svid(svid); s.gone || refused || svid.ID != s.identity.ID {
 		if c.instances[s.instance.name] == nil {
 			c.ready.Ended = append(c.ready.Ended, Ended{Instance: s.instance.name, Serials: [][]byte{serial(svid)}})
 		}
-		if !s.gone {
+		switch {
+		case s.gone || s.refused:
+		case refused:
+			c.retry(s, reasonQuarantined, now.Add(c.delay(s.failures+1)))
+		default:
 			c.retry(s, "issued for another identity", now.Add(c.delay(s.failures+1)))
 		}
 		return false
 	}
-	s.svid, s.unhinted, s.issued, s.serial = svid, nil, f.digest, serial(svid)
+	s.svid, s.unhinted, s.issued, s.serial, s.taken = svid, nil, f.digest, serial(svid), false
 	s.failures, s.reason, s.transport, s.rotate = 0, "", false, false
 	s.remedy = s.remedy.next()
 	c.ready.Changed = true
@@ -270,6 +274,9 @@ func (c *Cache) retry(s *slot, reason string, at time.Time) {
 	s.failures++
 	s.reason = reason
 	s.due = at
+	if s.refused {
+		s.due = time.Time{} // asked for when it is lifted
+	}
 	c.arm(s)
 }
 
@@ -304,7 +311,7 @@ func (c *Cache) fire(now time.Time, s *slot) {
 
 // enqueue puts a slot among those to ask for.
 func (c *Cache) enqueue(s *slot) {
-	if !s.pending {
+	if !s.pending && !s.refused {
 		s.pending = true
 		c.pending = append(c.pending, s)
 	}
@@ -313,6 +320,9 @@ func (c *Cache) enqueue(s *slot) {
 // ask plans a request at a time, or sooner if it is planned so.
 func (c *Cache) ask(now time.Time, s *slot, at time.Time, rotate bool) {
 	s.rotate = s.rotate || rotate
+	if s.refused {
+		return // asked for when it is lifted
+	}
 	if s.flight != 0 || s.pending {
 		return // its answer is checked against what has changed meanwhile
 	}
@@ -341,7 +351,12 @@ func (c *Cache) arm(s *slot) {
 // depart makes requests of what is pending: first for those who have nothing,
 // in the order they came, then for those who lose theirs first.
 func (c *Cache) depart(room int) {
-	c.pending = slices.DeleteFunc(c.pending, func(s *slot) bool { return s.gone })
+	c.pending = slices.DeleteFunc(c.pending, func(s *slot) bool {
+		if s.refused {
+			s.pending = false
+		}
+		return s.gone || s.refused
+	})
 	if room <= 0 || len(c.pending) == 0 {
 		return
 	}

@@ -56,6 +56,9 @@ func (c *Cache) publish(now time.Time, w *workload) {
 	next := &identity.Snapshot{Bundle: c.bundle}
 	hints := make(map[string]string, len(w.slots))
 	for _, s := range w.slots {
+		if s.refused {
+			w.lose(s.identity.ID) // it may have been served before a restart
+		}
 		if s.svid == nil || !s.svid.NotAfter().After(now.Round(0)) {
 			continue
 		}
@@ -72,7 +75,7 @@ func (c *Cache) publish(now time.Time, w *workload) {
 		next.SVIDs = append(next.SVIDs, svid)
 	}
 	_, limited := c.limited[w]
-	next.Denied = len(w.slots) == 0 && !limited
+	next.Denied = !limited && !slices.ContainsFunc(w.slots, func(s *slot) bool { return !s.refused })
 	if w.last != nil {
 		for _, s := range w.last.SVIDs {
 			w.lose(s.ID)
@@ -82,7 +85,7 @@ func (c *Cache) publish(now time.Time, w *workload) {
 	// still, its verifiers see that it is expired by clocks of their own, and this
 	// machine's clock may be wrong.
 	w.lost = slices.DeleteFunc(w.lost, func(id spiffeid.ID) bool {
-		return slices.ContainsFunc(w.slots, func(s *slot) bool { return s.identity.ID == id })
+		return slices.ContainsFunc(w.slots, func(s *slot) bool { return s.identity.ID == id && !s.withheld() })
 	})
 	next.Withdrawn = slices.Clone(w.lost)
 	if w.last != nil && same(w.last, next) {

@@ -43,7 +43,7 @@ func (c *Cache) claim(now time.Time, s *slot, digest string) bool {
 	n := slices.IndexFunc(records, func(r Restored) bool {
 		return r.Entry == s.key.entry && r.SVID.ID == s.identity.ID &&
 			strings.Join(r.DNSNames, ",") == s.key.dnsNames &&
-			slices.Contains(r.Digests, digest) && r.SVID.NotAfter().After(now.Round(0))
+			slices.Contains(r.Digests, digest) && !c.quarantine.svid(r.SVID) && r.SVID.NotAfter().After(now.Round(0))
 	})
 	if n < 0 {
 		return false

@@ -82,9 +82,13 @@ func (c *Cache) Instances() []Instance {
 			d.Watches += len(w.watches)
 		}
 		for _, s := range i.sorted() {
+			reason := s.reason
+			if s.refused {
+				reason = reasonQuarantined
+			}
 			d.Identities = append(d.Identities, Identity{
 				ID: s.identity.ID, Entry: s.key.entry, SVID: s.svid, Asking: s.flight != 0 || s.pending,
-				Due: s.due, Failures: s.failures, Reason: s.reason,
+				Due: s.due, Failures: s.failures, Reason: reason,
 			})
 		}
 		all = append(all, d)

@@ -165,7 +165,7 @@ func (c *Cache) slotFor(now time.Time, w *workload, e *identity.Entry) *slot {
 		c.warn(w, Capacity, e.Name(), "no room for one more identity")
 		return nil
 	}
-	s = &slot{instance: i, key: key, identity: rendered, digest: digest}
+	s = &slot{instance: i, key: key, identity: rendered, digest: digest, refused: c.quarantine.identity(rendered.ID)}
 	i.slots[key] = s
 	c.slots++
 	if !c.claim(now, s, w.digest) {

@@ -1508,6 +1508,368 @@ func (*UnbanNodeResponse) Descriptor() ([]byte, []int) {
 	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
+// Quarantine is what is refused: one of the first three fields says what.
+type Quarantine struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// SHA-256 of the public key (SubjectPublicKeyInfo).
+	KeySha256     []byte                 `protobuf:"bytes,2,opt,name=key_sha256,json=keySha256,proto3" json:"key_sha256,omitempty"`
+	Serial        []byte                 `protobuf:"bytes,3,opt,name=serial,proto3" json:"serial,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	CreatedBy     string                 `protobuf:"bytes,5,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quarantine) Reset() {
+	*x = Quarantine{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quarantine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quarantine) ProtoMessage() {}
+
+func (x *Quarantine) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quarantine.ProtoReflect.Descriptor instead.
+func (*Quarantine) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Quarantine) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Quarantine) GetKeySha256() []byte {
+	if x != nil {
+		return x.KeySha256
+	}
+	return nil
+}
+
+func (x *Quarantine) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *Quarantine) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Quarantine) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *Quarantine) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+type AddQuarantineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// created_by and created_at are ignored; reason is required.
+	Quarantine    *Quarantine `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddQuarantineRequest) Reset() {
+	*x = AddQuarantineRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddQuarantineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddQuarantineRequest) ProtoMessage() {}
+
+func (x *AddQuarantineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddQuarantineRequest.ProtoReflect.Descriptor instead.
+func (*AddQuarantineRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *AddQuarantineRequest) GetQuarantine() *Quarantine {
+	if x != nil {
+		return x.Quarantine
+	}
+	return nil
+}
+
+type AddQuarantineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many agents are being told.
+	Nodes         uint32 `protobuf:"varint,1,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddQuarantineResponse) Reset() {
+	*x = AddQuarantineResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddQuarantineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddQuarantineResponse) ProtoMessage() {}
+
+func (x *AddQuarantineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddQuarantineResponse.ProtoReflect.Descriptor instead.
+func (*AddQuarantineResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *AddQuarantineResponse) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+type LiftQuarantineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Quarantine    *Quarantine            `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftQuarantineRequest) Reset() {
+	*x = LiftQuarantineRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftQuarantineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftQuarantineRequest) ProtoMessage() {}
+
+func (x *LiftQuarantineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftQuarantineRequest.ProtoReflect.Descriptor instead.
+func (*LiftQuarantineRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *LiftQuarantineRequest) GetQuarantine() *Quarantine {
+	if x != nil {
+		return x.Quarantine
+	}
+	return nil
+}
+
+type LiftQuarantineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LiftQuarantineResponse) Reset() {
+	*x = LiftQuarantineResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LiftQuarantineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LiftQuarantineResponse) ProtoMessage() {}
+
+func (x *LiftQuarantineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LiftQuarantineResponse.ProtoReflect.Descriptor instead.
+func (*LiftQuarantineResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+}
+
+type ListQuarantinesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQuarantinesRequest) Reset() {
+	*x = ListQuarantinesRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQuarantinesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQuarantinesRequest) ProtoMessage() {}
+
+func (x *ListQuarantinesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQuarantinesRequest.ProtoReflect.Descriptor instead.
+func (*ListQuarantinesRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+}
+
+type ListQuarantinesResponse struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Quarantines []*Quarantine          `protobuf:"bytes,1,rep,name=quarantines,proto3" json:"quarantines,omitempty"`
+	// Nodes that are connected, and those where all of the list is in force.
+	Nodes        uint32 `protobuf:"varint,2,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	NodesInForce uint32 `protobuf:"varint,3,opt,name=nodes_in_force,json=nodesInForce,proto3" json:"nodes_in_force,omitempty"`
+	// The connected nodes where it is not; at most 16.
+	Lagging       []string `protobuf:"bytes,4,rep,name=lagging,proto3" json:"lagging,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListQuarantinesResponse) Reset() {
+	*x = ListQuarantinesResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListQuarantinesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListQuarantinesResponse) ProtoMessage() {}
+
+func (x *ListQuarantinesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListQuarantinesResponse.ProtoReflect.Descriptor instead.
+func (*ListQuarantinesResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListQuarantinesResponse) GetQuarantines() []*Quarantine {
+	if x != nil {
+		return x.Quarantines
+	}
+	return nil
+}
+
+func (x *ListQuarantinesResponse) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+func (x *ListQuarantinesResponse) GetNodesInForce() uint32 {
+	if x != nil {
+		return x.NodesInForce
+	}
+	return 0
+}
+
+func (x *ListQuarantinesResponse) GetLagging() []string {
+	if x != nil {
+		return x.Lagging
+	}
+	return nil
+}
+
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1516,7 +1878,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1890,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1903,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 type GetBundleResponse struct {
@@ -1555,7 +1917,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1567,7 +1929,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1580,7 +1942,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetBundleResponse) GetTrustDomain() string {
@@ -1612,7 +1974,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1986,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1999,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 type Authority struct {
@@ -1655,7 +2017,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1667,7 +2029,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1680,7 +2042,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Authority) GetId() string {
@@ -1734,7 +2096,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1746,7 +2108,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1759,7 +2121,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
@@ -1778,7 +2140,7 @@ type RotateIntermediateRequest struct {
 
 func (x *RotateIntermediateRequest) Reset() {
 	*x = RotateIntermediateRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +2152,7 @@ func (x *RotateIntermediateRequest) String() string {
 func (*RotateIntermediateRequest) ProtoMessage() {}
 
 func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +2165,7 @@ func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateRequest.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RotateIntermediateRequest) GetWithin() *durationpb.Duration {
@@ -1822,7 +2184,7 @@ type RotateIntermediateResponse struct {
 
 func (x *RotateIntermediateResponse) Reset() {
 	*x = RotateIntermediateResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +2196,7 @@ func (x *RotateIntermediateResponse) String() string {
 func (*RotateIntermediateResponse) ProtoMessage() {}
 
 func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2209,7 @@ func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateResponse.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RotateIntermediateResponse) GetAuthority() *Authority {
@@ -1865,7 +2227,7 @@ type GetRotationRequest struct {
 
 func (x *GetRotationRequest) Reset() {
 	*x = GetRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1877,7 +2239,7 @@ func (x *GetRotationRequest) String() string {
 func (*GetRotationRequest) ProtoMessage() {}
 
 func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1890,7 +2252,7 @@ func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationRequest.ProtoReflect.Descriptor instead.
 func (*GetRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 type GetRotationResponse struct {
@@ -1902,7 +2264,7 @@ type GetRotationResponse struct {
 
 func (x *GetRotationResponse) Reset() {
 	*x = GetRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2276,7 @@ func (x *GetRotationResponse) String() string {
 func (*GetRotationResponse) ProtoMessage() {}
 
 func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2289,7 @@ func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationResponse.ProtoReflect.Descriptor instead.
 func (*GetRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetRotationResponse) GetRotation() *Rotation {
@@ -1953,7 +2315,7 @@ type ChangeRotationRequest struct {
 
 func (x *ChangeRotationRequest) Reset() {
 	*x = ChangeRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2327,7 @@ func (x *ChangeRotationRequest) String() string {
 func (*ChangeRotationRequest) ProtoMessage() {}
 
 func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2340,7 @@ func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationRequest.ProtoReflect.Descriptor instead.
 func (*ChangeRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ChangeRotationRequest) GetVerb() string {
@@ -2011,7 +2373,7 @@ type ChangeRotationResponse struct {
 
 func (x *ChangeRotationResponse) Reset() {
 	*x = ChangeRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2385,7 @@ func (x *ChangeRotationResponse) String() string {
 func (*ChangeRotationResponse) ProtoMessage() {}
 
 func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2398,7 @@ func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationResponse.ProtoReflect.Descriptor instead.
 func (*ChangeRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ChangeRotationResponse) GetRotation() *Rotation {
@@ -2068,7 +2430,7 @@ type Rotation struct {
 
 func (x *Rotation) Reset() {
 	*x = Rotation{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2080,7 +2442,7 @@ func (x *Rotation) String() string {
 func (*Rotation) ProtoMessage() {}
 
 func (x *Rotation) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2093,7 +2455,7 @@ func (x *Rotation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
 func (*Rotation) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Rotation) GetRoots() []*Root {
@@ -2183,7 +2545,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2195,7 +2557,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2208,7 +2570,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Root) GetId() string {
@@ -2292,7 +2654,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +2666,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2317,7 +2679,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Laggard) GetNodeId() string {
@@ -2371,7 +2733,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2383,7 +2745,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2396,7 +2758,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -2415,7 +2777,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2427,7 +2789,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2440,7 +2802,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -2458,7 +2820,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2470,7 +2832,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2483,7 +2845,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 type GetStatusResponse struct {
@@ -2509,7 +2871,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +2883,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +2896,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -2649,7 +3011,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2661,7 +3023,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2674,7 +3036,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Condition) GetName() string {
@@ -2718,7 +3080,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +3092,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2792,7 +3154,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2804,7 +3166,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2883,7 +3245,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2895,7 +3257,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3067,7 +3429,35 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fBanNodeResponse\"\"\n" +
 	"\x10UnbanNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x13\n" +
-	"\x11UnbanNodeResponse\"\x12\n" +
+	"\x11UnbanNodeResponse\"\xd2\x01\n" +
+	"\n" +
+	"Quarantine\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1d\n" +
+	"\n" +
+	"key_sha256\x18\x02 \x01(\fR\tkeySha256\x12\x16\n" +
+	"\x06serial\x18\x03 \x01(\fR\x06serial\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\x05 \x01(\tR\tcreatedBy\x129\n" +
+	"\n" +
+	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"S\n" +
+	"\x14AddQuarantineRequest\x12;\n" +
+	"\n" +
+	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
+	"quarantine\"-\n" +
+	"\x15AddQuarantineResponse\x12\x14\n" +
+	"\x05nodes\x18\x01 \x01(\rR\x05nodes\"T\n" +
+	"\x15LiftQuarantineRequest\x12;\n" +
+	"\n" +
+	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
+	"quarantine\"\x18\n" +
+	"\x16LiftQuarantineResponse\"\x18\n" +
+	"\x16ListQuarantinesRequest\"\xae\x01\n" +
+	"\x17ListQuarantinesResponse\x12=\n" +
+	"\vquarantines\x18\x01 \x03(\v2\x1b.meshid.admin.v1.QuarantineR\vquarantines\x12\x14\n" +
+	"\x05nodes\x18\x02 \x01(\rR\x05nodes\x12$\n" +
+	"\x0enodes_in_force\x18\x03 \x01(\rR\fnodesInForce\x12\x18\n" +
+	"\alagging\x18\x04 \x03(\tR\alagging\"\x12\n" +
 	"\x10GetBundleRequest\"h\n" +
 	"\x11GetBundleResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
@@ -3153,7 +3543,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\x90\x0e\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xb9\x10\n" +
 	"\fAdminService\x12[\n" +
 	"\fApplyEntries\x12$.meshid.admin.v1.ApplyEntriesRequest\x1a%.meshid.admin.v1.ApplyEntriesResponse\x12^\n" +
 	"\rDeleteEntries\x12%.meshid.admin.v1.DeleteEntriesRequest\x1a&.meshid.admin.v1.DeleteEntriesResponse\x12X\n" +
@@ -3167,7 +3557,10 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\tListNodes\x12!.meshid.admin.v1.ListNodesRequest\x1a\".meshid.admin.v1.ListNodesResponse\x12R\n" +
 	"\tEvictNode\x12!.meshid.admin.v1.EvictNodeRequest\x1a\".meshid.admin.v1.EvictNodeResponse\x12L\n" +
 	"\aBanNode\x12\x1f.meshid.admin.v1.BanNodeRequest\x1a .meshid.admin.v1.BanNodeResponse\x12R\n" +
-	"\tUnbanNode\x12!.meshid.admin.v1.UnbanNodeRequest\x1a\".meshid.admin.v1.UnbanNodeResponse\x12R\n" +
+	"\tUnbanNode\x12!.meshid.admin.v1.UnbanNodeRequest\x1a\".meshid.admin.v1.UnbanNodeResponse\x12^\n" +
+	"\rAddQuarantine\x12%.meshid.admin.v1.AddQuarantineRequest\x1a&.meshid.admin.v1.AddQuarantineResponse\x12a\n" +
+	"\x0eLiftQuarantine\x12&.meshid.admin.v1.LiftQuarantineRequest\x1a'.meshid.admin.v1.LiftQuarantineResponse\x12d\n" +
+	"\x0fListQuarantines\x12'.meshid.admin.v1.ListQuarantinesRequest\x1a(.meshid.admin.v1.ListQuarantinesResponse\x12R\n" +
 	"\tGetBundle\x12!.meshid.admin.v1.GetBundleRequest\x1a\".meshid.admin.v1.GetBundleResponse\x12d\n" +
 	"\x0fListAuthorities\x12'.meshid.admin.v1.ListAuthoritiesRequest\x1a(.meshid.admin.v1.ListAuthoritiesResponse\x12m\n" +
 	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12X\n" +
@@ -3190,7 +3583,7 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
 	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
@@ -3219,124 +3612,141 @@ var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*BanNodeResponse)(nil),             // 24: meshid.admin.v1.BanNodeResponse
 	(*UnbanNodeRequest)(nil),            // 25: meshid.admin.v1.UnbanNodeRequest
 	(*UnbanNodeResponse)(nil),           // 26: meshid.admin.v1.UnbanNodeResponse
-	(*GetBundleRequest)(nil),            // 27: meshid.admin.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),           // 28: meshid.admin.v1.GetBundleResponse
-	(*ListAuthoritiesRequest)(nil),      // 29: meshid.admin.v1.ListAuthoritiesRequest
-	(*Authority)(nil),                   // 30: meshid.admin.v1.Authority
-	(*ListAuthoritiesResponse)(nil),     // 31: meshid.admin.v1.ListAuthoritiesResponse
-	(*RotateIntermediateRequest)(nil),   // 32: meshid.admin.v1.RotateIntermediateRequest
-	(*RotateIntermediateResponse)(nil),  // 33: meshid.admin.v1.RotateIntermediateResponse
-	(*GetRotationRequest)(nil),          // 34: meshid.admin.v1.GetRotationRequest
-	(*GetRotationResponse)(nil),         // 35: meshid.admin.v1.GetRotationResponse
-	(*ChangeRotationRequest)(nil),       // 36: meshid.admin.v1.ChangeRotationRequest
-	(*ChangeRotationResponse)(nil),      // 37: meshid.admin.v1.ChangeRotationResponse
-	(*Rotation)(nil),                    // 38: meshid.admin.v1.Rotation
-	(*Root)(nil),                        // 39: meshid.admin.v1.Root
-	(*Laggard)(nil),                     // 40: meshid.admin.v1.Laggard
-	(*RenewSVIDsRequest)(nil),           // 41: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 42: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 43: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 44: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 45: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 46: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 47: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 48: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 49: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 50: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 51: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 52: google.protobuf.Duration
-	(*v1.Entry)(nil),                    // 53: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 54: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 55: meshid.attributes.v1.Workload
+	(*Quarantine)(nil),                  // 27: meshid.admin.v1.Quarantine
+	(*AddQuarantineRequest)(nil),        // 28: meshid.admin.v1.AddQuarantineRequest
+	(*AddQuarantineResponse)(nil),       // 29: meshid.admin.v1.AddQuarantineResponse
+	(*LiftQuarantineRequest)(nil),       // 30: meshid.admin.v1.LiftQuarantineRequest
+	(*LiftQuarantineResponse)(nil),      // 31: meshid.admin.v1.LiftQuarantineResponse
+	(*ListQuarantinesRequest)(nil),      // 32: meshid.admin.v1.ListQuarantinesRequest
+	(*ListQuarantinesResponse)(nil),     // 33: meshid.admin.v1.ListQuarantinesResponse
+	(*GetBundleRequest)(nil),            // 34: meshid.admin.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),           // 35: meshid.admin.v1.GetBundleResponse
+	(*ListAuthoritiesRequest)(nil),      // 36: meshid.admin.v1.ListAuthoritiesRequest
+	(*Authority)(nil),                   // 37: meshid.admin.v1.Authority
+	(*ListAuthoritiesResponse)(nil),     // 38: meshid.admin.v1.ListAuthoritiesResponse
+	(*RotateIntermediateRequest)(nil),   // 39: meshid.admin.v1.RotateIntermediateRequest
+	(*RotateIntermediateResponse)(nil),  // 40: meshid.admin.v1.RotateIntermediateResponse
+	(*GetRotationRequest)(nil),          // 41: meshid.admin.v1.GetRotationRequest
+	(*GetRotationResponse)(nil),         // 42: meshid.admin.v1.GetRotationResponse
+	(*ChangeRotationRequest)(nil),       // 43: meshid.admin.v1.ChangeRotationRequest
+	(*ChangeRotationResponse)(nil),      // 44: meshid.admin.v1.ChangeRotationResponse
+	(*Rotation)(nil),                    // 45: meshid.admin.v1.Rotation
+	(*Root)(nil),                        // 46: meshid.admin.v1.Root
+	(*Laggard)(nil),                     // 47: meshid.admin.v1.Laggard
+	(*RenewSVIDsRequest)(nil),           // 48: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 49: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 50: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 51: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 52: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 53: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 54: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 55: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 56: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 57: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 58: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 59: google.protobuf.Duration
+	(*v1.Entry)(nil),                    // 60: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 61: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 62: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	51, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
-	52, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
-	53, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	46, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	53, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	54, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	55, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	47, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	54, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	55, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	52, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	48, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	51, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	49, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	54, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	51, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	51, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	52, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	58, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	59, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	60, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	53, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	60, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	61, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	62, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	54, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	61, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	62, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	59, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	55, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	58, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	56, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	61, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	58, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	58, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	59, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
 	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	51, // 19: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	51, // 20: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	30, // 21: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	52, // 22: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	30, // 23: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	38, // 24: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	38, // 25: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	39, // 26: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	40, // 27: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	51, // 28: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	51, // 29: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	51, // 30: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	51, // 31: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	51, // 32: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	52, // 33: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	51, // 34: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	45, // 35: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	52, // 36: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	51, // 37: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	53, // 38: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	53, // 39: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	51, // 40: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	50, // 41: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 42: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 43: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 44: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 45: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 46: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 47: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 48: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 49: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 50: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 51: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 52: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 53: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	27, // 54: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	29, // 55: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	32, // 56: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	34, // 57: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	36, // 58: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	41, // 59: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 60: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	43, // 61: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 62: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 63: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 64: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 65: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 66: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 67: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 68: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 69: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 70: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 71: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 72: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 73: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	28, // 74: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	31, // 75: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	33, // 76: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	35, // 77: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	37, // 78: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	42, // 79: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 80: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	44, // 81: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	62, // [62:82] is the sub-list for method output_type
-	42, // [42:62] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	58, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
+	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
+	27, // 21: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
+	27, // 22: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
+	58, // 23: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	58, // 24: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	37, // 25: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	59, // 26: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	37, // 27: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	45, // 28: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	45, // 29: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	46, // 30: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	47, // 31: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	58, // 32: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	58, // 33: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	58, // 34: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	58, // 35: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	58, // 36: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	59, // 37: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	58, // 38: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	52, // 39: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	59, // 40: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	58, // 41: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	60, // 42: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	60, // 43: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	58, // 44: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	57, // 45: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 46: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 47: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 48: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 49: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 50: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 51: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 52: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 53: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 54: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 55: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 56: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 57: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 58: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 59: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 60: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 61: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	36, // 62: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	39, // 63: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	41, // 64: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	43, // 65: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	48, // 66: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 67: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	50, // 68: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 69: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 70: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 71: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 72: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 73: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 74: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 75: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 76: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 77: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 78: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 79: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 80: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 81: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 82: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 83: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 84: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	38, // 85: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	40, // 86: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	42, // 87: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	44, // 88: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	49, // 89: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 90: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	51, // 91: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	69, // [69:92] is the sub-list for method output_type
+	46, // [46:69] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -3356,7 +3766,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   51,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -33,6 +33,9 @@ const (
 	AdminService_EvictNode_FullMethodName          = "/meshid.admin.v1.AdminService/EvictNode"
 	AdminService_BanNode_FullMethodName            = "/meshid.admin.v1.AdminService/BanNode"
 	AdminService_UnbanNode_FullMethodName          = "/meshid.admin.v1.AdminService/UnbanNode"
+	AdminService_AddQuarantine_FullMethodName      = "/meshid.admin.v1.AdminService/AddQuarantine"
+	AdminService_LiftQuarantine_FullMethodName     = "/meshid.admin.v1.AdminService/LiftQuarantine"
+	AdminService_ListQuarantines_FullMethodName    = "/meshid.admin.v1.AdminService/ListQuarantines"
 	AdminService_GetBundle_FullMethodName          = "/meshid.admin.v1.AdminService/GetBundle"
 	AdminService_ListAuthorities_FullMethodName    = "/meshid.admin.v1.AdminService/ListAuthorities"
 	AdminService_RotateIntermediate_FullMethodName = "/meshid.admin.v1.AdminService/RotateIntermediate"
@@ -65,6 +68,12 @@ type AdminServiceClient interface {
 	// BanNode evicts a node and refuses its attestation until UnbanNode.
 	BanNode(ctx context.Context, in *BanNodeRequest, opts ...grpc.CallOption) (*BanNodeResponse, error)
 	UnbanNode(ctx context.Context, in *UnbanNodeRequest, opts ...grpc.CallOption) (*UnbanNodeResponse, error)
+	// AddQuarantine has an identity, a key or a certificate refused from the answer
+	// on, and withdrawn wherever an agent serves it.
+	AddQuarantine(ctx context.Context, in *AddQuarantineRequest, opts ...grpc.CallOption) (*AddQuarantineResponse, error)
+	LiftQuarantine(ctx context.Context, in *LiftQuarantineRequest, opts ...grpc.CallOption) (*LiftQuarantineResponse, error)
+	// ListQuarantines says also on how many nodes they are in force.
+	ListQuarantines(ctx context.Context, in *ListQuarantinesRequest, opts ...grpc.CallOption) (*ListQuarantinesResponse, error)
 	GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error)
 	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
 	// RotateIntermediate replaces the intermediate now and has the agents renew
@@ -211,6 +220,36 @@ func (c *adminServiceClient) UnbanNode(ctx context.Context, in *UnbanNodeRequest
 	return out, nil
 }
 
+func (c *adminServiceClient) AddQuarantine(ctx context.Context, in *AddQuarantineRequest, opts ...grpc.CallOption) (*AddQuarantineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AddQuarantineResponse)
+	err := c.cc.Invoke(ctx, AdminService_AddQuarantine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) LiftQuarantine(ctx context.Context, in *LiftQuarantineRequest, opts ...grpc.CallOption) (*LiftQuarantineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LiftQuarantineResponse)
+	err := c.cc.Invoke(ctx, AdminService_LiftQuarantine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ListQuarantines(ctx context.Context, in *ListQuarantinesRequest, opts ...grpc.CallOption) (*ListQuarantinesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListQuarantinesResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListQuarantines_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetBundleResponse)
@@ -313,6 +352,12 @@ type AdminServiceServer interface {
 	// BanNode evicts a node and refuses its attestation until UnbanNode.
 	BanNode(context.Context, *BanNodeRequest) (*BanNodeResponse, error)
 	UnbanNode(context.Context, *UnbanNodeRequest) (*UnbanNodeResponse, error)
+	// AddQuarantine has an identity, a key or a certificate refused from the answer
+	// on, and withdrawn wherever an agent serves it.
+	AddQuarantine(context.Context, *AddQuarantineRequest) (*AddQuarantineResponse, error)
+	LiftQuarantine(context.Context, *LiftQuarantineRequest) (*LiftQuarantineResponse, error)
+	// ListQuarantines says also on how many nodes they are in force.
+	ListQuarantines(context.Context, *ListQuarantinesRequest) (*ListQuarantinesResponse, error)
 	GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error)
 	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
 	// RotateIntermediate replaces the intermediate now and has the agents renew
@@ -374,6 +419,15 @@ func (UnimplementedAdminServiceServer) BanNode(context.Context, *BanNodeRequest)
 }
 func (UnimplementedAdminServiceServer) UnbanNode(context.Context, *UnbanNodeRequest) (*UnbanNodeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method UnbanNode not implemented")
+}
+func (UnimplementedAdminServiceServer) AddQuarantine(context.Context, *AddQuarantineRequest) (*AddQuarantineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddQuarantine not implemented")
+}
+func (UnimplementedAdminServiceServer) LiftQuarantine(context.Context, *LiftQuarantineRequest) (*LiftQuarantineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method LiftQuarantine not implemented")
+}
+func (UnimplementedAdminServiceServer) ListQuarantines(context.Context, *ListQuarantinesRequest) (*ListQuarantinesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListQuarantines not implemented")
 }
 func (UnimplementedAdminServiceServer) GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetBundle not implemented")
@@ -636,6 +690,60 @@ func _AdminService_UnbanNode_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_AddQuarantine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddQuarantineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).AddQuarantine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_AddQuarantine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).AddQuarantine(ctx, req.(*AddQuarantineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_LiftQuarantine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LiftQuarantineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).LiftQuarantine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_LiftQuarantine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).LiftQuarantine(ctx, req.(*LiftQuarantineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ListQuarantines_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListQuarantinesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListQuarantines(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListQuarantines_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListQuarantines(ctx, req.(*ListQuarantinesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_GetBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetBundleRequest)
 	if err := dec(in); err != nil {
@@ -834,6 +942,18 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "UnbanNode",
 			Handler:    _AdminService_UnbanNode_Handler,
+		},
+		{
+			MethodName: "AddQuarantine",
+			Handler:    _AdminService_AddQuarantine_Handler,
+		},
+		{
+			MethodName: "LiftQuarantine",
+			Handler:    _AdminService_LiftQuarantine_Handler,
+		},
+		{
+			MethodName: "ListQuarantines",
+			Handler:    _AdminService_ListQuarantines_Handler,
 		},
 		{
 			MethodName: "GetBundle",

@@ -67,7 +67,10 @@ const (
 	Event_EVENT_TOKEN_DELETED Event = 15
 	// The CA's clock was set (reason "set"), is back where it was ("back"), or was
 	// confirmed by an operator ("confirmed"); detail says by how much.
-	Event_EVENT_CLOCK Event = 16 // 17 and 18 are for quarantines and for CRLs.
+	Event_EVENT_CLOCK Event = 16
+	// An identity, a key or a certificate was quarantined, or, if quarantine.lifted
+	// says so, is no more; detail is why.
+	Event_EVENT_QUARANTINE Event = 17 // 18 is for CRLs.
 	// A registration entry is in force in this CA without having been applied
 	// here: it was there when the CA started, or another CA applied it. So each
 	// journal has every entry that its decisions rest on.
@@ -101,6 +104,7 @@ var (
 		14: "EVENT_STARTED",
 		15: "EVENT_TOKEN_DELETED",
 		16: "EVENT_CLOCK",
+		17: "EVENT_QUARANTINE",
 		19: "EVENT_ENTRY_LOADED",
 		20: "EVENT_CALL_REFUSED",
 		21: "EVENT_RENEWAL_ORDERED",
@@ -124,6 +128,7 @@ var (
 		"EVENT_STARTED":         14,
 		"EVENT_TOKEN_DELETED":   15,
 		"EVENT_CLOCK":           16,
+		"EVENT_QUARANTINE":      17,
 		"EVENT_ENTRY_LOADED":    19,
 		"EVENT_CALL_REFUSED":    20,
 		"EVENT_RENEWAL_ORDERED": 21,
@@ -348,7 +353,9 @@ type Record struct {
 	// was asked.
 	Placement *Placement `protobuf:"bytes,36,opt,name=placement,proto3" json:"placement,omitempty"`
 	// For EVENT_TOKEN_CREATED: when the token ends.
-	TokenExpires  *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
+	TokenExpires *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
+	// For EVENT_QUARANTINE.
+	Quarantine    *Quarantine `protobuf:"bytes,38,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -642,6 +649,84 @@ func (x *Record) GetTokenExpires() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Record) GetQuarantine() *Quarantine {
+	if x != nil {
+		return x.Quarantine
+	}
+	return nil
+}
+
+// Quarantine is what is refused: one of an identity, a key and a certificate.
+type Quarantine struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// SHA-256 of the public key (SubjectPublicKeyInfo).
+	KeySha256 []byte `protobuf:"bytes,2,opt,name=key_sha256,json=keySha256,proto3" json:"key_sha256,omitempty"`
+	Serial    []byte `protobuf:"bytes,3,opt,name=serial,proto3" json:"serial,omitempty"`
+	// It is refused no more.
+	Lifted        bool `protobuf:"varint,4,opt,name=lifted,proto3" json:"lifted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quarantine) Reset() {
+	*x = Quarantine{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quarantine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quarantine) ProtoMessage() {}
+
+func (x *Quarantine) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quarantine.ProtoReflect.Descriptor instead.
+func (*Quarantine) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Quarantine) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Quarantine) GetKeySha256() []byte {
+	if x != nil {
+		return x.KeySha256
+	}
+	return nil
+}
+
+func (x *Quarantine) GetSerial() []byte {
+	if x != nil {
+		return x.Serial
+	}
+	return nil
+}
+
+func (x *Quarantine) GetLifted() bool {
+	if x != nil {
+		return x.Lifted
+	}
+	return false
+}
+
 // Certificate describes a certificate; the certificate itself is not kept.
 type Certificate struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -658,7 +743,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +755,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +768,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{1}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Certificate) GetSerial() []byte {
@@ -749,7 +834,7 @@ type NodeRef struct {
 
 func (x *NodeRef) Reset() {
 	*x = NodeRef{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +846,7 @@ func (x *NodeRef) String() string {
 func (*NodeRef) ProtoMessage() {}
 
 func (x *NodeRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +859,7 @@ func (x *NodeRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRef.ProtoReflect.Descriptor instead.
 func (*NodeRef) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{2}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *NodeRef) GetId() string {
@@ -818,7 +903,7 @@ type EntryRef struct {
 
 func (x *EntryRef) Reset() {
 	*x = EntryRef{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -830,7 +915,7 @@ func (x *EntryRef) String() string {
 func (*EntryRef) ProtoMessage() {}
 
 func (x *EntryRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -843,7 +928,7 @@ func (x *EntryRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryRef.ProtoReflect.Descriptor instead.
 func (*EntryRef) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{3}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *EntryRef) GetName() string {
@@ -886,7 +971,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +983,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +996,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{4}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Authority) GetId() string {
@@ -972,7 +1057,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -984,7 +1069,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -997,7 +1082,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{5}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Miss) GetField() string {
@@ -1035,7 +1120,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1132,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1145,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Configuration) GetDigest() []byte {
@@ -1089,7 +1174,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1186,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1199,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Bundle) GetSequence() uint64 {
@@ -1144,7 +1229,7 @@ type Summary struct {
 
 func (x *Summary) Reset() {
 	*x = Summary{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1241,7 @@ func (x *Summary) String() string {
 func (*Summary) ProtoMessage() {}
 
 func (x *Summary) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1254,7 @@ func (x *Summary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Summary.ProtoReflect.Descriptor instead.
 func (*Summary) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Summary) GetCount() uint64 {
@@ -1201,7 +1286,7 @@ type Order struct {
 
 func (x *Order) Reset() {
 	*x = Order{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1213,7 +1298,7 @@ func (x *Order) String() string {
 func (*Order) ProtoMessage() {}
 
 func (x *Order) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1226,7 +1311,7 @@ func (x *Order) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Order.ProtoReflect.Descriptor instead.
 func (*Order) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Order) GetAuthority() string {
@@ -1268,7 +1353,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1365,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1378,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Placement) GetPlatform() string {
@@ -1328,7 +1413,7 @@ var File_proto_ledger_v1_ledger_proto protoreflect.FileDescriptor
 
 const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\n" +
-	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xb6\f\n" +
+	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xf4\f\n" +
 	"\x06Record\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
@@ -1373,7 +1458,17 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\asummary\x18\" \x01(\v2\x19.meshid.ledger.v1.SummaryR\asummary\x12-\n" +
 	"\x05order\x18# \x01(\v2\x17.meshid.ledger.v1.OrderR\x05order\x129\n" +
 	"\tplacement\x18$ \x01(\v2\x1b.meshid.ledger.v1.PlacementR\tplacement\x12?\n" +
-	"\rtoken_expires\x18% \x01(\v2\x1a.google.protobuf.TimestampR\ftokenExpires\"\x94\x02\n" +
+	"\rtoken_expires\x18% \x01(\v2\x1a.google.protobuf.TimestampR\ftokenExpires\x12<\n" +
+	"\n" +
+	"quarantine\x18& \x01(\v2\x1c.meshid.ledger.v1.QuarantineR\n" +
+	"quarantine\"x\n" +
+	"\n" +
+	"Quarantine\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1d\n" +
+	"\n" +
+	"key_sha256\x18\x02 \x01(\fR\tkeySha256\x12\x16\n" +
+	"\x06serial\x18\x03 \x01(\fR\x06serial\x12\x16\n" +
+	"\x06lifted\x18\x04 \x01(\bR\x06lifted\"\x94\x02\n" +
 	"\vCertificate\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\fR\x06serial\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256\x12\x1f\n" +
@@ -1423,7 +1518,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xc6\x03\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xdc\x03\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1442,7 +1537,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x14EVENT_INSTANCE_ENDED\x10\r\x12\x11\n" +
 	"\rEVENT_STARTED\x10\x0e\x12\x17\n" +
 	"\x13EVENT_TOKEN_DELETED\x10\x0f\x12\x0f\n" +
-	"\vEVENT_CLOCK\x10\x10\x12\x16\n" +
+	"\vEVENT_CLOCK\x10\x10\x12\x14\n" +
+	"\x10EVENT_QUARANTINE\x10\x11\x12\x16\n" +
 	"\x12EVENT_ENTRY_LOADED\x10\x13\x12\x16\n" +
 	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
 	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +
@@ -1472,63 +1568,65 @@ func file_proto_ledger_v1_ledger_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_ledger_v1_ledger_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(Event)(0),                    // 0: meshid.ledger.v1.Event
 	(Outcome)(0),                  // 1: meshid.ledger.v1.Outcome
 	(Kind)(0),                     // 2: meshid.ledger.v1.Kind
 	(*Record)(nil),                // 3: meshid.ledger.v1.Record
-	(*Certificate)(nil),           // 4: meshid.ledger.v1.Certificate
-	(*NodeRef)(nil),               // 5: meshid.ledger.v1.NodeRef
-	(*EntryRef)(nil),              // 6: meshid.ledger.v1.EntryRef
-	(*Authority)(nil),             // 7: meshid.ledger.v1.Authority
-	(*Miss)(nil),                  // 8: meshid.ledger.v1.Miss
-	(*Configuration)(nil),         // 9: meshid.ledger.v1.Configuration
-	(*Bundle)(nil),                // 10: meshid.ledger.v1.Bundle
-	(*Summary)(nil),               // 11: meshid.ledger.v1.Summary
-	(*Order)(nil),                 // 12: meshid.ledger.v1.Order
-	(*Placement)(nil),             // 13: meshid.ledger.v1.Placement
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*v1.Workload)(nil),           // 15: meshid.attributes.v1.Workload
-	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
-	(*v1.Process)(nil),            // 17: meshid.attributes.v1.Process
-	(*v11.Entry)(nil),             // 18: meshid.entry.v1.Entry
-	(*v1.Node)(nil),               // 19: meshid.attributes.v1.Node
+	(*Quarantine)(nil),            // 4: meshid.ledger.v1.Quarantine
+	(*Certificate)(nil),           // 5: meshid.ledger.v1.Certificate
+	(*NodeRef)(nil),               // 6: meshid.ledger.v1.NodeRef
+	(*EntryRef)(nil),              // 7: meshid.ledger.v1.EntryRef
+	(*Authority)(nil),             // 8: meshid.ledger.v1.Authority
+	(*Miss)(nil),                  // 9: meshid.ledger.v1.Miss
+	(*Configuration)(nil),         // 10: meshid.ledger.v1.Configuration
+	(*Bundle)(nil),                // 11: meshid.ledger.v1.Bundle
+	(*Summary)(nil),               // 12: meshid.ledger.v1.Summary
+	(*Order)(nil),                 // 13: meshid.ledger.v1.Order
+	(*Placement)(nil),             // 14: meshid.ledger.v1.Placement
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(*v1.Workload)(nil),           // 16: meshid.attributes.v1.Workload
+	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
+	(*v1.Process)(nil),            // 18: meshid.attributes.v1.Process
+	(*v11.Entry)(nil),             // 19: meshid.entry.v1.Entry
+	(*v1.Node)(nil),               // 20: meshid.attributes.v1.Node
 }
 var file_proto_ledger_v1_ledger_proto_depIdxs = []int32{
-	14, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
+	15, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
 	0,  // 1: meshid.ledger.v1.Record.event:type_name -> meshid.ledger.v1.Event
 	1,  // 2: meshid.ledger.v1.Record.outcome:type_name -> meshid.ledger.v1.Outcome
-	4,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
+	5,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
 	2,  // 4: meshid.ledger.v1.Record.kind:type_name -> meshid.ledger.v1.Kind
-	15, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
-	5,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
-	6,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
-	7,  // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
-	16, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
-	17, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
-	8,  // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
-	18, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
-	9,  // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
-	10, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
-	4,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
-	11, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
-	12, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
-	13, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
-	14, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
-	14, // 20: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	14, // 21: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	19, // 22: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
-	14, // 23: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	7,  // 24: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
-	14, // 25: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
-	16, // 26: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
-	14, // 27: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
-	28, // [28:28] is the sub-list for method output_type
-	28, // [28:28] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	16, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
+	6,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
+	7,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
+	8,  // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
+	17, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
+	18, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
+	9,  // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
+	19, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
+	10, // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
+	11, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
+	5,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
+	12, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
+	13, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
+	14, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
+	15, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
+	4,  // 20: meshid.ledger.v1.Record.quarantine:type_name -> meshid.ledger.v1.Quarantine
+	15, // 21: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	15, // 22: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	20, // 23: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
+	15, // 24: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	8,  // 25: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
+	15, // 26: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
+	17, // 27: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
+	15, // 28: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_proto_ledger_v1_ledger_proto_init() }
@@ -1542,7 +1640,7 @@ func file_proto_ledger_v1_ledger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_ledger_v1_ledger_proto_rawDesc), len(file_proto_ledger_v1_ledger_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -98,6 +98,8 @@ const (
 	Reason_REASON_CSR Reason = 4
 	// Not now: overload, or no authority or ledger to issue with. Try again.
 	Reason_REASON_UNAVAILABLE Reason = 5
+	// The identity or the key is quarantined.
+	Reason_REASON_QUARANTINED Reason = 6
 )
 
 // Enum value maps for Reason.
@@ -109,6 +111,7 @@ var (
 		3: "REASON_TEMPLATE",
 		4: "REASON_CSR",
 		5: "REASON_UNAVAILABLE",
+		6: "REASON_QUARANTINED",
 	}
 	Reason_value = map[string]int32{
 		"REASON_UNSPECIFIED":      0,
@@ -117,6 +120,7 @@ var (
 		"REASON_TEMPLATE":         3,
 		"REASON_CSR":              4,
 		"REASON_UNAVAILABLE":      5,
+		"REASON_QUARANTINED":      6,
 	}
 )
 
@@ -747,9 +751,11 @@ type Hello struct {
 	BundleSequence uint64 `protobuf:"varint,4,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	// The largest sequence of a Rotate that was carried out since the agent
 	// started; orders after it are sent again.
-	Rotated       uint64 `protobuf:"varint,5,opt,name=rotated,proto3" json:"rotated,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Rotated uint64 `protobuf:"varint,5,opt,name=rotated,proto3" json:"rotated,omitempty"`
+	// Sequence of the last Quarantines that was carried out; 0 for none.
+	QuarantineSequence uint64 `protobuf:"varint,6,opt,name=quarantine_sequence,json=quarantineSequence,proto3" json:"quarantine_sequence,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -817,6 +823,13 @@ func (x *Hello) GetRotated() uint64 {
 	return 0
 }
 
+func (x *Hello) GetQuarantineSequence() uint64 {
+	if x != nil {
+		return x.QuarantineSequence
+	}
+	return 0
+}
+
 // Applied says what is in force in the agent.
 type Applied struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -825,9 +838,11 @@ type Applied struct {
 	// If present, the agent's clock when it sent this: the CA answers with Clock.
 	Sent *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=sent,proto3" json:"sent,omitempty"`
 	// How far the agent's clock is ahead of the CA's; absent while it is not known.
-	ClockSkew     *durationpb.Duration `protobuf:"bytes,4,opt,name=clock_skew,json=clockSkew,proto3" json:"clock_skew,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ClockSkew *durationpb.Duration `protobuf:"bytes,4,opt,name=clock_skew,json=clockSkew,proto3" json:"clock_skew,omitempty"`
+	// Sequence of the last Quarantines: what they name is served no more.
+	QuarantineSequence uint64 `protobuf:"varint,5,opt,name=quarantine_sequence,json=quarantineSequence,proto3" json:"quarantine_sequence,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Applied) Reset() {
@@ -886,6 +901,13 @@ func (x *Applied) GetClockSkew() *durationpb.Duration {
 		return x.ClockSkew
 	}
 	return nil
+}
+
+func (x *Applied) GetQuarantineSequence() uint64 {
+	if x != nil {
+		return x.QuarantineSequence
+	}
+	return 0
 }
 
 // BundleAcks says how many of the open streams to proxies and workloads have
@@ -1221,6 +1243,7 @@ type SyncResponse struct {
 	//	*SyncResponse_Rotate
 	//	*SyncResponse_Inspect
 	//	*SyncResponse_Clock
+	//	*SyncResponse_Quarantines
 	Message       isSyncResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1326,6 +1349,15 @@ func (x *SyncResponse) GetClock() *Clock {
 	return nil
 }
 
+func (x *SyncResponse) GetQuarantines() *Quarantines {
+	if x != nil {
+		if x, ok := x.Message.(*SyncResponse_Quarantines); ok {
+			return x.Quarantines
+		}
+	}
+	return nil
+}
+
 type isSyncResponse_Message interface {
 	isSyncResponse_Message()
 }
@@ -1358,6 +1390,10 @@ type SyncResponse_Clock struct {
 	Clock *Clock `protobuf:"bytes,7,opt,name=clock,proto3,oneof"`
 }
 
+type SyncResponse_Quarantines struct {
+	Quarantines *Quarantines `protobuf:"bytes,8,opt,name=quarantines,proto3,oneof"`
+}
+
 func (*SyncResponse_Snapshot) isSyncResponse_Message() {}
 
 func (*SyncResponse_Delta) isSyncResponse_Message() {}
@@ -1371,6 +1407,8 @@ func (*SyncResponse_Rotate) isSyncResponse_Message() {}
 func (*SyncResponse_Inspect) isSyncResponse_Message() {}
 
 func (*SyncResponse_Clock) isSyncResponse_Message() {}
+
+func (*SyncResponse_Quarantines) isSyncResponse_Message() {}
 
 // Clock answers an Applied with sent, so that the agent learns how far the two
 // clocks are apart, to half of the time that the answer took.
@@ -1428,6 +1466,80 @@ func (x *Clock) GetReceived() *timestamppb.Timestamp {
 	return nil
 }
 
+// Quarantines replaces what the agent knows of identities, keys and certificates
+// that are refused. The agent withdraws what it names, and asks for it again only
+// with another key, or not before it is lifted.
+type Quarantines struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Grows with each change.
+	Sequence uint64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// SHA-256 of SPIFFE IDs: a node learns no names of others'.
+	SpiffeIdSha256 [][]byte `protobuf:"bytes,2,rep,name=spiffe_id_sha256,json=spiffeIdSha256,proto3" json:"spiffe_id_sha256,omitempty"`
+	// SHA-256 of public keys (SubjectPublicKeyInfo).
+	KeySha256     [][]byte `protobuf:"bytes,3,rep,name=key_sha256,json=keySha256,proto3" json:"key_sha256,omitempty"`
+	Serials       [][]byte `protobuf:"bytes,4,rep,name=serials,proto3" json:"serials,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Quarantines) Reset() {
+	*x = Quarantines{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Quarantines) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Quarantines) ProtoMessage() {}
+
+func (x *Quarantines) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Quarantines.ProtoReflect.Descriptor instead.
+func (*Quarantines) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Quarantines) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Quarantines) GetSpiffeIdSha256() [][]byte {
+	if x != nil {
+		return x.SpiffeIdSha256
+	}
+	return nil
+}
+
+func (x *Quarantines) GetKeySha256() [][]byte {
+	if x != nil {
+		return x.KeySha256
+	}
+	return nil
+}
+
+func (x *Quarantines) GetSerials() [][]byte {
+	if x != nil {
+		return x.Serials
+	}
+	return nil
+}
+
 // Snapshot replaces all entries of the agent.
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1444,7 +1556,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1456,7 +1568,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1469,7 +1581,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Snapshot) GetEpoch() string {
@@ -1514,7 +1626,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1526,7 +1638,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1539,7 +1651,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Delta) GetFromRevision() uint64 {
@@ -1582,7 +1694,7 @@ type Evicted struct {
 
 func (x *Evicted) Reset() {
 	*x = Evicted{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1706,7 @@ func (x *Evicted) String() string {
 func (*Evicted) ProtoMessage() {}
 
 func (x *Evicted) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1719,7 @@ func (x *Evicted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evicted.ProtoReflect.Descriptor instead.
 func (*Evicted) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Evicted) GetBanned() bool {
@@ -1640,7 +1752,7 @@ type Rotate struct {
 
 func (x *Rotate) Reset() {
 	*x = Rotate{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1764,7 @@ func (x *Rotate) String() string {
 func (*Rotate) ProtoMessage() {}
 
 func (x *Rotate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1777,7 @@ func (x *Rotate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotate.ProtoReflect.Descriptor instead.
 func (*Rotate) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Rotate) GetAuthority() string {
@@ -1700,7 +1812,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1824,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1837,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Inspect) GetRequest() uint64 {
@@ -1752,7 +1864,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +1876,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +1889,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *IssueRequest) GetItems() []*IssueItem {
@@ -1807,7 +1919,7 @@ type IssueItem struct {
 
 func (x *IssueItem) Reset() {
 	*x = IssueItem{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +1931,7 @@ func (x *IssueItem) String() string {
 func (*IssueItem) ProtoMessage() {}
 
 func (x *IssueItem) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +1944,7 @@ func (x *IssueItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueItem.ProtoReflect.Descriptor instead.
 func (*IssueItem) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *IssueItem) GetEntry() string {
@@ -1893,7 +2005,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +2017,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +2030,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IssueResponse) GetResults() []*IssueResult {
@@ -1941,7 +2053,7 @@ type IssueResult struct {
 
 func (x *IssueResult) Reset() {
 	*x = IssueResult{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1953,7 +2065,7 @@ func (x *IssueResult) String() string {
 func (*IssueResult) ProtoMessage() {}
 
 func (x *IssueResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1966,7 +2078,7 @@ func (x *IssueResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
 func (*IssueResult) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IssueResult) GetResult() isIssueResult_Result {
@@ -2022,7 +2134,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2034,7 +2146,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2047,7 +2159,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2083,7 +2195,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2095,7 +2207,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2108,7 +2220,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Refusal) GetReason() Reason {
@@ -2143,7 +2255,7 @@ type InstancesEnded_Instance struct {
 
 func (x *InstancesEnded_Instance) Reset() {
 	*x = InstancesEnded_Instance{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2155,7 +2267,7 @@ func (x *InstancesEnded_Instance) String() string {
 func (*InstancesEnded_Instance) ProtoMessage() {}
 
 func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,19 +2335,21 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"bundleAcks\x12I\n" +
 	"\x0finstances_ended\x18\x04 \x01(\v2\x1e.meshid.node.v1.InstancesEndedH\x00R\x0einstancesEnded\x129\n" +
 	"\tinspected\x18\x05 \x01(\v2\x19.meshid.node.v1.InspectedH\x00R\tinspectedB\t\n" +
-	"\amessage\"\xa1\x01\n" +
+	"\amessage\"\xd2\x01\n" +
 	"\x05Hello\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x18\n" +
-	"\arotated\x18\x05 \x01(\x04R\arotated\"\xb8\x01\n" +
+	"\arotated\x18\x05 \x01(\x04R\arotated\x12/\n" +
+	"\x13quarantine_sequence\x18\x06 \x01(\x04R\x12quarantineSequence\"\xe9\x01\n" +
 	"\aApplied\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12.\n" +
 	"\x04sent\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x128\n" +
 	"\n" +
-	"clock_skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tclockSkew\"\xdf\x01\n" +
+	"clock_skew\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\tclockSkew\x12/\n" +
+	"\x13quarantine_sequence\x18\x05 \x01(\x04R\x12quarantineSequence\"\xdf\x01\n" +
 	"\n" +
 	"BundleAcks\x12\x18\n" +
 	"\astreams\x18\x01 \x01(\rR\astreams\x12\x1a\n" +
@@ -2260,7 +2374,7 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\arequest\x18\x01 \x01(\x04R\arequest\x12:\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1e.meshid.attributes.v1.WorkloadR\bworkload\x12\x1a\n" +
 	"\binstance\x18\x03 \x01(\tR\binstance\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\xfd\x02\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"\xbe\x03\n" +
 	"\fSyncResponse\x126\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x18.meshid.node.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x05delta\x18\x02 \x01(\v2\x15.meshid.node.v1.DeltaH\x00R\x05delta\x120\n" +
@@ -2268,11 +2382,18 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\aevicted\x18\x04 \x01(\v2\x17.meshid.node.v1.EvictedH\x00R\aevicted\x120\n" +
 	"\x06rotate\x18\x05 \x01(\v2\x16.meshid.node.v1.RotateH\x00R\x06rotate\x123\n" +
 	"\ainspect\x18\x06 \x01(\v2\x17.meshid.node.v1.InspectH\x00R\ainspect\x12-\n" +
-	"\x05clock\x18\a \x01(\v2\x15.meshid.node.v1.ClockH\x00R\x05clockB\t\n" +
+	"\x05clock\x18\a \x01(\v2\x15.meshid.node.v1.ClockH\x00R\x05clock\x12?\n" +
+	"\vquarantines\x18\b \x01(\v2\x1b.meshid.node.v1.QuarantinesH\x00R\vquarantinesB\t\n" +
 	"\amessage\"o\n" +
 	"\x05Clock\x12.\n" +
 	"\x04sent\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x126\n" +
-	"\breceived\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\x9e\x01\n" +
+	"\breceived\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\x8c\x01\n" +
+	"\vQuarantines\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12(\n" +
+	"\x10spiffe_id_sha256\x18\x02 \x03(\fR\x0espiffeIdSha256\x12\x1d\n" +
+	"\n" +
+	"key_sha256\x18\x03 \x03(\fR\tkeySha256\x12\x18\n" +
+	"\aserials\x18\x04 \x03(\fR\aserials\"\x9e\x01\n" +
 	"\bSnapshot\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x120\n" +
@@ -2323,7 +2444,7 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x16ISSUE_KIND_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ISSUE_KIND_FIRST\x10\x01\x12\x16\n" +
 	"\x12ISSUE_KIND_RENEWAL\x10\x02\x12\x17\n" +
-	"\x13ISSUE_KIND_ROTATION\x10\x03*\x94\x01\n" +
+	"\x13ISSUE_KIND_ROTATION\x10\x03*\xac\x01\n" +
 	"\x06Reason\x12\x16\n" +
 	"\x12REASON_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14REASON_ENTRY_UNKNOWN\x10\x01\x12\x1b\n" +
@@ -2331,7 +2452,8 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x0fREASON_TEMPLATE\x10\x03\x12\x0e\n" +
 	"\n" +
 	"REASON_CSR\x10\x04\x12\x16\n" +
-	"\x12REASON_UNAVAILABLE\x10\x052\xad\x02\n" +
+	"\x12REASON_UNAVAILABLE\x10\x05\x12\x16\n" +
+	"\x12REASON_QUARANTINED\x10\x062\xad\x02\n" +
 	"\vNodeService\x12K\n" +
 	"\x06Attest\x12\x1d.meshid.node.v1.AttestRequest\x1a\x1e.meshid.node.v1.AttestResponse(\x010\x01\x12D\n" +
 	"\x05Renew\x12\x1c.meshid.node.v1.RenewRequest\x1a\x1d.meshid.node.v1.RenewResponse\x12E\n" +
@@ -2351,7 +2473,7 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_proto_node_v1_node_proto_goTypes = []any{
 	(IssueKind)(0),                  // 0: meshid.node.v1.IssueKind
 	(Reason)(0),                     // 1: meshid.node.v1.Reason
@@ -2372,79 +2494,81 @@ var file_proto_node_v1_node_proto_goTypes = []any{
 	(*Inspected)(nil),               // 16: meshid.node.v1.Inspected
 	(*SyncResponse)(nil),            // 17: meshid.node.v1.SyncResponse
 	(*Clock)(nil),                   // 18: meshid.node.v1.Clock
-	(*Snapshot)(nil),                // 19: meshid.node.v1.Snapshot
-	(*Delta)(nil),                   // 20: meshid.node.v1.Delta
-	(*Evicted)(nil),                 // 21: meshid.node.v1.Evicted
-	(*Rotate)(nil),                  // 22: meshid.node.v1.Rotate
-	(*Inspect)(nil),                 // 23: meshid.node.v1.Inspect
-	(*IssueRequest)(nil),            // 24: meshid.node.v1.IssueRequest
-	(*IssueItem)(nil),               // 25: meshid.node.v1.IssueItem
-	(*IssueResponse)(nil),           // 26: meshid.node.v1.IssueResponse
-	(*IssueResult)(nil),             // 27: meshid.node.v1.IssueResult
-	(*IssuedSVID)(nil),              // 28: meshid.node.v1.IssuedSVID
-	(*Refusal)(nil),                 // 29: meshid.node.v1.Refusal
-	(*InstancesEnded_Instance)(nil), // 30: meshid.node.v1.InstancesEnded.Instance
-	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
-	(*v1.Workload)(nil),             // 33: meshid.attributes.v1.Workload
-	(*v11.Entry)(nil),               // 34: meshid.entry.v1.Entry
-	(*v1.Node)(nil),                 // 35: meshid.attributes.v1.Node
-	(*v1.Process)(nil),              // 36: meshid.attributes.v1.Process
+	(*Quarantines)(nil),             // 19: meshid.node.v1.Quarantines
+	(*Snapshot)(nil),                // 20: meshid.node.v1.Snapshot
+	(*Delta)(nil),                   // 21: meshid.node.v1.Delta
+	(*Evicted)(nil),                 // 22: meshid.node.v1.Evicted
+	(*Rotate)(nil),                  // 23: meshid.node.v1.Rotate
+	(*Inspect)(nil),                 // 24: meshid.node.v1.Inspect
+	(*IssueRequest)(nil),            // 25: meshid.node.v1.IssueRequest
+	(*IssueItem)(nil),               // 26: meshid.node.v1.IssueItem
+	(*IssueResponse)(nil),           // 27: meshid.node.v1.IssueResponse
+	(*IssueResult)(nil),             // 28: meshid.node.v1.IssueResult
+	(*IssuedSVID)(nil),              // 29: meshid.node.v1.IssuedSVID
+	(*Refusal)(nil),                 // 30: meshid.node.v1.Refusal
+	(*InstancesEnded_Instance)(nil), // 31: meshid.node.v1.InstancesEnded.Instance
+	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
+	(*v1.Workload)(nil),             // 34: meshid.attributes.v1.Workload
+	(*v11.Entry)(nil),               // 35: meshid.entry.v1.Entry
+	(*v1.Node)(nil),                 // 36: meshid.attributes.v1.Node
+	(*v1.Process)(nil),              // 37: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
 	3,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
 	5,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	8,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
-	31, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
+	32, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
 	5,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	10, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
 	11, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
 	12, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
 	15, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
 	16, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
-	31, // 10: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
-	32, // 11: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
+	32, // 10: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
+	33, // 11: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
 	13, // 12: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
 	14, // 13: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
-	31, // 14: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	30, // 15: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
-	33, // 16: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
-	19, // 17: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
-	20, // 18: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
+	32, // 14: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	31, // 15: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
+	34, // 16: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
+	20, // 17: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
+	21, // 18: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
 	8,  // 19: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
-	21, // 20: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
-	22, // 21: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
-	23, // 22: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
+	22, // 20: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
+	23, // 21: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
+	24, // 22: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
 	18, // 23: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
-	31, // 24: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
-	31, // 25: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
-	34, // 26: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
-	35, // 27: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
-	34, // 28: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
-	32, // 29: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
-	25, // 30: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
-	33, // 31: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
-	0,  // 32: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	36, // 33: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
-	27, // 34: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	28, // 35: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	29, // 36: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	31, // 37: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	1,  // 38: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	32, // 39: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	2,  // 40: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	6,  // 41: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	9,  // 42: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	24, // 43: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	4,  // 44: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	7,  // 45: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	17, // 46: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	26, // 47: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	44, // [44:48] is the sub-list for method output_type
-	40, // [40:44] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	19, // 24: meshid.node.v1.SyncResponse.quarantines:type_name -> meshid.node.v1.Quarantines
+	32, // 25: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
+	32, // 26: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
+	35, // 27: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
+	36, // 28: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
+	35, // 29: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
+	33, // 30: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
+	26, // 31: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
+	34, // 32: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
+	0,  // 33: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
+	37, // 34: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	28, // 35: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	29, // 36: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	30, // 37: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	32, // 38: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	1,  // 39: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	33, // 40: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	2,  // 41: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	6,  // 42: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	9,  // 43: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	25, // 44: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	4,  // 45: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	7,  // 46: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	17, // 47: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	27, // 48: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	45, // [45:49] is the sub-list for method output_type
+	41, // [41:45] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
@@ -2475,8 +2599,9 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncResponse_Rotate)(nil),
 		(*SyncResponse_Inspect)(nil),
 		(*SyncResponse_Clock)(nil),
+		(*SyncResponse_Quarantines)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[25].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[26].OneofWrappers = []any{
 		(*IssueResult_Svid)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
@@ -2486,7 +2611,7 @@ func file_proto_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
