@@ -235,6 +235,10 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 	defer s.lockNode(id.String())()
 	before, known := s.registry.Node(id.String())
 	ref := &ledgerv1.NodeRef{Id: id.String(), Address: a.c.address, AgentVersion: version, Attributes: attributes}
+	sum := key.Hash()
+	if q, ok := s.registry.Quarantines().Of(id.String(), sum[:], nil); ok {
+		return nil, a.refused(ctx, ref, reasonQuarantined, kindDenied, "the node's identity or key is quarantined", errors.New(q.Name()+" is quarantined: "+q.Reason))
+	}
 	if known && before.State == registry.Banned {
 		return nil, a.refused(ctx, ref, reasonBanned, kindDenied, "the node is banned", nil)
 	}
@@ -371,6 +375,11 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 	if err != nil {
 		s.refuseAgent(ctx, c.node.ID, r, reasonCSR, err.Error())
 		return nil, fail(kindInvalid, truncate(err.Error()), err)
+	}
+	sum := key.Hash()
+	if q, ok := s.registry.Quarantines().Of(c.node.ID, sum[:], nil); ok {
+		s.refuseAgent(ctx, c.node.ID, r, reasonQuarantined, q.Name()+" is quarantined: "+q.Reason)
+		return nil, fail(kindDenied, "the node's identity or key is quarantined", nil)
 	}
 	defer s.lockNode(c.node.ID)()
 	node, ok := s.registry.Node(c.node.ID)

@@ -59,6 +59,9 @@ var methods = map[string]role{
 	adminv1.AdminService_EvictNode_FullMethodName:          roleAdmin,
 	adminv1.AdminService_BanNode_FullMethodName:            roleAdmin,
 	adminv1.AdminService_UnbanNode_FullMethodName:          roleAdmin,
+	adminv1.AdminService_AddQuarantine_FullMethodName:      roleAdmin,
+	adminv1.AdminService_LiftQuarantine_FullMethodName:     roleAdmin,
+	adminv1.AdminService_ListQuarantines_FullMethodName:    roleAdmin,
 	adminv1.AdminService_GetBundle_FullMethodName:          roleAdmin,
 	adminv1.AdminService_ListAuthorities_FullMethodName:    roleAdmin,
 	adminv1.AdminService_RotateIntermediate_FullMethodName: roleAdmin,
@@ -86,6 +89,7 @@ type caller struct {
 	// node is set for roleNode; serial is that of the X.509-SVID presented.
 	node     *registry.Node
 	serial   []byte
+	key      []byte // SHA-256 of its public key
 	notAfter time.Time
 	// actor is who calls the admin API, or would: "uid:0", or a SPIFFE ID.
 	actor string
@@ -145,7 +149,15 @@ func (s *Server) authorizeTLS(ctx context.Context, c *caller, info *tlsInfo, nee
 		return fail(kindUnauthenticated, "the X.509-SVID has expired", nil)
 	}
 	id := info.id.String()
-	c.serial, c.notAfter = info.serial, info.notAfter
+	c.serial, c.key, c.notAfter = info.serial, info.key, info.notAfter
+	if q, ok := s.registry.Quarantines().Of(id, c.key, c.serial); ok {
+		c.denied, _ = s.registry.Node(id)
+		s.metrics.refused.WithLabelValues(reasonQuarantined).Inc()
+		if q.SPIFFEID != "" {
+			return fail(kindDenied, "the identity is quarantined", nil)
+		}
+		return fail(kindUnauthenticated, "the X.509-SVID is quarantined: attest again", nil)
+	}
 	switch need {
 	case roleNode:
 		if !strings.HasPrefix(info.id.Path(), identity.ReservedPath+"node/") {
@@ -246,6 +258,8 @@ func changes(method string, req any) bool {
 		adminv1.AdminService_EvictNode_FullMethodName,
 		adminv1.AdminService_BanNode_FullMethodName,
 		adminv1.AdminService_UnbanNode_FullMethodName,
+		adminv1.AdminService_AddQuarantine_FullMethodName,
+		adminv1.AdminService_LiftQuarantine_FullMethodName,
 		adminv1.AdminService_RotateIntermediate_FullMethodName,
 		adminv1.AdminService_ChangeRotation_FullMethodName,
 		adminv1.AdminService_RenewSVIDs_FullMethodName:

@@ -152,6 +152,8 @@ type session struct {
 type inForce struct {
 	revision       uint64
 	bundleSequence uint64
+	// quarantineSequence is that of the Quarantines which it has carried out.
+	quarantineSequence uint64
 	// streams of proxies and workloads, and how many of them have acknowledged
 	// ackSequence.
 	streams, acknowledged uint32

@@ -57,6 +57,7 @@ const (
 	reasonClone        = "cloned_agent"
 	reasonEvicted      = "evicted"
 	reasonSerial       = "previous_serial"
+	reasonQuarantined  = "quarantined"
 )
 
 // Reasons that are in records only.
@@ -68,7 +69,7 @@ const (
 // refusalReasons are all of them.
 var refusalReasons = []string{
 	reasonLimit, reasonEntryUnknown, reasonNodeRule, reasonRule, reasonTemplate, reasonCSR,
-	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone, reasonEvicted, reasonSerial,
+	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone, reasonEvicted, reasonSerial, reasonQuarantined,
 }
 
 // Issue implements nodev1.NodeServiceServer.
@@ -103,7 +104,7 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 	}
 
 	batch := &batch{
-		s: s, c: c, entries: s.registry.Entries(),
+		s: s, c: c, entries: s.registry.Entries(), quarantines: s.registry.Quarantines(),
 		node: nodeRef(c.node, c.address), began: timestamppb.New(c.began),
 	}
 	start := time.Now()
@@ -147,6 +148,8 @@ type batch struct {
 	s       *Server
 	c       *caller
 	entries *registry.Entries
+	// quarantines are looked at again once the batch is recorded.
+	quarantines *registry.Quarantines
 	// node and began are shared by the records of all items: read only.
 	node  *ledgerv1.NodeRef
 	began *timestamppb.Timestamp
@@ -159,6 +162,8 @@ type decision struct {
 	reason  string           // of the refusal, for the metric
 	record  *ledgerv1.Record // of the refusal; nil if it is not recorded
 	kind    ledgerv1.Kind
+	id      string // of what was signed
+	key     [32]byte
 }
 
 func (d *decision) refuse(reason nodev1.Reason, label, message string, retryAfter time.Duration) {
@@ -208,6 +213,20 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 	r.Instance, r.Workload, r.PreviousSerial = item.GetInstance(), item.GetWorkload(), item.GetPreviousSerial()
 	r.Attestors, r.Process = attestorsOf(item.GetWorkload()), item.GetProcess()
 
+	quarantined := func(q *registry.Quarantine) {
+		refused(nodev1.Reason_REASON_QUARANTINED, reasonQuarantined, "the identity or the key is quarantined", q.Name()+" is quarantined: "+q.Reason, 0)
+	}
+	if b.quarantines.Len() > 0 {
+		// What is wrong with the CSR is said below, if it is its turn.
+		if key, err := ca.ParseCSR(item.GetCsr()); err == nil {
+			sum := key.Hash()
+			if q, ok := b.quarantines.Of("", sum[:], nil); ok {
+				quarantined(q)
+				return
+			}
+		}
+	}
+
 	// The entry must be there, and be one of this node's. Which of the two is
 	// wrong is the ledger's business: the node has no right to know.
 	entry, ok := b.entries.Set.Get(item.GetEntry())
@@ -233,6 +252,11 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 	if err != nil {
 		r.Miss = nearestMiss(entry, facts)
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
+		return
+	}
+	if q, ok := b.quarantines.Of(id.ID.String(), nil, nil); ok {
+		r.SpiffeId = id.ID.String()
+		quarantined(q)
 		return
 	}
 	// Whoever has an admin's SPIFFE ID is an admin: no other entry makes it.
@@ -261,7 +285,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 		refused(reason, label, message, err.Error(), retryAfter)
 		return
 	}
-	d.signed = signed
+	d.signed, d.id, d.key = signed, id.ID.String(), key.Hash()
 }
 
 // checkItem checks sizes, before anything is made of them.
@@ -365,12 +389,20 @@ func (s *Server) record(ctx context.Context, c *caller, decisions []decision) (*
 			durable = nil
 		}
 	}
+	quarantines := s.registry.Quarantines()
 	results := make([]*nodev1.IssueResult, len(decisions))
 	for i := range decisions {
 		d := &decisions[i]
 		if d.signed != nil && durable == nil {
 			d.signed = nil
 			d.refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the CA cannot record now", retryNoSigning)
+		}
+		if d.signed != nil {
+			// It was added meanwhile: what was signed and recorded is not handed out.
+			if _, ok := quarantines.Of(d.id, d.key[:], nil); ok {
+				d.signed = nil
+				d.refuse(nodev1.Reason_REASON_QUARANTINED, reasonQuarantined, "the identity or the key is quarantined", 0)
+			}
 		}
 		if d.signed == nil {
 			s.refused.Add(1)

@@ -21,6 +21,7 @@ type metrics struct {
 	clones        prometheus.Counter
 	clockJumps    prometheus.Counter
 	evictions     *prometheus.CounterVec
+	quarantines   *prometheus.CounterVec
 	entryChanges  *prometheus.CounterVec
 	syncMessages  *prometheus.CounterVec
 	handshakes    *prometheus.CounterVec
@@ -57,7 +58,8 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		clockJumps: counter("meshid_ca_clock_jumps_total", "Times that the CA's clock was set by more than five minutes."),
 		clones: counter("meshid_ca_agent_clones_total",
 			"Times that an agent presented an X.509-SVID that it had replaced."),
-		evictions: counters("meshid_ca_node_changes_total", "Changes of nodes by operators.", "action"),
+		evictions:   counters("meshid_ca_node_changes_total", "Changes of nodes by operators.", "action"),
+		quarantines: counters("meshid_ca_quarantine_changes_total", "Quarantines that operators added and lifted.", "action"),
 		entryChanges: counters("meshid_ca_entry_changes_total",
 			"Registration entries that were created, changed or deleted.", "action"),
 		syncMessages: counters("meshid_ca_sync_messages_total",
@@ -106,6 +108,9 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 	for _, action := range []string{"evict", "ban", "unban"} {
 		m.evictions.WithLabelValues(action)
 	}
+	for _, action := range []string{quarantineAdd, quarantineLift} {
+		m.quarantines.WithLabelValues(action)
+	}
 	for _, action := range []string{actionCreated, actionChanged, actionDeleted} {
 		m.entryChanges.WithLabelValues(action)
 	}
@@ -121,7 +126,7 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		m.rpcFailures.WithLabelValues(kind)
 	}
 	for _, c := range []prometheus.Collector{
-		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.entryChanges,
+		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.quarantines, m.entryChanges,
 		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
 		m.stages, m.attesting,
 		nodesByState{s.registry},
@@ -131,6 +136,8 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 			func() float64 { return float64(s.registry.Entries().Revision) }),
 		gauge("meshid_ca_entries", "Registration entries in force.",
 			func() float64 { return float64(s.registry.Entries().Set.Len()) }),
+		gauge("meshid_ca_quarantines", "Identities, keys and certificates that are quarantined.",
+			func() float64 { return float64(s.registry.Quarantines().Len()) }),
 		gauge("meshid_ca_nodes_connected", "Nodes with an open Sync stream.",
 			func() float64 { return float64(s.hub.count()) }),
 	} {

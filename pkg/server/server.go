@@ -33,7 +33,7 @@ import (
 )
 
 // Conditions are the names of what this package reports to its health.Tracker.
-var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded, conditionSkew}
+var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded, conditionSkew, conditionQuarantine}
 
 const (
 	// conditionEntries: some stored entries do not compile and are not in force.
@@ -46,6 +46,8 @@ const (
 	conditionClone = "agent_clone"
 	// conditionStore: what is noted about nodes cannot be written.
 	conditionStore = "node_store"
+	// conditionQuarantine: one is in force, and would be forgotten by a restart.
+	conditionQuarantine = "quarantine"
 )
 
 // EntryStore keeps registration entries. Changes are durable on return, and
@@ -76,11 +78,20 @@ type TokenStore interface {
 	DeleteToken(ctx context.Context, sum [32]byte, record func() error) error
 }
 
+// QuarantineStore keeps quarantines. Changes are durable on return. record is called
+// before a change is committed; nothing is changed if it fails.
+type QuarantineStore interface {
+	Quarantines(ctx context.Context) ([]*registry.Quarantine, error)
+	PutQuarantine(ctx context.Context, q *registry.Quarantine) error
+	DeleteQuarantine(ctx context.Context, q *registry.Quarantine, record func() error) error
+}
+
 // Store is what the server needs to have remembered; *store.DB has it.
 type Store interface {
 	EntryStore
 	NodeStore
 	TokenStore
+	QuarantineStore
 	// Epoch names the history of revisions.
 	Epoch() string
 	// PruneNodes forgets nodes whose X.509-SVID had expired by then.
@@ -199,6 +210,8 @@ type Server struct {
 	perNode  sync.Map      // node's SPIFFE ID → *nodeUse
 	bundleCh chan struct{} // capacity 1: the bundle may have changed
 
+	quarantineMu sync.Mutex // held while quarantines are changed
+
 	entryMu sync.Mutex     // held from reading entries to having applied the change
 	nodeMu  [64]sync.Mutex // by hash of the SPIFFE ID: held while a node is changed
 
@@ -273,6 +286,10 @@ func (s *Server) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	quarantines, err := s.cfg.Store.Quarantines(ctx)
+	if err != nil {
+		return err
+	}
 	compiled := make([]*identity.Entry, 0, len(stored))
 	broken := make(map[string]*entryv1.Entry)
 	results, errs := s.compileAll(stored)
@@ -290,6 +307,9 @@ func (s *Server) load(ctx context.Context) error {
 		compiled = append(compiled, e)
 	}
 	s.registry = registry.New(s.cfg.Store.Epoch(), revision, identity.NewSet(compiled...), broken, nodes)
+	if len(quarantines) > 0 {
+		s.registry.ChangeQuarantines(time.Now(), quarantines)
+	}
 	s.reportBroken()
 	if err := s.recordEntriesInForce(ctx, s.registry.Entries()); err != nil {
 		return err

@@ -55,7 +55,7 @@ func (n *nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, n
 		return fail(kindUnavailable, "the CA is shutting down", nil)
 	}
 	sender := &sender{
-		s: s, session: session, stream: stream, node: c.node,
+		s: s, session: session, stream: stream, caller: c, node: c.node,
 		epoch: c.node.Epoch(s.registry.Epoch()),
 		facts: identity.NewFacts(c.node.Attributes, nil),
 	}
@@ -120,6 +120,7 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 			session.clock = &nodev1.Clock{Sent: sent, Received: timestamppb.Now()}
 			session.poke()
 		}
+		session.force.quarantineSequence = m.Applied.GetQuarantineSequence()
 		s.cfg.CA.FleetChanged()
 	case *nodev1.SyncRequest_BundleAcks:
 		if err := session.force.acks(m.BundleAcks); err != nil {
@@ -191,6 +192,7 @@ type sender struct {
 	s       *Server
 	session *session
 	stream  grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse]
+	caller  *caller
 	node    *registry.Node
 	epoch   string
 	facts   *identity.Facts
@@ -199,6 +201,8 @@ type sender struct {
 	revision uint64
 	bundled  bool
 	sequence uint64
+	// quarantines are those that were sent; nil is none.
+	quarantines *registry.Quarantines
 }
 
 // run sends until the session or the agent's X.509-SVID ends.
@@ -237,9 +241,21 @@ func (s *sender) sendNew() (evicted bool, err error) {
 		err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Evicted{Evicted: eviction}})
 		return true, errors.Join(err, fail(kindUnauthenticated, "the node was evicted: attest again", nil))
 	}
+	quarantines := s.s.registry.Quarantines()
+	if q, ok := quarantines.Of(s.node.ID, s.caller.key, s.caller.serial); ok {
+		// By its name it may not attest again; with another key it may.
+		s.session.evict(&nodev1.Evicted{Banned: q.SPIFFEID != "", Reason: "quarantined: " + q.Reason})
+		return s.sendNew()
+	}
 	hello, ok := s.session.opened()
 	if !ok {
 		return false, nil
+	}
+	if quarantines != s.quarantines || quarantines == nil && hello.GetQuarantineSequence() > 0 && !s.synced {
+		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Quarantines{Quarantines: quarantinesProto(quarantines)}}); err != nil {
+			return false, err
+		}
+		s.quarantines = quarantines
 	}
 	rotate, inspects, clock := s.session.takeOrders()
 	if clock != nil {

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -206,6 +207,11 @@ func (s *Server) Admin(state *tls.ConnectionState) (string, error) {
 	if _, ok := s.registry.Entries().Admin(id.String()); !ok {
 		return "", fmt.Errorf("%s is not the identity of an entry marked admin", id)
 	}
+	leaf := state.PeerCertificates[0]
+	key := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+	if q, ok := s.registry.Quarantines().Of(id.String(), key[:], leaf.SerialNumber.Bytes()); ok {
+		return "", fmt.Errorf("%s is quarantined", q.Name())
+	}
 	return id.String(), nil
 }
 
@@ -214,6 +220,7 @@ type tlsInfo struct {
 	credentials.CommonAuthInfo
 	id       spiffeid.ID // zero without a client certificate
 	serial   []byte
+	key      []byte // SHA-256 of the public key
 	notAfter time.Time
 }
 
@@ -266,7 +273,8 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	}
 	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
 	leaf := state.VerifiedChains[0][0]
-	info.serial, info.notAfter = leaf.SerialNumber.Bytes(), leaf.NotAfter
+	key := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+	info.serial, info.key, info.notAfter = leaf.SerialNumber.Bytes(), key[:], leaf.NotAfter
 	return tracked, info, nil
 }
 

@@ -420,6 +420,44 @@ func TestV_E7_BanBites(t *testing.T) {
 	}
 }
 
+// TestV_E3_QuarantineBites: seen from the workload, from an operator and from an agent
+// that keeps asking.
+func TestV_E3_QuarantineBites(t *testing.T) {
+	t.Parallel()
+	w := alone(t, local.CAOptions{})
+	uid := newUser()
+	w.apply(t, entry("v-e3-q", uid))
+	s := w.as(t, uid).stream(t)
+	id := s.next(t).GetSvids()[0].GetSpiffeId()
+	r := join(t, w.ca, "rogue-v-e3-q", nil)
+	ask := func() *nodev1.IssueResult {
+		t.Helper()
+		return r.issue(t, item("v-e3-q", uid, csrOf(t, newKey(t), nil)))[0]
+	}
+	if ask().GetSvid() == nil {
+		t.Fatal("the rogue is not entitled: this test shows nothing")
+	}
+	out, err := w.ca.Command(t, "quarantine", "add", "--spiffe-id", id, "--reason", "test", "--wait", "--timeout", "60s")
+	if err != nil || !strings.Contains(out, "withdrawn by 1 of 1 agents within ") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	for range 3 {
+		if got := ask().GetRefusal().GetReason(); got != nodev1.Reason_REASON_QUARANTINED {
+			t.Errorf("the rogue: %v", got)
+		}
+	}
+	if err := s.end(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("workload: %v", err)
+	}
+	if out := w.ca.MustCommand(t, "quarantine", "list"); !strings.Contains(out, id) || !strings.Contains(out, "uid:0") {
+		t.Errorf("list:\n%s", out)
+	}
+	w.ca.MustCommand(t, "quarantine", "lift", "--spiffe-id", id)
+	if got := w.as(t, uid).stream(t).next(t).GetSvids()[0].GetSpiffeId(); got != id {
+		t.Errorf("lifted: %s", got)
+	}
+}
+
 // TestV_K4_KeysStayOnTheNode: the CA has never seen the key of a workload: it is
 // neither in its memory nor in its files nor in what it says.
 func TestV_K4_KeysStayOnTheNode(t *testing.T) {

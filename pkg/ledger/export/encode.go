@@ -189,6 +189,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_STOPPED:         "Stop CA",
 	ledgerv1.Event_EVENT_CLOCK:           "Judge clock",
 	ledgerv1.Event_EVENT_CALL_REFUSED:    "Refuse admin call",
+	ledgerv1.Event_EVENT_QUARANTINE:      "Change quarantine",
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: "Order renewal",
 }
 

@@ -244,8 +244,10 @@ type Token struct {
 type Registry struct {
 	epoch   string
 	entries atomic.Pointer[Entries]
+	// quarantines is nil while there has been none.
+	quarantines atomic.Pointer[Quarantines]
 
-	changing sync.Mutex // held while entries are replaced
+	changing sync.Mutex // held while entries or quarantines are replaced
 
 	mu    sync.RWMutex // guards what follows
 	nodes map[string]*slot

@@ -76,6 +76,7 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_STOPPED:         {applicationLifecycle, stopApp},
 	ledgerv1.Event_EVENT_CLOCK:           {applicationLifecycle, other},
 	ledgerv1.Event_EVENT_CALL_REFUSED:    {apiActivity, other},
+	ledgerv1.Event_EVENT_QUARANTINE:      {apiActivity, update},
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: {apiActivity, update},
 }
 
