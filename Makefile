@@ -41,7 +41,7 @@ bin/shop bin/demo: FORCE
 
 install: ## install all that tests need
 	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin
-	scripts/install-docker -own && scripts/install-tools fsck omniwitness
+	scripts/install-docker -own && scripts/install-tools fsck omniwitness step-ca
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker

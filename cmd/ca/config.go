@@ -117,6 +117,8 @@ type upstreamSettings struct {
 	Disk config.Section `yaml:"disk"`
 	// A process of your own that stands for a CA; see docs/upstream/external.md.
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
+	// A step-ca; see docs/upstream/stepca.md.
+	StepCA config.Section `yaml:"stepca" settings:"pkg/ca/upstream/stepca"`
 }
 
 // witnessSettings is one witness.

@@ -271,8 +271,9 @@ func TestNoSleepInTests(t *testing.T) {
 // verifiesOtherwise are the files that may switch off the standard verification
 // of a TLS peer, and why.
 var verifiesOtherwise = map[string]string{
-	"test/shop/intruder.go": "an intruder does not care who answers",
-	"pkg/agent/verify.go":   "the CA is verified by its root or its root's hash, and by its SPIFFE ID",
+	"test/shop/intruder.go":            "an intruder does not care who answers",
+	"pkg/agent/verify.go":              "the CA is verified by its root or its root's hash, and by its SPIFFE ID",
+	"pkg/ca/upstream/stepca/stepca.go": "what is fetched is a root, which is compared with its configured hash",
 }
 
 // Kuma CVE-2026-50166: a peer that is not verified because nothing was
