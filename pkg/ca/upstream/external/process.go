@@ -145,10 +145,11 @@ func (p *process) wait(output *os.File, logger *slog.Logger) {
 		logger.Warn("what the plug-in left behind was not ended", "err", err)
 	}
 	// One that has left the group may hold the pipe.
-	if err := ignore(output.SetReadDeadline(time.Now().Add(time.Second)), os.ErrClosed); err != nil {
+	if err := output.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
 		logger.Warn("pipe of the plug-in has no deadline", "err", err)
 	}
 	<-passed
+	_ = output.Close() // it was only read
 	p.err = errors.New("the plug-in ended by itself with exit code 0: it must run until its standard input ends")
 	if err != nil {
 		p.err = fmt.Errorf("the plug-in ended: %w; what it wrote is in the log", err)
@@ -161,8 +162,7 @@ func (p *process) wait(output *os.File, logger *slog.Logger) {
 
 // pass writes the lines of the process to the log until all who have the pipe have
 // ended. Lines that are too many are counted and dropped.
-func pass(output io.ReadCloser, logger *slog.Logger) {
-	defer func() { _ = output.Close() }() // it was read to its end
+func pass(output io.Reader, logger *slog.Logger) {
 	r := bufio.NewReaderSize(output, maxLine)
 	second, lines, dropped, within := time.Now(), 0, 0, false
 	for {
