@@ -32,10 +32,23 @@ const (
 // Keys are refused, with the cause and the fix in the error, when the file or
 // the directory could be read or replaced by others: a symbolic link, a foreign
 // owner, group or world access.
-func File(dir string) Store { return &file{dir: dir, step: func(string) error { return nil }} }
+func File(dir string) Store { return newFile(dir, P256, "") }
+
+// EncryptedFile is like File, but each new key is of kind, and encrypted with the
+// passphrase that the file secret holds, which is read each time: PKCS#8 with
+// PBES2 (PBKDF2 with HMAC-SHA-256 and 600,000 iterations, AES-256-CBC), which
+// openssl reads too. Keys that are not encrypted can still be opened.
+func EncryptedFile(dir string, kind Kind, secret string) Store { return newFile(dir, kind, secret) }
+
+func newFile(dir string, kind Kind, secret string) *file {
+	return &file{dir: dir, kind: kind, secret: secret, step: func(string) error { return nil }}
+}
 
 type file struct {
-	dir string
+	dir  string
+	kind Kind
+	// secret is the file of the passphrase, "" for none.
+	secret string
 	// step is called before each step of a write, with the step's name. Tests
 	// have it fail, which leaves what a kill at that moment leaves.
 	step func(name string) error
@@ -55,11 +68,23 @@ func (f *file) Create(ctx context.Context, name string) (crypto.Signer, string, 
 	if err := f.makeDirectory(); err != nil {
 		return nil, "", err
 	}
-	signer, err := generate()
+	options := []pemutil.Options{pemutil.WithPKCS8(true)}
+	if f.secret != "" {
+		passphrase, err := readSecret(f.secret)
+		if err != nil {
+			return nil, "", err
+		}
+		defer clear(passphrase)
+		if len(passphrase) < minPassphrase {
+			return nil, "", fmt.Errorf("the passphrase in %s has %d characters: write %d or more, such as openssl rand -base64 24 prints", f.secret, len(passphrase), minPassphrase)
+		}
+		options = append(options, pemutil.WithPassword(passphrase))
+	}
+	signer, err := f.kind.generate()
 	if err != nil {
 		return nil, "", err
 	}
-	block, err := pemutil.Serialize(signer, pemutil.WithPKCS8(true))
+	block, err := pemutil.Serialize(signer, options...)
 	if err != nil {
 		return nil, "", fmt.Errorf("encode key %q: %w", name, err)
 	}
@@ -96,11 +121,11 @@ func (f *file) Open(ctx context.Context, ref string) (crypto.Signer, error) {
 		return nil, err
 	}
 	defer clear(content)
-	return parse(filepath.Join(f.dir, base), content)
+	return f.parse(filepath.Join(f.dir, base), content)
 }
 
-// parse decodes one unencrypted private key. Its errors never quote the content.
-func parse(path string, content []byte) (crypto.Signer, error) {
+// parse decodes one private key. Its errors never quote the content.
+func (f *file) parse(path string, content []byte) (crypto.Signer, error) {
 	block, rest := pem.Decode(content)
 	if block == nil {
 		return nil, fmt.Errorf("key file %s is not PEM: restore it from a backup", path)
@@ -109,12 +134,27 @@ func parse(path string, content []byte) (crypto.Signer, error) {
 	if len(strings.TrimSpace(string(rest))) > 0 {
 		return nil, fmt.Errorf("key file %s holds more than one PEM block: leave only the private key", path)
 	}
-	if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" {
-		return nil, fmt.Errorf("key file %s is encrypted: decrypt it (openssl pkey), its protection is the file's mode", path)
+	options := []pemutil.Options{pemutil.WithFilename(filepath.Base(path))}
+	encrypted := block.Type == "ENCRYPTED PRIVATE KEY"
+	switch {
+	case block.Headers["DEK-Info"] != "":
+		return nil, fmt.Errorf("key file %s is encrypted in a way that is too weak (RFC 1423): encrypt it anew (openssl pkcs8 -topk8)", path)
+	case encrypted && f.secret == "":
+		return nil, fmt.Errorf("key file %s is encrypted: write the file that holds its passphrase into authority.key_secret_file", path)
+	case encrypted:
+		passphrase, err := readSecret(f.secret)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(passphrase)
+		options = append(options, pemutil.WithPassword(passphrase))
 	}
-	key, err := pemutil.ParseKey(content, pemutil.WithFilename(filepath.Base(path)))
+	key, err := pemutil.ParseKey(content, options...)
 	if err != nil {
 		// The library's text may describe the content, so it stays out.
+		if encrypted {
+			return nil, fmt.Errorf("key file %s cannot be decrypted with the passphrase in %s: %w", path, f.secret, ErrRefused)
+		}
 		return nil, fmt.Errorf("key file %s holds no private key that can be read: restore it from a backup", path)
 	}
 	signer, ok := key.(crypto.Signer)

@@ -14,7 +14,7 @@ import (
 // Store keeps private keys under references. A key, once created, is never
 // changed or overwritten. All methods may be called concurrently.
 type Store interface {
-	// Create makes a new P-256 key and keeps it durably before it returns. The
+	// Create makes a new key and keeps it durably before it returns. The
 	// reference finds it again after a restart. The name is a hint for people,
 	// of lower-case letters, digits and hyphens; a name that is taken gives
 	// ErrExists.
@@ -28,6 +28,13 @@ var (
 	ErrExists = errors.New("a key of this name exists")
 	// ErrNotFound is returned by Open when there is no such key.
 	ErrNotFound = errors.New("there is no such key")
+	// ErrUnavailable is wrapped by the errors of Create, Open and of a signer's Sign
+	// when the place where the key lives does not answer, or not in time. It may
+	// answer later.
+	ErrUnavailable = errors.New("it does not answer")
+	// ErrRefused is wrapped when that place refuses the PIN or the passphrase. It is
+	// an ErrUnavailable too: once the file that holds it is corrected, it answers.
+	ErrRefused = fmt.Errorf("the PIN or passphrase is refused: correct the file: %w", ErrUnavailable)
 )
 
 const maxNameLength = 64

@@ -190,7 +190,7 @@ func rewrite(path string, with func(crypto.Signer) *pem.Block) error {
 	if err != nil {
 		return err
 	}
-	key, err := parse(path, bytes.Clone(content))
+	key, err := newFile("", P256, "").parse(path, bytes.Clone(content))
 	if err != nil {
 		return err
 	}
@@ -202,7 +202,7 @@ func rewrite(path string, with func(crypto.Signer) *pem.Block) error {
 func TestV_K3_KilledAtEachStep(t *testing.T) {
 	killed := errors.New("killed")
 	var steps []string
-	counting := &file{dir: filepath.Join(t.TempDir(), "keys"), step: func(s string) error {
+	counting := &file{dir: filepath.Join(t.TempDir(), "keys"), kind: P256, step: func(s string) error {
 		steps = append(steps, s)
 		return nil
 	}}
@@ -216,7 +216,7 @@ func TestV_K3_KilledAtEachStep(t *testing.T) {
 		t.Run(fmt.Sprint(i, " ", step), func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "keys")
 			n := 0
-			f := &file{dir: dir, step: func(string) error {
+			f := &file{dir: dir, kind: P256, step: func(string) error {
 				if n++; n > i {
 					return killed
 				}

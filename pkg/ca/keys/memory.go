@@ -5,8 +5,6 @@ import (
 	"crypto"
 	"fmt"
 	"sync"
-
-	"go.step.sm/crypto/keyutil"
 )
 
 const memoryScheme = "memory"
@@ -32,7 +30,7 @@ func (m *memory) Create(ctx context.Context, name string) (crypto.Signer, string
 	if _, taken := m.keys[name]; taken {
 		return nil, "", fmt.Errorf("create key %q in memory: %w", name, ErrExists)
 	}
-	signer, err := generate()
+	signer, err := P256.generate()
 	if err != nil {
 		return nil, "", err
 	}
@@ -53,14 +51,6 @@ func (m *memory) Open(ctx context.Context, ref string) (crypto.Signer, error) {
 	signer, ok := m.keys[name]
 	if !ok {
 		return nil, fmt.Errorf("open key %q in memory: %w", name, ErrNotFound)
-	}
-	return signer, nil
-}
-
-func generate() (crypto.Signer, error) {
-	signer, err := keyutil.GenerateSigner("EC", "P-256", 0)
-	if err != nil {
-		return nil, fmt.Errorf("generate a P-256 key: %w", err)
 	}
 	return signer, nil
 }
