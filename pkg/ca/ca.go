@@ -306,7 +306,14 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := c.replaceIntermediate(ctx, now); err != nil {
+	err = c.replaceIntermediate(ctx, now)
+	if errors.Is(err, keys.ErrUnavailable) {
+		// As with an upstream CA: Run tries again.
+		c.log.ErrorContext(ctx, "nothing is issued until the root's key can be used, will retry", "err", err)
+		c.failed.Store(&err)
+		return c, nil
+	}
+	if err != nil {
 		return nil, fmt.Errorf("make the first intermediate of %s: %w", cfg.TrustDomain.Name(), err)
 	}
 	if err := c.replaceOwn(ctx, now); err != nil {

@@ -196,6 +196,9 @@ func (c *CA) nextDue(now time.Time) time.Time {
 // replaceIntermediate makes an intermediate below our own root and puts it in
 // place. The caller holds mu.
 func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
+	if err := c.unlockSigner(ctx, now); err != nil {
+		return err
+	}
 	s := c.state.Load()
 	a, err := c.makeIntermediate(s.signer, s.trust.Sequence, now)
 	if err != nil {
@@ -302,7 +305,7 @@ func (c *CA) loadRoots(ctx context.Context, now time.Time) (*state, error) {
 		return nil, fmt.Errorf("read the roots: %w", err)
 	}
 	if len(t.Roots) == 0 {
-		return c.createRoot(ctx, now, t)
+		return c.createRoot(ctx, now, t, "first root of the trust domain", "")
 	}
 	s, err := c.parseTrust(ctx, now, t, nil)
 	if err != nil {
@@ -368,7 +371,8 @@ func (c *CA) parseTrust(ctx context.Context, now time.Time, t Trust, known []*ro
 	case s.signer.foreign || s.signer.key != nil:
 		return s, nil
 	}
-	if err := c.unlock(ctx, s.signer, s.signer.reference, now); err != nil {
+	// A key that may come back is asked for again when it is needed.
+	if err := c.unlock(ctx, s.signer, s.signer.reference, now); err != nil && !errors.Is(err, keys.ErrUnavailable) {
 		return nil, fmt.Errorf("root %s: %w", s.signer.id, err)
 	}
 	return s, nil
@@ -447,9 +451,43 @@ func (c *CA) unlock(ctx context.Context, r *root, reference string, now time.Tim
 	return nil
 }
 
+// unlockSigner gets the key of the root that signs, if it was not to be had so far.
+// The caller holds mu.
+func (c *CA) unlockSigner(ctx context.Context, now time.Time) error {
+	s := *c.state.Load()
+	if s.signer.key != nil {
+		return nil
+	}
+	signer := *s.signer
+	if err := c.unlock(ctx, &signer, signer.reference, now); err != nil {
+		return fmt.Errorf("root %s: %w", signer.id, err)
+	}
+	s.roots = slices.Clone(s.roots)
+	s.roots[slices.Index(s.roots, s.signer)] = &signer
+	s.signer = &signer
+	c.setState(&s)
+	return nil
+}
+
+// CheckRootKey has the key of the root that signs prove itself. It is nil where that
+// is the upstream CA's. It takes as long as the key's device does.
+func (c *CA) CheckRootKey() error {
+	s := c.state.Load()
+	switch failed := c.failed.Load(); {
+	case s.signer.foreign:
+		return nil
+	case s.signer.key != nil:
+		return selfCheck(s.signer.key, s.signer.cert.PublicKey)
+	case failed != nil:
+		return *failed
+	default:
+		return fmt.Errorf("key %s: %w", s.signer.reference, keys.ErrUnavailable)
+	}
+}
+
 // createRoot makes the first root of the trust domain, or takes that of the
 // upstream CA; t is what the store has, no root.
-func (c *CA) createRoot(ctx context.Context, now time.Time, t Trust) (*state, error) {
+func (c *CA) createRoot(ctx context.Context, now time.Time, t Trust, why, actor string) (*state, error) {
 	first := Root{State: StateActive, CreatedAt: now.Round(0).UTC(), Since: now.Round(0).UTC()}
 	var known []*root
 	if c.cfg.Upstream != nil {
@@ -470,7 +508,7 @@ func (c *CA) createRoot(ctx context.Context, now time.Time, t Trust) (*state, er
 	}
 	t.Roots = append(t.Roots, first)
 	stored, err := c.cfg.Store.ChangeTrust(ctx, t, func(stored Trust) error {
-		return c.recordStep(ctx, now, Trust{Epoch: t.Epoch}, stored, &rotation.Step{Why: "first root of the trust domain"}, "")
+		return c.recordStep(ctx, now, Trust{Epoch: t.Epoch}, stored, &rotation.Step{Why: why}, actor)
 	})
 	if errors.Is(err, ErrTrustChanged) {
 		return nil, fmt.Errorf("store the new root: %w: it made the first root of %s at the same moment, so this one is not used; "+

@@ -299,7 +299,9 @@ func (c *CA) noAuthority(s *state, now time.Time) error {
 		return fmt.Errorf("%w: the root is valid from %s on, correct the clock", ErrNoAuthority, r.NotBefore.UTC().Format(time.RFC3339))
 	case c.intermediateEnd(s.signer, now).Sub(now) < 2*MinTTL:
 		return fmt.Errorf("%w: the root ends at %s, a new root is needed", ErrNoAuthority, r.NotAfter.UTC().Format(time.RFC3339))
-	default:
-		return fmt.Errorf("%w: the intermediate is being renewed", ErrNoAuthority)
 	}
+	if failed := c.failed.Load(); failed != nil {
+		return fmt.Errorf("%w: %w", ErrNoAuthority, *failed)
+	}
+	return fmt.Errorf("%w: the intermediate is being renewed", ErrNoAuthority)
 }
