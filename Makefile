@@ -42,8 +42,7 @@ bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
-	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin
-	scripts/install-docker -own && scripts/install-tools fsck omniwitness step-ca
+	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin && scripts/install-docker -own && scripts/install-tools fsck omniwitness step-ca
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker
@@ -56,8 +55,7 @@ e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
 	$(ROOT) env REQUIRE_ALL=1 go test -race -v -timeout 20m ./test/...
 
 lint: ## golangci-lint, with the rules of .golangci.yml
-	scripts/install-tools golangci-lint
-	bin/golangci-lint run --allow-parallel-runners ./...
+	scripts/install-tools golangci-lint && bin/golangci-lint run --allow-parallel-runners ./...
 
 fuzz: ## each fuzz target for FUZZTIME (20s)
 	scripts/each-fuzz-target $(FUZZTIME)

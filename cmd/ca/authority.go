@@ -28,7 +28,7 @@ but something that chains to it lives), and then it leaves the bundle. All of it
 happens by itself, well before a root ends; these commands are for the other days.`,
 	}
 	c.add(cmd)
-	cmd.AddCommand(newAuthorityList(c), newAuthorityRotate(c))
+	cmd.AddCommand(newAuthorityInit(), newAuthorityList(c), newAuthorityRotate(c))
 	cmd.AddCommand(newRotationCommands(c)...)
 	return cmd
 }

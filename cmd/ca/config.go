@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/ledger/tree"
@@ -57,6 +58,16 @@ type settings struct {
 	} `yaml:"svid"`
 	// Signing certificates.
 	Authority struct {
+		// Where the root's key lives: file: for a file below data_dir, or the URI of a
+		// device or service, such as pkcs11:module-path=/usr/lib/softhsm/libsofthsm2.so;token=ca.
+		// See docs/keys.md.
+		Key string `yaml:"key" default:"file:"`
+		// File of the passphrase that encrypts the key's file, or of the device's PIN;
+		// mode 0600. By default systemd's credential root_key_secret, if there is one. Without
+		// any, a key's file is not encrypted.
+		KeySecretFile string `yaml:"key_secret_file"`
+		// Kind of a new root's key: ec-p256, ec-p384, rsa-3072, rsa-4096 or ed25519.
+		RootKeyType string `yaml:"root_key_type" default:"ec-p256"`
 		// Life of the self-signed root.
 		RootLife config.Duration `yaml:"root_life" default:"87600h"`
 		// Life of this process's intermediate; it is renewed at half of it.
@@ -211,6 +222,7 @@ type validated struct {
 	pins        [][sha256.Size]byte
 	witnesses   []tree.Witness
 	console     *consoleAccess // nil if there is none
+	keys        keys.Store
 }
 
 // loadSettings reads path, lets the flags stand above it, fills in the
@@ -315,6 +327,7 @@ func (v *validated) check(file *config.File) error {
 	// An intermediate is replaced at half of its life, and what it signed then
 	// must still fit into the other half.
 	between("authority.intermediate_life", &v.Authority.IntermediateLife, 7*24*time.Hour, 2*max(maxTTL, nodeTTL), root/2)
+	v.openKeys(bad)
 	for i, text := range v.Upstream.RootsSHA256 {
 		sum, err := hex.DecodeString(strings.ReplaceAll(text, ":", ""))
 		if err != nil || len(sum) != sha256.Size {

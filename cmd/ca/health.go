@@ -77,11 +77,17 @@ type trustStore interface {
 
 // watchKeys keeps the condition of the roots' keys until ctx ends: a CA that runs
 // goes on without their files, and cannot be started again.
-func watchKeys(ctx context.Context, trust trustStore, from keys.Store, t *health.Tracker) error {
-	ticker := time.NewTicker(healthInterval)
+func watchKeys(ctx context.Context, interval time.Duration, authority *ca.CA, trust trustStore, from keys.Store, t *health.Tracker) error {
+	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
 	for {
-		report(t, conditionRootKey, checkKeys(ctx, trust, from), nil)
+		err := authority.CheckRootKey()
+		if err != nil {
+			err = fmt.Errorf("the root's key cannot sign; X.509-SVIDs are issued for as long as the intermediate lives: %w", err)
+		} else {
+			err = checkKeys(ctx, trust, from)
+		}
+		report(t, conditionRootKey, err, nil)
 		select {
 		case <-ticker.C:
 		case <-ctx.Done():

@@ -21,7 +21,6 @@ import (
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
-	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
@@ -184,11 +183,10 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		}
 	}
 
-	rootKeys := keys.File(filepath.Join(v.DataDir, "keys"))
 	guard := clock.NewGuard(clock.Read)
 	var srv *server.Server
 	authority, err := ca.Open(ctx, ca.Config{
-		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: rootKeys, Store: db, Ledger: journal,
+		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: v.keys, Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		Upstream: above, Logger: logger, Registerer: registry,
@@ -238,7 +236,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { index.run(ctx); return nil })
-	group.Go(func() error { return watchKeys(ctx, db, rootKeys, tracker) })
+	group.Go(func() error { return watchKeys(ctx, v.keyInterval(), authority, db, v.keys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })

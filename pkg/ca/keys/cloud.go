@@ -18,7 +18,7 @@ import (
 )
 
 func openAWS(t target) (session, error) {
-	m, err := awskms.New(context.Background(), apiv1.Options{Type: apiv1.AmazonKMS, URI: t.uri.String()}) //nolint:forbidigo // as in openTPM
+	m, err := awskms.New(context.Background(), apiv1.Options{Type: apiv1.AmazonKMS, URI: t.uri.String()})
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +39,7 @@ func openGCP(t target) (session, error) {
 	if f := t.uri.Get("credentials-file"); f != "" {
 		u = "cloudkms:credentials-file=" + f
 	}
-	m, err := cloudkms.New(context.Background(), apiv1.Options{Type: apiv1.CloudKMS, URI: u}) //nolint:forbidigo // as in openTPM
+	m, err := cloudkms.New(context.Background(), apiv1.Options{Type: apiv1.CloudKMS, URI: u})
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func openGCP(t target) (session, error) {
 }
 
 func openAzure(t target) (session, error) {
-	m, err := azurekms.New(context.Background(), apiv1.Options{Type: apiv1.AzureKMS, URI: t.uri.String()}) //nolint:forbidigo // as in openTPM
+	m, err := azurekms.New(context.Background(), apiv1.Options{Type: apiv1.AzureKMS, URI: t.uri.String()})
 	if err != nil {
 		return nil, err
 	}

@@ -21,7 +21,7 @@ func openTPM(t target) (session, error) {
 	if device := t.uri.Get("device"); device != "" {
 		u += ";device=" + device
 	}
-	m, err := tpmkms.New(context.Background(), apiv1.Options{Type: apiv1.TPMKMS, URI: u}) //nolint:forbidigo // crypto.Signer has no context; remote bounds the time
+	m, err := tpmkms.New(context.Background(), apiv1.Options{Type: apiv1.TPMKMS, URI: u})
 	if err != nil {
 		return nil, err
 	}
