@@ -41,26 +41,27 @@ type ArchiveReport struct {
 //  2. each segment is copied durably, under its name (copySegment)
 //  3. and the copy is verified: every record, up to the link that the next
 //     segment in the journal has (verifyCopy).
-//  4. SetArchived says durably that the records may be absent.
-//  5. The segments leave the journal, the oldest first.
+//  4. archived is told what is about to leave, and may still prevent it.
+//  5. SetArchived says durably that the records may be absent.
+//  6. The segments leave the journal, the oldest first.
 //
-// Whatever interrupts it, every record is in the journal or in the folder, and the
+// progress and archived may be nil. Whatever interrupts it, every record is in the journal or in the folder, and the
 // next call goes on. The folder is a journal to Scan and to Verify; Joined says
-// whether folders are parts of one journal. progress, if it is not nil, is told
-// how many of the segments have been copied. The error wraps ErrArchive if the
+// whether folders are parts of one journal. progress is told how many of
+// the segments have been copied. The error wraps ErrArchive if the
 // folder is not fit, and is a *DamageError if a segment is not sound; then nothing
 // has left the journal.
-func (j *Journal) Archive(ctx context.Context, to string, limit uint64, progress func(done, all int)) (ArchiveReport, error) {
+func (j *Journal) Archive(ctx context.Context, to string, limit uint64, progress func(done, all int), archived func(ArchiveReport) error) (ArchiveReport, error) {
 	j.archiving.Lock()
 	defer j.archiving.Unlock()
-	r, err := j.archive(ctx, to, limit, progress)
+	r, err := j.archive(ctx, to, limit, progress, archived)
 	if err != nil {
 		return r, fmt.Errorf("archive ledger to %s: %w", to, err)
 	}
 	return r, nil
 }
 
-func (j *Journal) archive(ctx context.Context, to string, limit uint64, progress func(done, all int)) (r ArchiveReport, err error) {
+func (j *Journal) archive(ctx context.Context, to string, limit uint64, progress func(done, all int), archived func(ArchiveReport) error) (r ArchiveReport, err error) {
 	firsts, err := listSegments(j.dir)
 	if err != nil {
 		return r, err
@@ -95,10 +96,15 @@ func (j *Journal) archive(ctx context.Context, to string, limit uint64, progress
 			progress(i+1, closed)
 		}
 	}
-	if err := SetArchived(j.dir, head); err != nil {
-		return r, err
-	}
 	r.Head, r.Segments, r.Records = head, closed, head.Size-firsts[0]
+	if archived != nil {
+		if err := archived(r); err != nil {
+			return ArchiveReport{}, err
+		}
+	}
+	if err := SetArchived(j.dir, head); err != nil {
+		return ArchiveReport{}, err
+	}
 	return r, j.drop(firsts[:closed])
 }
 
@@ -201,7 +207,7 @@ func verifyCopy(journal, to string, first, end uint64) (Head, error) {
 	}
 }
 
-// drop is step 5.
+// drop is step 6.
 func (j *Journal) drop(firsts []uint64) error {
 	for _, first := range firsts {
 		path := filepath.Join(j.dir, segmentName(first))

@@ -37,12 +37,12 @@ func TestArchive(t *testing.T) {
 	}()
 
 	for _, limit := range []uint64{0, firsts[1] - 1} {
-		if r, err := j.Archive(t.Context(), archive, limit, nil); err != nil || r.Segments != 0 {
+		if r, err := j.Archive(t.Context(), archive, limit, nil, nil); err != nil || r.Segments != 0 {
 			t.Errorf("archive what is below %d: %+v, %v", limit, r, err)
 		}
 	}
 	var told int
-	r, err := j.Archive(t.Context(), archive, firsts[2]+1, func(done, n int) { told = done; _ = n })
+	r, err := j.Archive(t.Context(), archive, firsts[2]+1, func(done, n int) { told = done; _ = n }, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,10 +56,10 @@ func TestArchive(t *testing.T) {
 	all = append(all, ids("s", 5)...)
 
 	// It goes on in the same folder, or in another one.
-	if r, err = j.Archive(t.Context(), archive, firsts[3], nil); err != nil || r.Head.Size != firsts[3] {
+	if r, err = j.Archive(t.Context(), archive, firsts[3], nil, nil); err != nil || r.Head.Size != firsts[3] {
 		t.Fatalf("%+v, %v", r, err)
 	}
-	if r, err = j.Archive(t.Context(), second, firsts[5], nil); err != nil || r.Head.Size != firsts[5] || r.Segments != 2 {
+	if r, err = j.Archive(t.Context(), second, firsts[5], nil, nil); err != nil || r.Head.Size != firsts[5] || r.Segments != 2 {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	var got []string
@@ -113,7 +113,7 @@ func TestArchiveRefuses(t *testing.T) {
 		"another journal's archive": {spoil: func(t *testing.T, _, to string) {
 			other := openTest(t, t.TempDir(), Options{SegmentBytes: minSegmentBytes})
 			appendTest(t, other, ids("o", 30)...)
-			if _, err := other.Archive(t.Context(), to, 1<<40, nil); err != nil {
+			if _, err := other.Archive(t.Context(), to, 1<<40, nil, nil); err != nil {
 				t.Fatal(err)
 			}
 		}, want: ErrArchive},
@@ -160,7 +160,7 @@ func TestArchiveRefuses(t *testing.T) {
 			appendTest(t, j, ids("r", 40)...)
 			before := segmentsIn(t, dir)
 			tc.spoil(t, dir, to)
-			_, err := j.Archive(t.Context(), to, 1<<40, nil)
+			_, err := j.Archive(t.Context(), to, 1<<40, nil, nil)
 			if tc.want != nil && !errors.Is(err, tc.want) || tc.damage && damageIn(err) == nil {
 				t.Errorf("archive: %v", err)
 			}
@@ -175,7 +175,7 @@ func TestArchiveRefuses(t *testing.T) {
 	j := openTest(t, t.TempDir(), Options{SegmentBytes: minSegmentBytes})
 	appendTest(t, j, ids("r", 40)...)
 	for _, to := range []string{"relative", j.dir} {
-		if _, err := j.Archive(t.Context(), to, 1<<40, nil); !errors.Is(err, ErrArchive) {
+		if _, err := j.Archive(t.Context(), to, 1<<40, nil, nil); !errors.Is(err, ErrArchive) {
 			t.Errorf("archive to %s: %v", to, err)
 		}
 	}
@@ -217,7 +217,7 @@ func TestArchiveInterrupted(t *testing.T) {
 		if _, err := Verify(t.Context(), dir); err != nil {
 			t.Errorf("step %d: %v", step, err)
 		}
-		r, err := j.Archive(t.Context(), to, limit, nil)
+		r, err := j.Archive(t.Context(), to, limit, nil, nil)
 		if err != nil || r.Head.Size != limit {
 			t.Fatalf("step %d: %+v, %v", step, r, err)
 		}
@@ -229,6 +229,31 @@ func TestArchiveInterrupted(t *testing.T) {
 		if err != nil || !slices.Equal(append(got, rest...), all) {
 			t.Errorf("step %d: %d and %d records, %v", step, len(got), len(rest), err)
 		}
+	}
+}
+
+// What may not leave stays, and goes when it may.
+func TestArchivePrevented(t *testing.T) {
+	dir, to := t.TempDir(), filepath.Join(t.TempDir(), "archive")
+	j := openTest(t, dir, Options{SegmentBytes: minSegmentBytes})
+	appendTest(t, j, ids("r", 40)...)
+	firsts := segmentsIn(t, dir)
+	prevented := errors.New("the disk is full")
+	r, err := j.Archive(t.Context(), to, firsts[3], nil, func(r ArchiveReport) error {
+		if r.Records != firsts[3] || r.Head.Size != firsts[3] {
+			t.Errorf("%+v", r)
+		}
+		return prevented
+	})
+	head, archived := Archived(dir)
+	if !errors.Is(err, prevented) || r != (ArchiveReport{}) || archived != nil || head.Size != 0 {
+		t.Errorf("%+v, %v; %v, %v", r, err, head, archived)
+	}
+	if all, err := scanIDs(dir, 0); err != nil || uint64(len(all)) != j.Size() {
+		t.Errorf("%d records are left, %v", len(all), err)
+	}
+	if r, err = j.Archive(t.Context(), to, firsts[3], nil, func(ArchiveReport) error { return nil }); err != nil || r.Records != firsts[3] {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 
@@ -266,7 +291,7 @@ func TestReader(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := j.Archive(t.Context(), filepath.Join(t.TempDir(), "archive"), all[7].Place.Segment, nil); err != nil {
+	if _, err := j.Archive(t.Context(), filepath.Join(t.TempDir(), "archive"), all[7].Place.Segment, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := r.Read(0, all[0].Place); !errors.Is(err, ErrArchived) && !errors.Is(err, fs.ErrNotExist) {

@@ -603,6 +603,13 @@ func (l *ledgerService) Archive(req *adminv1.ArchiveRequest, stream adminv1.Ledg
 	report, err := s.cfg.Ledger.Archive(ctx, req.GetFolder(), limit, func(done, all int) {
 		// The archive is made whether or not anybody looks on.
 		_ = stream.Send(&adminv1.ArchiveResponse{Copied: uint32(done), Segments: uint32(all)}) //nolint:gosec // G115: they count segments
+	}, func(a ledger.ArchiveReport) error {
+		record := s.newRecord(c, ledgerv1.Event_EVENT_ARCHIVED)
+		record.Archive = &ledgerv1.Archive{
+			First: a.Head.Size - a.Records, End: a.Head.Size, Link: a.Head.Link[:], Folder: truncate(req.GetFolder()), Before: req.GetBefore(),
+		}
+		record.Detail = truncate(fmt.Sprintf("records %d to %d are in %s", record.GetArchive().GetFirst(), a.Head.Size-1, req.GetFolder()))
+		return s.append(ctx, record)
 	})
 	if err != nil {
 		s.log.ErrorContext(ctx, "ledger cannot be archived", "folder", req.GetFolder(), "actor", c.actor, "request_id", c.requestID, "err", err)

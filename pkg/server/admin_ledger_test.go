@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
@@ -198,5 +200,19 @@ func TestArchive(t *testing.T) {
 	last := s.list[len(s.list)-1]
 	if !last.GetDone() || last.GetRecords() == 0 || last.GetRecords() > 90 || records.forgot != last.GetRecords() || len(s.list) != int(last.GetSegments())+1 {
 		t.Errorf("%v, forgot %d", last, records.forgot)
+	}
+	// It is the newest record that says so.
+	for e, err := range ledger.Scan(filepath.Join(dir, "ledger"), 100) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := &ledgerv1.Archive{End: last.GetRecords(), Link: e.Record.GetArchive().GetLink(), Folder: req.GetFolder(), Before: req.GetBefore()}
+		if r := e.Record; e.Index != 100 || r.GetEvent() != ledgerv1.Event_EVENT_ARCHIVED || r.GetActor() != "uid:0" || !proto.Equal(r.GetArchive(), want) ||
+			!strings.HasSuffix(last.GetHead(), hex.EncodeToString(want.GetLink())) {
+			t.Errorf("record %d: %v", e.Index, r)
+		}
+	}
+	if j.Size() != 101 {
+		t.Errorf("%d records", j.Size())
 	}
 }

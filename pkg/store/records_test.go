@@ -651,7 +651,7 @@ func TestForget(t *testing.T) {
 	if err != nil || limit < 4000 || limit > 4300 {
 		t.Fatalf("before: %d, %v", limit, err)
 	}
-	report, err := j.Archive(t.Context(), filepath.Join(dir, "archive"), limit, nil)
+	report, err := j.Archive(t.Context(), filepath.Join(dir, "archive"), limit, nil, nil)
 	if err != nil || report.Segments < 2 {
 		t.Fatalf("%+v, %v", report, err)
 	}

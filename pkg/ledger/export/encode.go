@@ -92,6 +92,9 @@ func abridge(r *ledgerv1.Record, why string) *ledgerv1.Record {
 	if d := r.GetTook(); d != nil && d.CheckValid() == nil {
 		a.Took = &durationpb.Duration{Seconds: d.GetSeconds(), Nanos: d.GetNanos()}
 	}
+	if x := r.GetArchive(); x != nil {
+		a.Archive = &ledgerv1.Archive{First: x.GetFirst(), End: x.GetEnd(), Link: clipBytes(x.GetLink()), Folder: Clip(x.GetFolder(), clipText), Before: valid(x.GetBefore())}
+	}
 	if s := r.GetSummary(); s != nil {
 		a.Summary = &ledgerv1.Summary{Count: s.GetCount(), Since: valid(s.GetSince())}
 	}
@@ -191,6 +194,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_CALL_REFUSED:    "Refuse admin call",
 	ledgerv1.Event_EVENT_QUARANTINE:      "Change quarantine",
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: "Order renewal",
+	ledgerv1.Event_EVENT_ARCHIVED:        "Archive ledger",
 }
 
 // Title names what a record is about for people; it holds nothing of the record's.

@@ -82,6 +82,9 @@ const (
 	// The CA stopped in good order. One that starts without this before it had
 	// crashed.
 	Event_EVENT_STOPPED Event = 22
+	// Old records were copied into a folder, verified there, and are about to leave
+	// the journal: archive says which.
+	Event_EVENT_ARCHIVED Event = 23
 )
 
 // Enum value maps for Event.
@@ -109,6 +112,7 @@ var (
 		20: "EVENT_CALL_REFUSED",
 		21: "EVENT_RENEWAL_ORDERED",
 		22: "EVENT_STOPPED",
+		23: "EVENT_ARCHIVED",
 	}
 	Event_value = map[string]int32{
 		"EVENT_UNSPECIFIED":     0,
@@ -133,6 +137,7 @@ var (
 		"EVENT_CALL_REFUSED":    20,
 		"EVENT_RENEWAL_ORDERED": 21,
 		"EVENT_STOPPED":         22,
+		"EVENT_ARCHIVED":        23,
 	}
 )
 
@@ -355,7 +360,9 @@ type Record struct {
 	// For EVENT_TOKEN_CREATED: when the token ends.
 	TokenExpires *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=token_expires,json=tokenExpires,proto3" json:"token_expires,omitempty"`
 	// For EVENT_QUARANTINE.
-	Quarantine    *Quarantine `protobuf:"bytes,38,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	Quarantine *Quarantine `protobuf:"bytes,38,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	// For EVENT_ARCHIVED.
+	Archive       *Archive `protobuf:"bytes,39,opt,name=archive,proto3" json:"archive,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -652,6 +659,13 @@ func (x *Record) GetTokenExpires() *timestamppb.Timestamp {
 func (x *Record) GetQuarantine() *Quarantine {
 	if x != nil {
 		return x.Quarantine
+	}
+	return nil
+}
+
+func (x *Record) GetArchive() *Archive {
+	if x != nil {
+		return x.Archive
 	}
 	return nil
 }
@@ -1041,6 +1055,88 @@ func (x *Authority) GetBundleSequence() uint64 {
 	return 0
 }
 
+// Archive is what left the journal for a folder.
+type Archive struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Index of the first record that is archived.
+	First uint64 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"`
+	// Index of the first record that stays.
+	End uint64 `protobuf:"varint,2,opt,name=end,proto3" json:"end,omitempty"`
+	// Link of the hash chain at end: that of the last record that is archived.
+	Link []byte `protobuf:"bytes,3,opt,name=link,proto3" json:"link,omitempty"`
+	// The folder on the CA's machine.
+	Folder string `protobuf:"bytes,4,opt,name=folder,proto3" json:"folder,omitempty"`
+	// Only records of before this time were to go.
+	Before        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Archive) Reset() {
+	*x = Archive{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Archive) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Archive) ProtoMessage() {}
+
+func (x *Archive) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Archive.ProtoReflect.Descriptor instead.
+func (*Archive) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Archive) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *Archive) GetEnd() uint64 {
+	if x != nil {
+		return x.End
+	}
+	return 0
+}
+
+func (x *Archive) GetLink() []byte {
+	if x != nil {
+		return x.Link
+	}
+	return nil
+}
+
+func (x *Archive) GetFolder() string {
+	if x != nil {
+		return x.Folder
+	}
+	return ""
+}
+
+func (x *Archive) GetBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
 // Miss says why an entry gave no identity: the first of its rules and templates
 // that failed.
 type Miss struct {
@@ -1057,7 +1153,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1069,7 +1165,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1082,7 +1178,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Miss) GetField() string {
@@ -1120,7 +1216,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1228,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1241,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Configuration) GetDigest() []byte {
@@ -1174,7 +1270,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1282,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1295,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Bundle) GetSequence() uint64 {
@@ -1229,7 +1325,7 @@ type Summary struct {
 
 func (x *Summary) Reset() {
 	*x = Summary{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1337,7 @@ func (x *Summary) String() string {
 func (*Summary) ProtoMessage() {}
 
 func (x *Summary) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1350,7 @@ func (x *Summary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Summary.ProtoReflect.Descriptor instead.
 func (*Summary) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Summary) GetCount() uint64 {
@@ -1286,7 +1382,7 @@ type Order struct {
 
 func (x *Order) Reset() {
 	*x = Order{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1394,7 @@ func (x *Order) String() string {
 func (*Order) ProtoMessage() {}
 
 func (x *Order) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1407,7 @@ func (x *Order) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Order.ProtoReflect.Descriptor instead.
 func (*Order) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Order) GetAuthority() string {
@@ -1353,7 +1449,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1461,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1474,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{11}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Placement) GetPlatform() string {
@@ -1413,7 +1509,7 @@ var File_proto_ledger_v1_ledger_proto protoreflect.FileDescriptor
 
 const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\n" +
-	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xf4\f\n" +
+	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xa9\r\n" +
 	"\x06Record\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
@@ -1461,7 +1557,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\rtoken_expires\x18% \x01(\v2\x1a.google.protobuf.TimestampR\ftokenExpires\x12<\n" +
 	"\n" +
 	"quarantine\x18& \x01(\v2\x1c.meshid.ledger.v1.QuarantineR\n" +
-	"quarantine\"x\n" +
+	"quarantine\x123\n" +
+	"\aarchive\x18' \x01(\v2\x19.meshid.ledger.v1.ArchiveR\aarchive\"x\n" +
 	"\n" +
 	"Quarantine\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1d\n" +
@@ -1496,7 +1593,13 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
 	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12'\n" +
-	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\"B\n" +
+	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\"\x91\x01\n" +
+	"\aArchive\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x10\n" +
+	"\x03end\x18\x02 \x01(\x04R\x03end\x12\x12\n" +
+	"\x04link\x18\x03 \x01(\fR\x04link\x12\x16\n" +
+	"\x06folder\x18\x04 \x01(\tR\x06folder\x122\n" +
+	"\x06before\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"B\n" +
 	"\x04Miss\x12\x14\n" +
 	"\x05field\x18\x01 \x01(\tR\x05field\x12\x12\n" +
 	"\x04term\x18\x02 \x01(\tR\x04term\x12\x10\n" +
@@ -1518,7 +1621,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xdc\x03\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xf0\x03\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1542,7 +1645,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x12EVENT_ENTRY_LOADED\x10\x13\x12\x16\n" +
 	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
 	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +
-	"\rEVENT_STOPPED\x10\x16*_\n" +
+	"\rEVENT_STOPPED\x10\x16\x12\x12\n" +
+	"\x0eEVENT_ARCHIVED\x10\x17*_\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n" +
@@ -1568,7 +1672,7 @@ func file_proto_ledger_v1_ledger_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_ledger_v1_ledger_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(Event)(0),                    // 0: meshid.ledger.v1.Event
 	(Outcome)(0),                  // 1: meshid.ledger.v1.Outcome
@@ -1579,54 +1683,57 @@ var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(*NodeRef)(nil),               // 6: meshid.ledger.v1.NodeRef
 	(*EntryRef)(nil),              // 7: meshid.ledger.v1.EntryRef
 	(*Authority)(nil),             // 8: meshid.ledger.v1.Authority
-	(*Miss)(nil),                  // 9: meshid.ledger.v1.Miss
-	(*Configuration)(nil),         // 10: meshid.ledger.v1.Configuration
-	(*Bundle)(nil),                // 11: meshid.ledger.v1.Bundle
-	(*Summary)(nil),               // 12: meshid.ledger.v1.Summary
-	(*Order)(nil),                 // 13: meshid.ledger.v1.Order
-	(*Placement)(nil),             // 14: meshid.ledger.v1.Placement
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
-	(*v1.Workload)(nil),           // 16: meshid.attributes.v1.Workload
-	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
-	(*v1.Process)(nil),            // 18: meshid.attributes.v1.Process
-	(*v11.Entry)(nil),             // 19: meshid.entry.v1.Entry
-	(*v1.Node)(nil),               // 20: meshid.attributes.v1.Node
+	(*Archive)(nil),               // 9: meshid.ledger.v1.Archive
+	(*Miss)(nil),                  // 10: meshid.ledger.v1.Miss
+	(*Configuration)(nil),         // 11: meshid.ledger.v1.Configuration
+	(*Bundle)(nil),                // 12: meshid.ledger.v1.Bundle
+	(*Summary)(nil),               // 13: meshid.ledger.v1.Summary
+	(*Order)(nil),                 // 14: meshid.ledger.v1.Order
+	(*Placement)(nil),             // 15: meshid.ledger.v1.Placement
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
+	(*v1.Workload)(nil),           // 17: meshid.attributes.v1.Workload
+	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
+	(*v1.Process)(nil),            // 19: meshid.attributes.v1.Process
+	(*v11.Entry)(nil),             // 20: meshid.entry.v1.Entry
+	(*v1.Node)(nil),               // 21: meshid.attributes.v1.Node
 }
 var file_proto_ledger_v1_ledger_proto_depIdxs = []int32{
-	15, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
+	16, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
 	0,  // 1: meshid.ledger.v1.Record.event:type_name -> meshid.ledger.v1.Event
 	1,  // 2: meshid.ledger.v1.Record.outcome:type_name -> meshid.ledger.v1.Outcome
 	5,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
 	2,  // 4: meshid.ledger.v1.Record.kind:type_name -> meshid.ledger.v1.Kind
-	16, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
+	17, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
 	6,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
 	7,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
 	8,  // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
-	17, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
-	18, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
-	9,  // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
-	19, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
-	10, // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
-	11, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
+	18, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
+	19, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
+	10, // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
+	20, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
+	11, // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
+	12, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
 	5,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
-	12, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
-	13, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
-	14, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
-	15, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
+	13, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
+	14, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
+	15, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
+	16, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
 	4,  // 20: meshid.ledger.v1.Record.quarantine:type_name -> meshid.ledger.v1.Quarantine
-	15, // 21: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	15, // 22: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	20, // 23: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
-	15, // 24: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	8,  // 25: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
-	15, // 26: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
-	17, // 27: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
-	15, // 28: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	9,  // 21: meshid.ledger.v1.Record.archive:type_name -> meshid.ledger.v1.Archive
+	16, // 22: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	16, // 23: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	21, // 24: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
+	16, // 25: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	16, // 26: meshid.ledger.v1.Archive.before:type_name -> google.protobuf.Timestamp
+	8,  // 27: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
+	16, // 28: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
+	18, // 29: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
+	16, // 30: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
+	31, // [31:31] is the sub-list for method output_type
+	31, // [31:31] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_proto_ledger_v1_ledger_proto_init() }
@@ -1640,7 +1747,7 @@ func file_proto_ledger_v1_ledger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_ledger_v1_ledger_proto_rawDesc), len(file_proto_ledger_v1_ledger_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -78,6 +78,7 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_CALL_REFUSED:    {apiActivity, other},
 	ledgerv1.Event_EVENT_QUARANTINE:      {apiActivity, update},
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: {apiActivity, update},
+	ledgerv1.Event_EVENT_ARCHIVED:        {apiActivity, update},
 }
 
 // authorityActivities are those of an authority's states.
@@ -187,6 +188,9 @@ func describe(o object, class int, r *ledgerv1.Record) {
 		}
 		if name := r.GetEntry().GetName(); name != "" {
 			o["resources"] = []object{{"name": name, "type": "registration entry", "version": strconv.FormatUint(r.GetEntry().GetRevision(), 10)}}
+		}
+		if a := r.GetArchive(); a != nil {
+			o["resources"] = []object{{"name": a.GetFolder(), "type": "ledger archive", "version": fmt.Sprintf("%d-%d", a.GetFirst(), a.GetEnd())}}
 		}
 	default:
 	}
