@@ -205,6 +205,10 @@ func (c *CA) refresh(ctx context.Context, now time.Time) (changed bool, err erro
 	if t.Epoch < s.trust.Epoch || t.Sequence < s.trust.Sequence {
 		return false, fmt.Errorf("the store is at epoch %d of the roots, and %d was there before: was it restored from a backup? Stop the CA, and restore its newest state", t.Epoch, s.trust.Epoch)
 	}
+	// This CA's journal says under which roots it decides, whoever changed them.
+	if err := c.recordStep(ctx, now, s.trust, t, &rotation.Step{Why: "changed by another CA"}, ""); err != nil {
+		return false, err
+	}
 	if err := c.adopt(ctx, now, t, nil); err != nil {
 		return false, err
 	}
@@ -357,7 +361,10 @@ func (c *CA) recordStep(ctx context.Context, now time.Time, before, after Trust,
 			add(record)
 		}
 	}
-	if signer != nil && (before.Sequence != after.Sequence || before.Paused != after.Paused) {
+	if before.Sequence != after.Sequence || before.Paused != after.Paused {
+		if signer == nil {
+			return errors.New("record a step of the roots: no root is active after it")
+		}
 		record := c.authorityRecord(now, signer, RoleRoot, StateActive, after.Sequence)
 		if before.Sequence != after.Sequence {
 			record.Event = ledgerv1.Event_EVENT_BUNDLE

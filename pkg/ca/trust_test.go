@@ -522,6 +522,17 @@ func TestFault_F22_LateStepIsRefused(t *testing.T) {
 		if _, after := late.Bundle(); after != before || late.state.Load().signer.id != a.state.Load().signer.id {
 			t.Errorf("bundle %d, then %d", before, after)
 		}
+		// Its own journal says what it decides by, though another one changed it.
+		var recorded []string
+		for _, r := range late.records(t) {
+			if r.GetDetail() == "changed by another CA" {
+				recorded = append(recorded, fmt.Sprintf("%s %s %d", r.GetEvent(), r.GetAuthority().GetState(), len(r.GetBundle().GetRoots())))
+			}
+		}
+		want := []string{"EVENT_AUTHORITY prepared 0", "EVENT_BUNDLE active 2", "EVENT_AUTHORITY retiring 0", "EVENT_AUTHORITY active 0"}
+		if !slices.Equal(recorded, want) {
+			t.Errorf("recorded %q, want %q", recorded, want)
+		}
 	})
 }
 
