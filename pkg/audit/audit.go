@@ -129,6 +129,9 @@ func backwards(ctx context.Context, dir string, below uint64, progress func(done
 		if first >= below {
 			continue
 		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		end := below
 		if i+1 < len(firsts) {
 			end = min(end, firsts[i+1])
