@@ -26,7 +26,8 @@ import (
 // times are RFC 3339 in UTC; durations are seconds with the suffix "s"; enum
 // values are their names; maps are sorted by key, fields by number. What a
 // terminal could take for a command, or a reader for something else, is escaped
-// in strings. The same entry always gives the same bytes.
+// in strings. A time or duration that is out of range is an object of its seconds
+// and nanos: no record that is in a ledger keeps those behind it from being read. The same entry always gives the same bytes.
 func FormatJSON(e Entry) ([]byte, error) {
 	b := make([]byte, 0, 2*len(e.Raw)+256)
 	b = append(b, `{"index":`...)
@@ -47,17 +48,15 @@ func FormatJSON(e Entry) ([]byte, error) {
 func appendMessage(b []byte, m protoreflect.Message) ([]byte, error) {
 	switch v := m.Interface().(type) {
 	case *timestamppb.Timestamp:
-		if err := v.CheckValid(); err != nil {
-			return nil, err
+		if v.CheckValid() == nil {
+			b = append(b, '"')
+			b = v.AsTime().AppendFormat(b, time.RFC3339Nano)
+			return append(b, '"'), nil
 		}
-		b = append(b, '"')
-		b = v.AsTime().AppendFormat(b, time.RFC3339Nano)
-		return append(b, '"'), nil
 	case *durationpb.Duration:
-		if err := v.CheckValid(); err != nil {
-			return nil, err
+		if v.CheckValid() == nil {
+			return appendDuration(b, v), nil
 		}
-		return appendDuration(b, v), nil
 	}
 	fields := m.Descriptor().Fields()
 	byNumber := make([]protoreflect.FieldDescriptor, 0, fields.Len())

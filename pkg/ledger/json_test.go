@@ -1,13 +1,16 @@
 package ledger
 
 import (
+	"bytes"
 	"encoding/json"
 	"math"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -70,6 +73,8 @@ func TestFormatJSONValues(t *testing.T) {
 			&ledgerv1.Record{Workload: &attributesv1.Workload{Ext: map[string]*attributesv1.Values{"b": {Values: map[string]string{"y": "1", "x": "2"}}, "a\x00": {}}}},
 			`{"workload":{"ext":{"a\u0000":{},"b":{"values":{"x":"2","y":"1"}}}}}`,
 		},
+		"no time":   {&ledgerv1.Record{Time: &timestamppb.Timestamp{Seconds: 7, Nanos: -1}}, `{"time":{"seconds":7,"nanos":-1}}`},
+		"no span":   {&ledgerv1.Record{Took: &durationpb.Duration{Seconds: math.MinInt64}}, `{"took":{"seconds":-9223372036854775808}}`},
 		"far times": {&ledgerv1.Record{Time: timestamppb.New(time.Date(9999, 12, 31, 23, 59, 59, 999999999, time.UTC))}, `{"time":"9999-12-31T23:59:59.999999999Z"}`},
 	}
 	for name, row := range rows {
@@ -88,12 +93,44 @@ func TestFormatJSONValues(t *testing.T) {
 			}
 		})
 	}
-	for name, r := range map[string]*ledgerv1.Record{
-		"time":     {Time: &timestamppb.Timestamp{Nanos: -1}},
-		"duration": {Took: &durationpb.Duration{Seconds: 1, Nanos: -1}},
+}
+
+// FuzzFormatJSON formats any record that can be decoded: what is in a ledger came
+// from agents.
+func FuzzFormatJSON(f *testing.F) {
+	for _, r := range []*ledgerv1.Record{
+		{}, {Event: 999, Time: &timestamppb.Timestamp{Nanos: -1}, Took: &durationpb.Duration{Seconds: math.MaxInt64}},
+		{Detail: "\x1b[2J\u202e\u2028\U000e0001", Workload: &attributesv1.Workload{Ext: map[string]*attributesv1.Values{"a": {Values: map[string]string{"b": "\""}}}}},
 	} {
-		if _, err := FormatJSON(Entry{Record: r}); err == nil {
-			t.Errorf("impossible %s accepted", name)
+		b, err := proto.Marshal(r)
+		if err != nil {
+			f.Fatal(err)
 		}
+		f.Add(b)
 	}
+	one, _ := testRecord("a")
+	b, err := proto.Marshal(one)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var r ledgerv1.Record
+		if proto.Unmarshal(b, &r) != nil {
+			return
+		}
+		got, err := FormatJSON(Entry{Record: &r})
+		if err != nil || !json.Valid(got) {
+			t.Fatalf("%q, %v", got, err)
+		}
+		for _, c := range string(got) {
+			if !strconv.IsPrint(c) {
+				t.Fatalf("%q in %q", c, got)
+			}
+		}
+		again, err := FormatJSON(Entry{Record: proto.CloneOf(&r)})
+		if err != nil || !bytes.Equal(got, again) {
+			t.Fatalf("%q, then %q", got, again)
+		}
+	})
 }

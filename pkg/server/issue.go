@@ -310,6 +310,9 @@ func checkItem(item *nodev1.IssueItem) string {
 	if n := proto.Size(item.GetProcess()); n > maxProcessBytes {
 		return fmt.Sprintf("the process has %d bytes, at most %d are allowed", n, maxProcessBytes)
 	}
+	if start := item.GetProcess().GetStartTime(); start != nil && start.CheckValid() != nil {
+		return "the start time of the process is not a time"
+	}
 	return ""
 }
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -153,15 +154,18 @@ func TestRefusals(t *testing.T) {
 		record string // reason in the ledger
 		detail string
 	}{
-		"no entry":       {good("nobody"), nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonEntryUnknown, ""},
-		"other node":     {good("other"), nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, `node.id == "other"`},
-		"rule":           {a.item("web", workload("db")), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, `docker.labels["app"] == "web"`},
-		"template":       {a.item("templated", badLabel), nodev1.Reason_REASON_TEMPLATE, reasonTemplate, "ns"},
-		"no CSR":         {csrOf(func(i *nodev1.IssueItem) { i.Csr = nil }), nodev1.Reason_REASON_CSR, reasonCSR, "request"},
-		"garbage CSR":    {csrOf(func(i *nodev1.IssueItem) { i.Csr = []byte("\xff\xfe garbage") }), nodev1.Reason_REASON_CSR, reasonCSR, "request"},
-		"broken proof":   {csrOf(func(i *nodev1.IssueItem) { i.Csr[len(i.Csr)-1] ^= 1 }), nodev1.Reason_REASON_CSR, reasonCSR, ""},
-		"no instance":    {csrOf(func(i *nodev1.IssueItem) { i.Instance = "" }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "instance"},
-		"long instance":  {csrOf(func(i *nodev1.IssueItem) { i.Instance = strings.Repeat("x", maxInstanceBytes+1) }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "instance"},
+		"no entry":      {good("nobody"), nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonEntryUnknown, ""},
+		"other node":    {good("other"), nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, `node.id == "other"`},
+		"rule":          {a.item("web", workload("db")), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, `docker.labels["app"] == "web"`},
+		"template":      {a.item("templated", badLabel), nodev1.Reason_REASON_TEMPLATE, reasonTemplate, "ns"},
+		"no CSR":        {csrOf(func(i *nodev1.IssueItem) { i.Csr = nil }), nodev1.Reason_REASON_CSR, reasonCSR, "request"},
+		"garbage CSR":   {csrOf(func(i *nodev1.IssueItem) { i.Csr = []byte("\xff\xfe garbage") }), nodev1.Reason_REASON_CSR, reasonCSR, "request"},
+		"broken proof":  {csrOf(func(i *nodev1.IssueItem) { i.Csr[len(i.Csr)-1] ^= 1 }), nodev1.Reason_REASON_CSR, reasonCSR, ""},
+		"no instance":   {csrOf(func(i *nodev1.IssueItem) { i.Instance = "" }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "instance"},
+		"long instance": {csrOf(func(i *nodev1.IssueItem) { i.Instance = strings.Repeat("x", maxInstanceBytes+1) }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "instance"},
+		"no start time": {csrOf(func(i *nodev1.IssueItem) {
+			i.Process = &attributesv1.Process{StartTime: &timestamppb.Timestamp{Nanos: -1}}
+		}), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "start time"},
 		"long entry":     {csrOf(func(i *nodev1.IssueItem) { i.Entry = strings.Repeat("x", maxNameBytes+1) }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "name"},
 		"long serial":    {csrOf(func(i *nodev1.IssueItem) { i.PreviousSerial = make([]byte, 21) }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "serial"},
 		"no workload":    {csrOf(func(i *nodev1.IssueItem) { i.Workload = nil }), nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonLimit, "attributes"},

@@ -225,7 +225,7 @@ func TestEncode(t *testing.T) {
 	}
 	e.Record = record(ledgerv1.Event_EVENT_ISSUE, ledgerv1.Outcome_OUTCOME_REFUSED)
 	e.Record.Time = &timestamppb.Timestamp{Nanos: -1}
-	if line, abridged = Encode(ledger.FormatJSON, e, MinRecordBytes); !json.Valid(line) || !abridged {
+	if line, abridged = Encode(ledger.FormatJSON, e, MinRecordBytes); !json.Valid(line) || abridged {
 		t.Errorf("%s", line)
 	}
 	failing := func(ledger.Entry) ([]byte, error) { return nil, errors.New("no") }
