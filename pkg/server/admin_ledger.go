@@ -567,7 +567,7 @@ func missOf(entry *identity.Entry, r *ledgerv1.Record) identity.Miss {
 
 // Archive implements adminv1.LedgerServiceServer. It is for the admin socket only:
 // it writes where the caller says.
-func (l *ledgerService) Archive(req *adminv1.ArchiveRequest, stream adminv1.LedgerService_ArchiveServer) error {
+func (l *ledgerService) Archive(req *adminv1.ArchiveRequest, stream adminv1.LedgerService_ArchiveServer) (err error) {
 	ctx, cancel := context.WithTimeout(stream.Context(), archiveTimeout)
 	defer cancel()
 	s := l.s
@@ -575,6 +575,11 @@ func (l *ledgerService) Archive(req *adminv1.ArchiveRequest, stream adminv1.Ledg
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil && !req.GetDryRun() {
+			s.recordFailed(ctx, c, adminv1.LedgerService_Archive_FullMethodName, err)
+		}
+	}()
 	r, err := l.records()
 	if err != nil {
 		return err

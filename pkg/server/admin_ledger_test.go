@@ -92,7 +92,7 @@ func asAdmin(t *testing.T, actor string) context.Context {
 }
 
 func ledgerServer(records Records, sinks Sinks, j *ledger.Journal) adminv1.LedgerServiceServer {
-	return (&Server{cfg: Config{Records: records, Sinks: sinks, Ledger: j}, log: slog.New(slog.DiscardHandler)}).LedgerService()
+	return (&Server{cfg: Config{Records: records, Sinks: sinks, Ledger: j}, refusals: newRefusalLog(), log: slog.New(slog.DiscardHandler)}).LedgerService()
 }
 
 // A list of any length comes in parts of bounded size, and goes on where it ended.
@@ -158,6 +158,12 @@ func TestFindRefuses(t *testing.T) {
 // Nothing is archived for somebody far away, that is young, or that a sink has not
 // taken; and the error says which.
 func TestArchiveRefuses(t *testing.T) {
+	dir := t.TempDir()
+	j, err := ledger.Open(dir, ledger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
 	old := timestamppb.New(time.Now().Add(-100 * 24 * time.Hour))
 	for name, tc := range map[string]struct {
 		actor string
@@ -172,9 +178,18 @@ func TestArchiveRefuses(t *testing.T) {
 		"a relative folder": {"uid:0", nil, &adminv1.ArchiveRequest{Before: old, Folder: "x"}, codes.InvalidArgument, "whole path"},
 		"a sink is behind":  {"uid:0", fakeSinks{9, "export_siem"}, &adminv1.ArchiveRequest{Before: old, Folder: "/x"}, codes.FailedPrecondition, `"export_siem" has taken 9 records and 10`},
 	} {
-		err := ledgerServer(&fakeRecords{n: 10}, tc.sinks, nil).Archive(tc.req, &sent[adminv1.ArchiveResponse]{ctx: asAdmin(t, tc.actor)})
+		size := j.Size()
+		err := ledgerServer(&fakeRecords{n: 10}, tc.sinks, j).Archive(tc.req, &sent[adminv1.ArchiveResponse]{ctx: asAdmin(t, tc.actor)})
 		if st := statusOf(err, "r"); err == nil || st.Code() != tc.code || !strings.Contains(st.Message(), tc.text) {
 			t.Errorf("%s: %v", name, err)
+		}
+		for e, err := range ledger.Scan(dir, size) {
+			if r := e.Record; err != nil || r.GetEvent() != ledgerv1.Event_EVENT_CALL_REFUSED || r.GetCall() != "Archive" || r.GetActor() != tc.actor {
+				t.Errorf("%s: recorded %v, %v", name, r, err)
+			}
+		}
+		if j.Size() != size+1 {
+			t.Errorf("%s: %d records", name, j.Size()-size)
 		}
 	}
 }
