@@ -34,8 +34,16 @@ read its folder: the CA need not run, and a copied folder is as good as the
 original.`,
 	}
 	f.add(cmd)
-	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerWhy(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f),
-		newLedgerFind(), newLedgerFirstSeen(), newLedgerOverdue(), newLedgerNewlyAllowed(), newLedgerArchive(f))
+	cmd.AddCommand(newLedgerTail(f), newLedgerGet(f), newLedgerVerify(f), newLedgerWhy(f), newLedgerProve(f), newLedgerConsistency(f), newLedgerKey(f))
+	for _, asking := range []*cobra.Command{newLedgerFind(), newLedgerFirstSeen(), newLedgerOverdue(), newLedgerNewlyAllowed(), newLedgerArchive(f)} {
+		asking.PreRunE = func(cmd *cobra.Command, _ []string) error {
+			if f.dir != "" {
+				return fmt.Errorf("%s asks the running CA, which has an index; of a copied folder, ask tail, get, why or verify", cmd.Name())
+			}
+			return nil
+		}
+		cmd.AddCommand(asking)
+	}
 	return cmd
 }
 

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -36,6 +38,7 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"await": await,
+			"page":  page,
 		},
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("MESHID_ADMIN_SOCKET", e.WorkDir+"/admin.sock")
@@ -53,6 +56,29 @@ func writeUpstream(t *testing.T, dir string) error {
 		os.WriteFile(dir+"/ca-key.pem", upstreamtest.KeyPEM(t, a.Key), 0o600),
 		os.WriteFile(dir+"/roots.pem", upstreamtest.PEM(a.Root), 0o600),
 	)
+}
+
+// page executes the commands in those blocks of a page that are labelled with a
+// word, and compares what they print: "…" in a line stands for what differs each
+// time.
+func page(ts *testscript.TestScript, _ bool, args []string) {
+	b, err := os.ReadFile(args[0])
+	ts.Check(err)
+	blocks := strings.Split(string(b), "```text "+args[1]+"\n")[1:]
+	if len(blocks) == 0 {
+		ts.Fatalf("%s has no block %q", args[0], args[1])
+	}
+	for _, block := range blocks {
+		block, _, _ = strings.Cut(block, "```")
+		for _, example := range strings.Split("\n"+block, "\n$ ")[1:] {
+			line, want, _ := strings.Cut(strings.TrimSuffix(example, "\n"), "\n")
+			_ = ts.Exec("sh", "-c", line+" 2>&1") // an exit code is part of what is printed, if it matters
+			pattern := strings.ReplaceAll(regexp.QuoteMeta(want), "…", ".*")
+			if got := strings.TrimSuffix(ts.ReadFile("stdout"), "\n"); !regexp.MustCompile("^" + pattern + "$").MatchString(got) {
+				ts.Fatalf("$ %s\n%s\n%s has:\n%s", line, got, args[0], want)
+			}
+		}
+	}
 }
 
 // await runs a program again and again until it prints something: what it asks for

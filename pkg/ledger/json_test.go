@@ -99,7 +99,8 @@ func TestFormatJSONValues(t *testing.T) {
 // from agents.
 func FuzzFormatJSON(f *testing.F) {
 	for _, r := range []*ledgerv1.Record{
-		{}, {Event: 999, Time: &timestamppb.Timestamp{Nanos: -1}, Took: &durationpb.Duration{Seconds: math.MaxInt64}},
+		{},
+		{Event: 999, Time: &timestamppb.Timestamp{Nanos: -1}, Took: &durationpb.Duration{Seconds: math.MaxInt64}},
 		{Detail: "\x1b[2J\u202e\u2028\U000e0001", Workload: &attributesv1.Workload{Ext: map[string]*attributesv1.Values{"a": {Values: map[string]string{"b": "\""}}}}},
 	} {
 		b, err := proto.Marshal(r)
