@@ -94,6 +94,8 @@ var dashboards = []dashboard{
 			{kind: graph, title: "Remaining life", unit: "s", queries: []query{{`meshid_ca_authority_not_after_timestamp_seconds{instance=~"$instance"} - time()`, "{{role}} {{instance}}"}}},
 			{kind: graph, title: "Roots in the trust bundle, by state", about: "More than one state above 0: a rotation is under way.", unit: "none", queries: []query{{`sum by (state) (meshid_ca_authority_rotation_state{instance=~"$instance"})`, "{{state}}"}}},
 			{kind: graph, title: "Replaced intermediates, by outcome", unit: "none", queries: []query{{`sum by (outcome) (increase(meshid_ca_intermediate_rotations_total{instance=~"$instance"}[1d]))`, "{{outcome}}"}}},
+			{kind: graph, title: "Upstream CA: requests, by outcome", about: "For an intermediate. Nothing here without an upstream CA.", unit: "none", queries: []query{{`sum by (outcome) (increase(meshid_ca_upstream_requests_total{instance=~"$instance"}[1d]))`, "{{outcome}}"}}},
+			{kind: graph, title: "Upstream CA: last success", about: "Time since the upstream CA last certified an intermediate; 0 if it never has.", unit: "s", queries: []query{{`(time() - meshid_ca_upstream_last_success_timestamp_seconds{instance=~"$instance"}) * (meshid_ca_upstream_last_success_timestamp_seconds{instance=~"$instance"} > bool 0)`, "{{instance}}"}}},
 			{kind: graph, title: "Lives cut short, by reason", about: "max_ttl: policy; authority_expiry: the issuer ends earlier.", unit: "ops", queries: []query{rate("meshid_ca_svid_ttl_shrunk_total", "reason")}},
 			{kind: graph, title: "Signatures refused, by reason", unit: "ops", queries: []query{rate("meshid_ca_sign_refused_total", "reason")}},
 		},

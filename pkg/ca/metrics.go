@@ -55,6 +55,10 @@ type metrics struct {
 
 	retiring, sequence, converged prometheus.Gauge
 	rootStates                    *prometheus.GaugeVec
+
+	upstreamOK, upstreamFailed prometheus.Counter
+	upstreamDuration           prometheus.Histogram
+	upstreamSuccess            prometheus.Gauge
 }
 
 var rootStates = []string{StatePrepared, StateDistributed, StateActive, StateRetiring, StateTainted}
@@ -76,6 +80,10 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		Name: "meshid_ca_intermediate_rotations_total",
 		Help: "Attempts to replace the intermediate, by outcome.",
 	}, []string{"outcome"})
+	upstreams := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_upstream_requests_total",
+		Help: "Requests to the upstream CA for an intermediate, by outcome. failure: no answer, a refusal, or an answer that does not hold what was asked for.",
+	}, []string{"outcome"})
 	notAfter := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "meshid_ca_authority_not_after_timestamp_seconds",
 		Help: "When what signs now expires, by role: root, intermediate, server (the CA's own X.509-SVID).",
@@ -86,6 +94,16 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Help:                        "Time to validate, sign and check one X.509-SVID.",
 			Buckets:                     prometheus.ExponentialBuckets(25e-6, 2, 14),
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
+		upstreamDuration: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                        "meshid_ca_upstream_duration_seconds",
+			Help:                        "Time that the upstream CA took to answer a request, failures included.",
+			Buckets:                     prometheus.ExponentialBuckets(0.01, 2, 14),
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
+		upstreamSuccess: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "meshid_ca_upstream_last_success_timestamp_seconds",
+			Help: "When the upstream CA last certified an intermediate of this process; 0 if it has not.",
 		}),
 		retiring: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "meshid_ca_intermediates_retiring",
@@ -105,7 +123,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}, []string{"state"}),
 	}
 	var err error
-	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates} {
+	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
+		upstreams, m.upstreamDuration, m.upstreamSuccess,
+	} {
 		err = errors.Join(err, reg.Register(collector))
 	}
 	resolve := func(vec *prometheus.CounterVec, names []string) (all []prometheus.Counter) {
@@ -116,6 +136,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}
 	m.signed, m.refused, m.shrunk = resolve(signed, kindNames), resolve(refused, refusedNames), resolve(shrunk, shrunkNames)
 	m.rotated, m.rotationFailed = rotations.WithLabelValues("success"), rotations.WithLabelValues("failure")
+	m.upstreamOK, m.upstreamFailed = upstreams.WithLabelValues("success"), upstreams.WithLabelValues("failure")
 	m.rootNotAfter, m.intermediateNotAfter = notAfter.WithLabelValues(RoleRoot), notAfter.WithLabelValues(RoleIntermediate)
 	for _, name := range rootStates {
 		m.rootStates.WithLabelValues(name)
@@ -139,6 +160,17 @@ func (m *metrics) observe(s *state) {
 	for _, name := range rootStates {
 		m.rootStates.WithLabelValues(name).Set(float64(count[name]))
 	}
+}
+
+// observeUpstream counts a request to the upstream CA that began at start.
+func (m *metrics) observeUpstream(start time.Time, err error) {
+	m.upstreamDuration.Observe(time.Since(start).Seconds())
+	if err != nil {
+		m.upstreamFailed.Inc()
+		return
+	}
+	m.upstreamOK.Inc()
+	m.upstreamSuccess.SetToCurrentTime()
 }
 
 func (m *metrics) observeFleet(in rotation.Inputs, sequence uint64) {

@@ -216,7 +216,8 @@ func (c *CA) rank(cert *x509.Certificate) int {
 }
 
 // ask makes a key, has it certified, and verifies the answer.
-func (c *CA) ask(ctx context.Context) (*upstream.Verified, *ecdsa.PrivateKey, time.Time, error) {
+func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ *ecdsa.PrivateKey, _ time.Time, err error) {
+	defer func(start time.Time) { c.metrics.observeUpstream(start, err) }(time.Now())
 	var now time.Time
 	fail := func(doing string, err error) (*upstream.Verified, *ecdsa.PrivateKey, time.Time, error) {
 		return nil, nil, now, fmt.Errorf("%s: %w", doing, err)

@@ -11,6 +11,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
 )
@@ -179,6 +181,10 @@ func TestFault_F24_UpstreamDownAtRenewal(t *testing.T) {
 				if now := f.intermediate(t); !now.Equal(first) {
 					t.Error("another intermediate")
 				}
+				failed, succeeded := testutil.ToFloat64(f.metrics.upstreamFailed), testutil.ToFloat64(f.metrics.upstreamOK)
+				if at := testutil.ToFloat64(f.metrics.upstreamSuccess); failed < 50 || at != float64(start.Unix()) {
+					t.Errorf("metrics: %v failures, the last success at %v", failed, at)
+				}
 				m.Become(a, upstreamtest.Good)
 				time.Sleep(maxRetryAfter)
 				synctest.Wait()
@@ -188,6 +194,9 @@ func TestFault_F24_UpstreamDownAtRenewal(t *testing.T) {
 				}
 				if now := f.intermediate(t); now.Equal(first) {
 					t.Error("the intermediate was not replaced")
+				}
+				if n := testutil.ToFloat64(f.metrics.upstreamOK); n != succeeded+1 {
+					t.Errorf("metrics: %v successes, then %v", succeeded, n)
 				}
 			})
 		})
