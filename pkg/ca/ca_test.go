@@ -313,6 +313,9 @@ func TestOpenRecordsEveryAuthorityEvent(t *testing.T) {
 	var got []string
 	for _, r := range f.records(t) {
 		got = append(got, strings.Join([]string{r.Event.String(), r.Authority.GetRole(), r.Authority.GetState()}, " "))
+		if about := r.Event == ledgerv1.Event_EVENT_AUTHORITY && r.Authority.GetRole() == RoleIntermediate; about != (r.Authority.GetRoot() == f.state.Load().signer.id) {
+			t.Errorf("root %q in %v", r.Authority.GetRoot(), r)
+		}
 		if r.CaInstance != "ca-1" || r.Version != 1 || r.Outcome != ledgerv1.Outcome_OUTCOME_SUCCESS || r.Certificate.GetSha256() == nil {
 			t.Errorf("incomplete record %v", r)
 		}

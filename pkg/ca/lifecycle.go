@@ -219,9 +219,9 @@ func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 	if err := c.cfg.Store.PutIntermediates(sctx, now, made...); err != nil {
 		return err
 	}
-	drafts := []*ledger.Draft{c.authorityDraft(now, a.cert, RoleIntermediate, StateActive, s.trust.Sequence)}
+	drafts := []*ledger.Draft{c.intermediateDraft(now, a, StateActive, s.trust.Sequence)}
 	if s.active != nil {
-		drafts = append(drafts, c.authorityDraft(now, s.active.cert, RoleIntermediate, StateRetiring, s.trust.Sequence))
+		drafts = append(drafts, c.intermediateDraft(now, s.active, StateRetiring, s.trust.Sequence))
 	}
 	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
 		return fmt.Errorf("record it: %w", err)
@@ -254,7 +254,7 @@ func (c *CA) dropGone(ctx context.Context, now time.Time) error {
 	for _, r := range s.retiring {
 		if gone(r) {
 			ended = append(ended, Intermediate{ID: r.id, Root: r.root.id, Instance: c.cfg.Instance, LiveUntil: now.Add(-time.Second)})
-			drafts = append(drafts, c.authorityDraft(now, r.cert, RoleIntermediate, StateGone, s.trust.Sequence))
+			drafts = append(drafts, c.intermediateDraft(now, r.authority, StateGone, s.trust.Sequence))
 		}
 	}
 	if len(drafts) == 0 {
@@ -274,9 +274,11 @@ func (c *CA) dropGone(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// authorityDraft is the ledger record of one authority's new state.
-func (c *CA) authorityDraft(now time.Time, cert *x509.Certificate, role, state string, sequence uint64) *ledger.Draft {
-	return ledger.NewDraft(c.authorityRecord(now, cert, role, state, sequence), nil)
+// intermediateDraft is the ledger record of an intermediate's new state.
+func (c *CA) intermediateDraft(now time.Time, a *authority, state string, sequence uint64) *ledger.Draft {
+	r := c.authorityRecord(now, a.cert, RoleIntermediate, state, sequence)
+	r.Authority.Root = a.root.id
+	return ledger.NewDraft(r, nil)
 }
 
 func (c *CA) authorityRecord(now time.Time, cert *x509.Certificate, role, state string, sequence uint64) *ledgerv1.Record {

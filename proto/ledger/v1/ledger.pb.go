@@ -979,8 +979,10 @@ type Authority struct {
 	NotAfter *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	// Trust bundle sequence in force after the event.
 	BundleSequence uint64 `protobuf:"varint,6,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// In records about an intermediate: the id of the root that it chains to.
+	Root          string `protobuf:"bytes,7,opt,name=root,proto3" json:"root,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Authority) Reset() {
@@ -1053,6 +1055,13 @@ func (x *Authority) GetBundleSequence() uint64 {
 		return x.BundleSequence
 	}
 	return 0
+}
+
+func (x *Authority) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
 }
 
 // Archive is what left the journal for a folder.
@@ -1586,14 +1595,15 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bEntryRef\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\fR\x06digest\"\xbf\x01\n" +
+	"\x06digest\x18\x03 \x01(\fR\x06digest\"\xd3\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x14\n" +
 	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
 	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12'\n" +
-	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\"\x91\x01\n" +
+	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\x12\x12\n" +
+	"\x04root\x18\a \x01(\tR\x04root\"\x91\x01\n" +
 	"\aArchive\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x10\n" +
 	"\x03end\x18\x02 \x01(\x04R\x03end\x12\x12\n" +
