@@ -169,8 +169,9 @@ check it, with nothing else:
 
   ca ledger verify --proof FILE --key VKEY
 
-For a certificate, the record of its issuance is meant. The proof is made from the
-folder "tree" alone.`,
+For a certificate, the record of its issuance is meant, which is looked for in the
+folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
+--serial HEX" finds the index in its index at once, for --index.`,
 		Example: `  ca ledger prove --cert svid.pem -o svid.tlog-proof
   ca ledger prove --serial 7f3a12… | ca ledger verify --proof /dev/stdin`,
 		Args: cobra.NoArgs,
