@@ -123,7 +123,8 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}, []string{"state"}),
 	}
 	var err error
-	for _, collector := range []prometheus.Collector{signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
+	for _, collector := range []prometheus.Collector{
+		signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
 		upstreams, m.upstreamDuration, m.upstreamSuccess,
 	} {
 		err = errors.Join(err, reg.Register(collector))
