@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -17,6 +18,10 @@ import (
 
 // conditionSearch: questions about the ledger have no answer, or an old one.
 const conditionSearch = "ledger_search"
+
+// searchLinger is how long a record waits for others before it can be found: a
+// transaction of the index costs more than a certificate.
+const searchLinger = 200 * time.Millisecond
 
 // searchIndex is the index of the ledger, and what keeps it up to date.
 type searchIndex struct {
@@ -46,7 +51,9 @@ func openSearch(ctx context.Context, dataDir string, j *ledger.Journal, m *ledge
 		s.fail(ctx, err)
 		return s
 	}
-	s.feed = ledger.NewFeed(j, "search", telling{s.records, s}, m, ledger.FeedOptions{Logger: logger, OnState: s.report})
+	s.feed = ledger.NewFeed(j, "search", telling{s.records, s}, m, ledger.FeedOptions{
+		Linger: searchLinger, Logger: logger, OnState: s.report,
+	})
 	return s
 }
 

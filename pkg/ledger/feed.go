@@ -43,6 +43,9 @@ type FeedOptions struct {
 	// Overdue is the age of the oldest record not taken at which OnState reports
 	// the sink; 5 min if 0.
 	Overdue time.Duration
+	// Linger is how long a record waits for others, so that they share one call of
+	// the sink; not at all if 0. A full batch does not wait.
+	Linger time.Duration
 	// Retry says how long to wait after a failure; from 0.5 s to 30 s if zero.
 	Retry backoff.Policy
 	// Logger gets what an operator should know, if it is not nil.
@@ -150,6 +153,12 @@ func (f *Feed) run(ctx context.Context) error {
 	for {
 		wake, stopped := f.journal.woken(), f.journal.hasStopped()
 		if size := f.journal.Size(); next < size {
+			if size-next < feedRecords && !stopped {
+				if err := f.linger(ctx); err != nil {
+					return err
+				}
+				size = f.journal.Size()
+			}
 			batch, err := c.batch(size - next)
 			if err != nil {
 				return fmt.Errorf("feed %s from ledger: %w", f.name, err)
@@ -170,6 +179,22 @@ func (f *Feed) run(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// linger waits for records that can go with the one that is there.
+func (f *Feed) linger(ctx context.Context) error {
+	if f.options.Linger <= 0 {
+		return nil
+	}
+	t := time.NewTimer(f.options.Linger)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-f.journal.stopped:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // begin finds out where to go on.

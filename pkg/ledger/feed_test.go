@@ -23,6 +23,7 @@ type testSink struct {
 	taken         []string
 	before, after int // calls that will fail so
 	hang          bool
+	puts          int
 }
 
 // states are what a feed has reported.
@@ -65,6 +66,7 @@ func (s *testSink) Put(ctx context.Context, entries []Entry) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.puts++
 	if s.before > 0 {
 		s.before--
 		return errSink
@@ -174,6 +176,27 @@ func TestFeedResumes(t *testing.T) {
 			t.Errorf("records from %d on (-want +got):\n%s", next, d)
 		}
 	}
+}
+
+// Records that come close together share one call, and none waits for longer.
+func TestFeedLingers(t *testing.T) {
+	s := &testSink{}
+	feedBubble(t, s, FeedOptions{Linger: time.Second}, func(j *Journal, _ *Feed, _ *prometheus.Registry) {
+		all := ids("r", 3)
+		for _, id := range all {
+			appendTest(t, j, id)
+			time.Sleep(300 * time.Millisecond)
+		}
+		synctest.Wait()
+		if got := s.ids(); len(got) > 0 {
+			t.Errorf("it got %q before its time", got)
+		}
+		time.Sleep(100 * time.Millisecond)
+		synctest.Wait()
+		if d := cmp.Diff(all, s.ids()); d != "" || s.puts != 1 {
+			t.Errorf("%d calls; records (-want +got):\n%s", s.puts, d)
+		}
+	})
 }
 
 // A sink that hangs is given up, tried again, and reported when it is overdue; it

@@ -168,14 +168,15 @@ func BenchmarkIssue(b *testing.B) {
 		b.Run(fmt.Sprintf("batch-%d", size), func(b *testing.B) {
 			ca := local.StartCA(b, local.CAOptions{})
 			apply(b, ca, everybody)
-			s, pool := newStandard(b), items(b, 1024)
+			s := newStandard(b)
+			var pool []*nodev1.IssueItem // of this node: a key belongs to one instance on one node
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			var n *node
 			nodes, next := 0, 0
 			ask := func() {
 				if n == nil || n.used+size > perNode {
-					n = attestNode(b, ca, fmt.Sprint("node-", nodes))
+					n, pool = attestNode(b, ca, fmt.Sprint("node-", nodes)), items(b, 1024)
 					nodes++
 				}
 				n.used += size

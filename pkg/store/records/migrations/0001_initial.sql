@@ -44,7 +44,7 @@ CREATE INDEX records_time      ON records (time);
 CREATE INDEX records_event     ON records (event, time);
 CREATE INDEX records_identity  ON records (identity, time)  WHERE identity IS NOT NULL;
 CREATE INDEX records_node      ON records (node, time)      WHERE node IS NOT NULL;
-CREATE INDEX records_entry     ON records (entry, time)     WHERE entry IS NOT NULL;
+CREATE INDEX records_entry     ON records (entry, time, idx, revision) WHERE entry IS NOT NULL;
 CREATE INDEX records_authority ON records (authority, time) WHERE authority IS NOT NULL;
 CREATE INDEX records_reason    ON records (reason, time)    WHERE reason IS NOT NULL;
 CREATE INDEX records_failure   ON records (failure, time)   WHERE failure IS NOT NULL;
