@@ -169,14 +169,6 @@ func enumNumber(d protoreflect.EnumDescriptor, prefix, flag, name string) (proto
 	return v.Number(), nil
 }
 
-func eventName(e ledgerv1.Event) string {
-	return strings.ToLower(strings.TrimPrefix(e.String(), "EVENT_"))
-}
-
-func outcomeName(o ledgerv1.Outcome) string {
-	return strings.ToLower(strings.TrimPrefix(o.String(), "OUTCOME_"))
-}
-
 // hexFlag reads hexadecimal, with or without colons.
 func hexFlag(flag, value string) ([]byte, error) {
 	digits := strings.ReplaceAll(value, ":", "")
@@ -411,7 +403,7 @@ func findCells(r *adminv1.LedgerRecord, zone *time.Location) []string {
 		text = strings.TrimSpace(text + " [" + strings.Join(r.GetAnomalies(), " ") + "]")
 	}
 	return []string{
-		at(rec.GetTime(), zone), strconv.FormatUint(r.GetIndex(), 10), eventName(rec.GetEvent()), outcomeName(rec.GetOutcome()),
+		at(rec.GetTime(), zone), strconv.FormatUint(r.GetIndex(), 10), ledger.EventName(rec.GetEvent()), ledger.OutcomeName(rec.GetOutcome()),
 		rec.GetSpiffeId(), nodeShort(rec.GetNode().GetId()), entryAt(rec.GetEntry()), hex.EncodeToString(rec.GetCertificate().GetSerial()), text,
 	}
 }
@@ -434,7 +426,7 @@ func csvCells(r *adminv1.LedgerRecord, zone *time.Location) []string {
 		revision = strconv.FormatUint(rec.GetEntry().GetRevision(), 10)
 	}
 	return []string{
-		at(rec.GetTime(), zone), strconv.FormatUint(r.GetIndex(), 10), eventName(rec.GetEvent()), outcomeName(rec.GetOutcome()),
+		at(rec.GetTime(), zone), strconv.FormatUint(r.GetIndex(), 10), ledger.EventName(rec.GetEvent()), ledger.OutcomeName(rec.GetOutcome()),
 		rec.GetReason(), rec.GetDetail(), rec.GetSpiffeId(), kind, hex.EncodeToString(c.GetSerial()), hex.EncodeToString(c.GetSha256()),
 		hex.EncodeToString(c.GetSpkiSha256()), at(c.GetNotBefore(), zone), at(c.GetNotAfter(), zone), strings.Join(c.GetDnsNames(), " "),
 		rec.GetNode().GetId(), rec.GetNode().GetAddress(), rec.GetInstance(), rec.GetEntry().GetName(), revision, rec.GetAuthority().GetId(),

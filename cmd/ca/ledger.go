@@ -165,8 +165,8 @@ func writeRecord(w io.Writer, format string, e ledger.Entry) error {
 		return err
 	}
 	r := e.Record
-	event := strings.ToLower(strings.TrimPrefix(r.GetEvent().String(), "EVENT_"))
-	outcome := strings.ToLower(strings.TrimPrefix(r.GetOutcome().String(), "OUTCOME_"))
+	event := ledger.EventName(r.GetEvent())
+	outcome := ledger.OutcomeName(r.GetOutcome())
 	switch r.GetOutcome() {
 	case ledgerv1.Outcome_OUTCOME_SUCCESS:
 		outcome = cli.Paint(w, cli.Green, outcome)

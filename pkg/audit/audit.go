@@ -272,7 +272,7 @@ func historyOf(ctx context.Context, dir string, index uint64, r *ledgerv1.Record
 func versionOf(e ledger.Entry) *Version {
 	r := e.Record
 	return &Version{
-		Index: e.Index, Event: strings.ToLower(strings.TrimPrefix(r.GetEvent().String(), "EVENT_")), Time: r.GetTime().AsTime(),
+		Index: e.Index, Event: ledger.EventName(r.GetEvent()), Time: r.GetTime().AsTime(),
 		Name: r.GetEntry().GetName(), Revision: r.GetEntry().GetRevision(),
 		digest: r.GetEntry().GetDigest(), Digest: hex.EncodeToString(r.GetEntry().GetDigest()),
 		definition: r.GetDefinition(),

@@ -18,6 +18,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 
+	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/search"
 )
 
@@ -83,7 +84,7 @@ type decision struct {
 func newDecision(f search.Found) decision {
 	rec := f.Record
 	d := decision{
-		Index: f.Index, Path: recordPath(f.Index), Time: rec.GetTime().AsTime(), Event: eventName(rec.GetEvent()), Outcome: outcomeName(rec.GetOutcome()),
+		Index: f.Index, Path: recordPath(f.Index), Time: rec.GetTime().AsTime(), Event: eventName(rec.GetEvent()), Outcome: ledger.OutcomeName(rec.GetOutcome()),
 		Who: cmp.Or(rec.GetSpiffeId(), rec.GetActor()), Node: rec.GetNode().GetId(), Entry: rec.GetEntry().GetName(), Anomalies: f.Anomalies,
 		Why: cmp.Or(rec.GetDetail(), rec.GetReason()),
 	}
@@ -113,11 +114,7 @@ var kinds = map[ledgerv1.Kind]string{
 }
 
 func eventName(e ledgerv1.Event) string {
-	return strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(e.String(), "EVENT_")), "_", " ")
-}
-
-func outcomeName(o ledgerv1.Outcome) string {
-	return strings.ToLower(strings.TrimPrefix(o.String(), "OUTCOME_"))
+	return strings.ReplaceAll(ledger.EventName(e), "_", " ")
 }
 
 func decisions(found []search.Found) []decision {

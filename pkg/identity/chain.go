@@ -107,7 +107,7 @@ func (c *Chains) Verify(now time.Time, chain, roots []*x509.Certificate, usage x
 			continue
 		}
 		found := issuers{root: path[len(chain)]}
-		found.notBefore, found.notAfter = validity(path[1:])
+		found.notBefore, found.notAfter = Validity(path[1:])
 		if short && !slices.ContainsFunc(path[1:], func(c *x509.Certificate) bool { return !selfContained(c) }) {
 			c.keep(key, found)
 		}
@@ -187,8 +187,9 @@ var selfContainedExtensions = []asn1.ObjectIdentifier{
 	{1, 3, 6, 1, 5, 5, 7, 1, 1}, // authority information access
 }
 
-// validity returns when all of these certificates are valid.
-func validity(all []*x509.Certificate) (notBefore, notAfter time.Time) {
+// Validity returns when all of these certificates are valid; both are zero if there
+// are none.
+func Validity(all []*x509.Certificate) (notBefore, notAfter time.Time) {
 	for n, c := range all {
 		if n == 0 || c.NotBefore.After(notBefore) {
 			notBefore = c.NotBefore

@@ -13,6 +13,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
 // FormatJSON returns e as one JSON object on one line, without a line feed:
@@ -195,4 +197,15 @@ func appendString(b []byte, s string) []byte {
 		}
 	}
 	return append(b, '"')
+}
+
+// EventName is how an event is called outside of protobuf, such as "issue"; one of
+// a newer version is its number.
+func EventName(e ledgerv1.Event) string {
+	return strings.ToLower(strings.TrimPrefix(e.String(), "EVENT_"))
+}
+
+// OutcomeName is "success", "refused" or "error".
+func OutcomeName(o ledgerv1.Outcome) string {
+	return strings.ToLower(strings.TrimPrefix(o.String(), "OUTCOME_"))
 }

@@ -52,7 +52,7 @@ func (c *cache) leaf(s *identity.SVID, b *identity.Bundle, now time.Time) (*secr
 		if e.refusal = checkLeaf(s); e.refusal != nil {
 			return
 		}
-		e.notBefore, e.notAfter = validity(s.Chain)
+		e.notBefore, e.notAfter = identity.Validity(s.Chain)
 		var err error
 		if e.secret, err = newLeafOf(s); err != nil {
 			if !errors.As(err, &e.refusal) {

@@ -343,19 +343,6 @@ func checkChain(s *identity.SVID, b *identity.Bundle, now time.Time) *withheldEr
 	return nil
 }
 
-// validity returns when all certificates of a chain are valid.
-func validity(chain []*x509.Certificate) (notBefore, notAfter time.Time) {
-	for i, c := range chain {
-		if i == 0 || c.NotBefore.After(notBefore) {
-			notBefore = c.NotBefore
-		}
-		if i == 0 || c.NotAfter.Before(notAfter) {
-			notAfter = c.NotAfter
-		}
-	}
-	return notBefore, notAfter
-}
-
 // subjectAltName is the OID 2.5.29.17.
 var subjectAltName = []int{2, 5, 29, 17}
 

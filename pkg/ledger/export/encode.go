@@ -149,12 +149,6 @@ func AppendVisible(b []byte, s string, write func(b []byte, r rune) []byte) []by
 	return b
 }
 
-// EventName is how an event is called outside of protobuf, such as "issue".
-func EventName(e ledgerv1.Event) string { return enumName(e, int32(e)) }
-
-// OutcomeName is "success", "refused" or "error".
-func OutcomeName(o ledgerv1.Outcome) string { return enumName(o, int32(o)) }
-
 // KindName is "first", "renewal" or "rotation", or empty if there is none.
 func KindName(k ledgerv1.Kind) string {
 	if k == ledgerv1.Kind_KIND_UNSPECIFIED {
@@ -201,7 +195,7 @@ var titles = map[ledgerv1.Event]string{
 func Title(r *ledgerv1.Record) string {
 	title := titles[r.GetEvent()]
 	if title == "" {
-		title = "Event " + EventName(r.GetEvent())
+		title = "Event " + ledger.EventName(r.GetEvent())
 	}
-	return title + ": " + OutcomeName(r.GetOutcome())
+	return title + ": " + ledger.OutcomeName(r.GetOutcome())
 }

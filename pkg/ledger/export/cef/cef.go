@@ -42,7 +42,7 @@ func Format(e ledger.Entry) ([]byte, error) {
 		severity = "5"
 	}
 	b := []byte("CEF:0")
-	for _, field := range []string{"meshid", "ca", r.GetCaVersion(), export.EventName(r.GetEvent()), export.Title(r), severity} {
+	for _, field := range []string{"meshid", "ca", r.GetCaVersion(), ledger.EventName(r.GetEvent()), export.Title(r), severity} {
 		b = append(append(b, '|'), header(field)...)
 	}
 	b = append(b, '|')
@@ -50,8 +50,8 @@ func Format(e ledger.Entry) ([]byte, error) {
 	x := extension{b: b}
 	x.time("rt", r.GetTime())
 	x.add("externalId", strconv.FormatUint(e.Index, 10))
-	x.add("act", export.EventName(r.GetEvent()))
-	x.add("outcome", export.OutcomeName(r.GetOutcome()))
+	x.add("act", ledger.EventName(r.GetEvent()))
+	x.add("outcome", ledger.OutcomeName(r.GetOutcome()))
 	x.add("reason", r.GetReason())
 	x.add("msg", r.GetDetail())
 	x.add("cat", export.KindName(r.GetKind()))

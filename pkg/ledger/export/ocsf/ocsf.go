@@ -113,13 +113,13 @@ func Format(e ledger.Entry) ([]byte, error) {
 		"time": r.GetTime().AsTime().UnixMilli(), "message": export.Title(r),
 		"metadata": object{
 			"version": Version, "product": product(r), "uid": hex.EncodeToString(e.Hash[:]), "log_name": "ledger",
-			"event_code": export.EventName(r.GetEvent()), "log_version": strconv.FormatUint(uint64(r.GetVersion()), 10),
+			"event_code": ledger.EventName(r.GetEvent()), "log_version": strconv.FormatUint(uint64(r.GetVersion()), 10),
 			"sequence": e.Index,
 		},
 		"unmapped": json.RawMessage(complete),
 	}
 	if kind.activity == other {
-		o["activity_name"] = export.EventName(r.GetEvent())
+		o["activity_name"] = ledger.EventName(r.GetEvent())
 	}
 	metadata := o["metadata"].(object) // made above
 	set(metadata, "correlation_uid", r.GetRequestId())
@@ -178,7 +178,7 @@ func describe(o object, class int, r *ledgerv1.Record) {
 		}
 		operation := r.GetCall()
 		if operation == "" {
-			operation = export.EventName(r.GetEvent())
+			operation = ledger.EventName(r.GetEvent())
 		}
 		o["api"] = object{"operation": operation, "service": object{"name": "meshid ca"}}
 		if e := endpoint(r); e != nil {

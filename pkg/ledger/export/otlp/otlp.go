@@ -137,7 +137,7 @@ func (t *OTLP) record(journal string, e ledger.Entry) *logsv1.LogRecord {
 	body, abridged := export.Encode(t.format, e, maxRecord)
 	l := &logsv1.LogRecord{
 		SeverityNumber: severities[r.GetOutcome()],
-		EventName:      "meshid.ledger." + export.EventName(r.GetEvent()),
+		EventName:      "meshid.ledger." + ledger.EventName(r.GetEvent()),
 		Body:           text(string(body)),
 	}
 	if ts := r.GetTime(); ts != nil && ts.CheckValid() == nil && ts.GetSeconds() >= 0 {
@@ -154,8 +154,8 @@ func (t *OTLP) record(journal string, e ledger.Entry) *logsv1.LogRecord {
 		Key: "meshid.index", Value: &commonv1.AnyValue{Value: &commonv1.AnyValue_IntValue{IntValue: int64(e.Index)}}, //nolint:gosec // no ledger has 2^63 records
 	})
 	add("meshid.hash", hex.EncodeToString(e.Hash[:]))
-	add("meshid.event", export.EventName(r.GetEvent()))
-	add("meshid.outcome", export.OutcomeName(r.GetOutcome()))
+	add("meshid.event", ledger.EventName(r.GetEvent()))
+	add("meshid.outcome", ledger.OutcomeName(r.GetOutcome()))
 	for _, a := range []struct{ key, value string }{
 		{"meshid.reason", r.GetReason()},
 		{"meshid.spiffe_id", r.GetSpiffeId()},

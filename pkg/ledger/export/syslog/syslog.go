@@ -287,13 +287,13 @@ func (t *Syslog) message(journal string, e ledger.Entry) []byte {
 	}
 	record, abridged := export.Encode(t.format, e, t.config.MaxBytes-headerBytes)
 	b := fmt.Appendf(nil, "<%d>1 %s %s meshid-ca - %s [meshid@32473", t.facility*8+severity, at,
-		word(r.GetCaInstance(), 255), word(export.EventName(r.GetEvent()), 32))
+		word(r.GetCaInstance(), 255), word(ledger.EventName(r.GetEvent()), 32))
 	for _, p := range []struct{ name, value string }{
 		{"journal", journal},
 		{"index", strconv.FormatUint(e.Index, 10)},
 		{"hash", hex.EncodeToString(e.Hash[:])},
-		{"event", export.EventName(r.GetEvent())},
-		{"outcome", export.OutcomeName(r.GetOutcome())},
+		{"event", ledger.EventName(r.GetEvent())},
+		{"outcome", ledger.OutcomeName(r.GetOutcome())},
 		{"reason", r.GetReason()},
 		{"spiffe_id", r.GetSpiffeId()},
 		{"serial", hex.EncodeToString(r.GetCertificate().GetSerial())},
