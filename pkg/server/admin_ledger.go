@@ -100,6 +100,17 @@ func (l *ledgerService) records() (Records, error) {
 	return l.s.cfg.Records, nil
 }
 
+// begin is how every question begins: with the search index, and the page of the
+// answer that is wanted.
+func (l *ledgerService) begin(wanted *adminv1.Page) (Records, *page, error) {
+	r, err := l.records()
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := newPage(wanted)
+	return r, p, err
+}
+
 // failFind says why a question has no answer.
 func failFind(err error) error {
 	switch {
@@ -217,11 +228,7 @@ func checkFilters(filters ...string) error {
 func (l *ledgerService) Find(req *adminv1.FindRequest, stream adminv1.LedgerService_FindServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, err := l.records()
-	if err != nil {
-		return err
-	}
-	p, err := newPage(req.GetPage())
+	r, p, err := l.begin(req.GetPage())
 	if err != nil {
 		return err
 	}
@@ -279,11 +286,7 @@ func holders(part []search.Found) []*adminv1.Holder {
 func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerService_WhoServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, err := l.records()
-	if err != nil {
-		return err
-	}
-	p, err := newPage(req.GetPage())
+	r, p, err := l.begin(req.GetPage())
 	if err != nil {
 		return err
 	}
@@ -316,11 +319,7 @@ func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerServic
 func (l *ledgerService) FirstSeen(req *adminv1.FirstSeenRequest, stream adminv1.LedgerService_FirstSeenServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, err := l.records()
-	if err != nil {
-		return err
-	}
-	p, err := newPage(req.GetPage())
+	r, p, err := l.begin(req.GetPage())
 	if err != nil {
 		return err
 	}
@@ -342,11 +341,7 @@ func (l *ledgerService) FirstSeen(req *adminv1.FirstSeenRequest, stream adminv1.
 func (l *ledgerService) Overdue(req *adminv1.OverdueRequest, stream adminv1.LedgerService_OverdueServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, err := l.records()
-	if err != nil {
-		return err
-	}
-	p, err := newPage(req.GetPage())
+	r, p, err := l.begin(req.GetPage())
 	if err != nil {
 		return err
 	}
@@ -379,11 +374,7 @@ func (l *ledgerService) ListNames(ctx context.Context, req *adminv1.ListNamesReq
 func (l *ledgerService) NewlyAllowed(req *adminv1.NewlyAllowedRequest, stream adminv1.LedgerService_NewlyAllowedServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, err := l.records()
-	if err != nil {
-		return err
-	}
-	p, err := newPage(req.GetPage())
+	r, p, err := l.begin(req.GetPage())
 	if err != nil {
 		return err
 	}
