@@ -14,19 +14,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
-	"os"
 	"slices"
 	"time"
 
-	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 )
 
 const (
-	// maxFile bounds each file.
-	maxFile = 1 << 20
 	// lookEvery is how often the files are looked at for new roots.
 	lookEvery = 10 * time.Second
 	// backdate lets verifiers whose clocks are behind accept an intermediate.
@@ -156,7 +151,7 @@ func (d *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) e
 func (d *CA) load(now time.Time) (*issuer, error) {
 	var i issuer
 	var err error
-	if i.chain, err = readCertificates(d.config.Certificate); err != nil {
+	if i.chain, err = upstream.ReadCertificates(d.config.Certificate); err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
 	if i.key, err = readKey(d.config.Key); err != nil {
@@ -171,7 +166,7 @@ func (d *CA) load(now time.Time) (*issuer, error) {
 		return nil, fmt.Errorf("the first certificate in %s %w", d.config.Certificate, err)
 	}
 	if d.config.Roots != "" {
-		if i.roots, err = readCertificates(d.config.Roots); err != nil {
+		if i.roots, err = upstream.ReadCertificates(d.config.Roots); err != nil {
 			return nil, fmt.Errorf("roots: %w", err)
 		}
 	}
@@ -223,59 +218,11 @@ func checkIssuer(c *x509.Certificate, now time.Time) error {
 	return nil
 }
 
-// readCertificates reads a PEM file, in which nothing but certificates may be.
-func readCertificates(path string) ([]*x509.Certificate, error) {
-	data, err := readFile(path)
-	if err != nil {
-		return nil, err
-	}
-	var all []*x509.Certificate
-	for rest := data; ; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("%s: there is a %.40q in it: only certificates belong there", path, block.Type)
-		}
-		if len(all) == upstream.MaxRoots {
-			return nil, fmt.Errorf("%s: more than %d certificates", path, upstream.MaxRoots)
-		}
-		c, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: certificate %d: %w", path, len(all)+1, err)
-		}
-		all = append(all, c)
-	}
-	if len(all) == 0 {
-		return nil, fmt.Errorf("%s: no PEM certificate is in it", path)
-	}
-	return all, nil
-}
-
-func readFile(path string) (data []byte, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", upstream.ErrUnavailable, err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if data, err = io.ReadAll(io.LimitReader(f, maxFile+1)); err != nil {
-		return nil, fmt.Errorf("%w: %w", upstream.ErrUnavailable, err)
-	}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return data, nil
-}
-
 // readKey reads the one private key in a PEM file that only its owner can read.
 func readKey(path string) (crypto.Signer, error) {
-	data, err := durable.ReadSecret(path, maxFile)
-	switch {
-	case errors.Is(err, durable.ErrUnsafe):
-		return nil, fmt.Errorf("%w: %w", upstream.ErrDenied, err)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", upstream.ErrUnavailable, err)
+	data, err := upstream.ReadSecret(path)
+	if err != nil {
+		return nil, err
 	}
 	defer clear(data)
 	block, rest := pem.Decode(data)

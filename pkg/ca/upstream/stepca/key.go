@@ -5,36 +5,30 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rsa"
-	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
 
-	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 )
-
-// maxFile bounds each file.
-const maxFile = 1 << 16
 
 // signer reads the provisioner's key, which may have been replaced, and until when
 // it may be used; zero for always.
 func (s *CA) signer() (_ jose.Signer, notAfter time.Time, _ error) {
-	data, err := readSecret(s.config.Key)
+	o := (&jose.SignerOptions{}).WithType("JWT")
+	if s.config.Certificate != "" {
+		return x5cSigner(s.config, o)
+	}
+	data, err := upstream.ReadSecret(s.config.Key)
 	if err != nil {
 		return nil, notAfter, fmt.Errorf("key: %w", err)
 	}
 	defer clear(data)
-	o := (&jose.SignerOptions{}).WithType("JWT")
-	if s.config.Certificate != "" {
-		return x5cSigner(s.config, data, o)
-	}
 	key, err := s.readJWK(data)
 	if err != nil {
 		return nil, notAfter, fmt.Errorf("key: %s: %w", s.config.Key, err)
@@ -44,14 +38,10 @@ func (s *CA) signer() (_ jose.Signer, notAfter time.Time, _ error) {
 }
 
 // x5cSigner signs with a certificate's key, and shows the certificates.
-func x5cSigner(c Config, key []byte, o *jose.SignerOptions) (_ jose.Signer, notAfter time.Time, _ error) {
-	certificates, err := os.ReadFile(c.Certificate)
+func x5cSigner(c Config, o *jose.SignerOptions) (_ jose.Signer, notAfter time.Time, _ error) {
+	pair, err := upstream.ReadPair(c.Certificate, c.Key)
 	if err != nil {
-		return nil, notAfter, fmt.Errorf("%w: certificate: %w", upstream.ErrUnavailable, err)
-	}
-	pair, err := tls.X509KeyPair(certificates, key)
-	if err != nil {
-		return nil, notAfter, fmt.Errorf("certificate %s and key %s: %w", c.Certificate, c.Key, err)
+		return nil, notAfter, err
 	}
 	chain := make([]string, len(pair.Certificate))
 	for i, der := range pair.Certificate {
@@ -72,7 +62,7 @@ func (s *CA) readJWK(data []byte) (*jose.JSONWebKey, error) {
 		if s.config.PasswordFile == "" {
 			return nil, errors.New("it is encrypted: set password_file to the path of its password")
 		}
-		password, err := readSecret(s.config.PasswordFile)
+		password, err := upstream.ReadSecret(s.config.PasswordFile)
 		if err != nil {
 			return nil, fmt.Errorf("password_file: %w", err)
 		}
@@ -100,17 +90,6 @@ func parseEncrypted(text string, keys []jose.KeyAlgorithm, contents []jose.Conte
 		return jose.ParseEncryptedJSON(text, keys, contents)
 	}
 	return jose.ParseEncryptedCompact(text, keys, contents)
-}
-
-func readSecret(path string) ([]byte, error) {
-	data, err := durable.ReadSecret(path, maxFile)
-	switch {
-	case errors.Is(err, durable.ErrUnsafe):
-		return nil, fmt.Errorf("%w: %w", upstream.ErrDenied, err)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", upstream.ErrUnavailable, err)
-	}
-	return data, nil
 }
 
 // newSigner signs with as, which is private or holds it.
