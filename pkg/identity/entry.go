@@ -247,7 +247,7 @@ func (c *entryCompiler) rules() {
 		}
 		return
 	}
-	if e.workloads.weak != "" {
+	if e.workloads.weak != "" && (e.id == nil || !e.id.pinned()) {
 		c.fail("workloads", e.workloads.weak, weakHint)
 	}
 }
@@ -339,6 +339,21 @@ func digest(p *entryv1.Entry) [32]byte {
 	condition(p.GetAdmin())
 	condition(p.GetAcceptWeak())
 	return sha256.Sum256(form)
+}
+
+// Uses reports whether a rule or a template of the entry names facts of a kind, such
+// as "k8s".
+func (e *Entry) Uses(kind string) bool {
+	uses := func(x *expr) bool { return x != nil && slices.Contains(x.uses, kind) }
+	if uses(e.nodes) || uses(e.workloads) {
+		return true
+	}
+	for _, t := range append([]*template{e.id}, e.dns...) {
+		if t != nil && slices.ContainsFunc(t.parts, func(p part) bool { return uses(p.expr) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // MatchNode reports whether the entry is for the node.

@@ -141,7 +141,7 @@ func TestCompileErrors(t *testing.T) {
 		{"unlike any", workloads(`docker.zzzzzzzzz == "x"`), `docker has container_id, name, image, image_digest, labels, image_labels`},
 		{"misspelt variable", workloads(`dokcer.image == "x"`), `workloads:1:1: there is no "dokcer" here; did you mean docker?`},
 		{"no variable", workloads(`uid == 1000`), `did you mean unix.uid?`},
-		{"unquoted text", workloads(`docker.image == frontend`), `there is no "frontend" here; one can name node, unix, docker, ext; a text stands in quotes`},
+		{"unquoted text", workloads(`docker.image == frontend`), `there is no "frontend" here; one can name node, unix, docker, k8s, ext; a text stands in quotes`},
 		{"misspelt function", workloads(`docker.image.startWith("a/")`), `there is no function startWith(); did you mean startsWith()?`},
 		{"number with quotes", workloads(`unix.uid == "1000"`), `workloads:1:10: == does not take (int, string); a number is written without quotes`},
 		{"and", workloads(`unix.uid == 1 and unix.gid == 1`), "workloads:1:15: syntax error: mismatched input 'and' expecting <EOF>; write && for and"},

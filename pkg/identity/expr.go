@@ -126,6 +126,10 @@ type expr struct {
 	// workload rule, or "".
 	options [][]guard
 	weak    string
+	// Of a text: whether it is a fact that a workload cannot choose, as it is.
+	strong bool
+	// uses are the variables that it names.
+	uses []string
 }
 
 // exprKey is what an expression's meaning depends on.
@@ -230,9 +234,16 @@ func newExpr(key exprKey, want *types.Type, at position) (*expr, []FieldError) {
 			return e.Program(again, cel.EvalOptions(cel.OptOptimize, cel.OptTrackCost), cel.CostLimit(maxCost))
 		}),
 	}
+	ast.PreOrderVisit(tree.Expr(), ast.NewExprVisitor(func(e ast.Expr) {
+		if e.Kind() == ast.IdentKind && !slices.Contains(x.uses, e.AsIdent()) {
+			x.uses = append(x.uses, e.AsIdent())
+		}
+	}))
 	if key.kind == types.BoolKind {
 		x.options = guards(tree.Expr())
 		x.weak = weakness(tree)
+	} else {
+		x.strong = strongFact(tree.Expr())
 	}
 	return x, nil
 }

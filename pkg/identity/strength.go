@@ -18,18 +18,26 @@ import (
 //
 //   - docker.labels, docker.name: whoever starts a container chooses them;
 //   - docker.image_labels: whoever builds an image chooses them;
+//   - k8s.labels, k8s.pod_name, k8s.container, k8s.owner_*: whoever may create pods
+//     in a namespace chooses them; and k8s.service_account, since each namespace
+//     may have one of that name;
 //   - unix.path, unix.sha256: a process connects first and then executes the
 //     program that the rule names, so they say what runs, not on whose behalf;
 //   - ext: an external attestor reports it, and what its words are worth is not
 //     known here.
 //
 // Strong is what the kernel or the engine assigns, or what names content:
-// unix.uid, unix.gid, unix.groups, docker.container_id, docker.image_digest; and
-// docker.image, the reference that the engine resolved. A name within an image
+// unix.uid, unix.gid, unix.groups, docker.container_id, docker.image_digest,
+// k8s.namespace, k8s.pod_uid, k8s.container_id, k8s.image_digest; and docker.image
+// and k8s.image, the references that were resolved. A name within an image
 // reference proves nothing (anybody may push registry.evil/shop), so a prefix of
-// docker.image counts only if it ends the registry or the repository: it must
+// an image counts only if it ends the registry or the repository: it must
 // have a slash, or end with ':' or '@'. A suffix or a part never counts.
 // node.* is about the machine and says nothing of the process.
+//
+// A rule may be as weak as it likes if the SPIFFE ID has a whole path segment that
+// is a strong fact, as in /ns/{k8s.namespace}/sa/{k8s.service_account}: each
+// workload then gets a name that it alone can have.
 //
 // The analysis is conservative. A term is strong only if it pins a strong fact
 // to given values: equality or `in` with literals (or with facts of the node,
@@ -53,6 +61,11 @@ var strongFacts = map[string]pinning{
 	"docker.container_id": {equality: true},
 	"docker.image_digest": {equality: true},
 	"docker.image":        {equality: true, prefix: true},
+	"k8s.namespace":       {equality: true},
+	"k8s.pod_uid":         {equality: true},
+	"k8s.container_id":    {equality: true},
+	"k8s.image_digest":    {equality: true},
+	"k8s.image":           {equality: true, prefix: true},
 }
 
 type pinning struct{ equality, member, prefix bool }
@@ -62,6 +75,13 @@ var weakFacts = map[string]string{
 	"docker.labels":       "whoever starts a container chooses its labels",
 	"docker.name":         "whoever starts a container chooses its name",
 	"docker.image_labels": "whoever builds an image chooses its labels",
+	"k8s.service_account": "each namespace may have a service account of that name",
+	"k8s.labels":          "whoever may create pods in a namespace chooses their labels",
+	"k8s.pod_name":        "whoever may create pods in a namespace chooses their names",
+	"k8s.container":       "whoever may create pods in a namespace chooses their containers' names",
+	"k8s.owner_kind":      "whoever may create pods in a namespace chooses their owners",
+	"k8s.owner_name":      "whoever may create pods in a namespace chooses their owners",
+	"k8s.owner_uid":       "whoever may create pods in a namespace chooses their owners",
 	"unix.path":           "a process can execute that program after it has connected",
 	"unix.sha256":         "a process can execute that program after it has connected",
 	"ext":                 "what an external attestor reports is not judged here",
@@ -258,7 +278,29 @@ func literalPrefix(pattern string) string {
 	return ""
 }
 
-// openPrefix returns a prefix of docker.image in the expression that is not
+// pinned reports whether the rendered text has a whole path segment that is a strong
+// fact as it is.
+func (t *template) pinned() bool {
+	for i, p := range t.parts {
+		if p.expr == nil || !p.expr.strong {
+			continue
+		}
+		starts := i > 0 && strings.HasSuffix(t.parts[i-1].literal, "/")
+		ends := i == len(t.parts)-1 || strings.HasPrefix(t.parts[i+1].literal, "/")
+		if starts && ends {
+			return true
+		}
+	}
+	return false
+}
+
+// strongFact reports whether an expression is a strong fact, and nothing else.
+func strongFact(e ast.Expr) bool {
+	r := factOf(e)
+	return r != nil && strongFacts[r.path].equality
+}
+
+// openPrefix returns a prefix of an image in the expression that is not
 // delimited, for the explanation.
 func openPrefix(e ast.Expr) string {
 	open := ""

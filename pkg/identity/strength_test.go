@@ -118,6 +118,26 @@ func TestV_D12_ImageLabelsAreNotEnough(t *testing.T) {
 	}
 }
 
+// One entry for a whole cluster: the rule says nothing of the workload, the name
+// says all of it.
+func TestNameThatOnlyOneCanHave(t *testing.T) {
+	for id, strong := range map[string]bool{
+		"/ns/{k8s.namespace}/sa/{k8s.service_account}":                     true,
+		"/pod/{k8s.pod_uid}":                                               true,
+		"/sa/{k8s.service_account}":                                        false,
+		`/app/{k8s.labels["app"]}`:                                         false,
+		"/ns/{k8s.namespace}-{k8s.service_account}":                        false, // a-b is also a and b
+		"/ns/x{k8s.namespace}":                                             false,
+		"/ns/{k8s.namespace}{k8s.service_account}":                         false,
+		`/ns/{k8s.namespace == "a" ? k8s.service_account : k8s.namespace}`: false,
+	} {
+		_, err := Compile(exampleOrg, &entry{Name: "e", SpiffeId: "spiffe://example.org" + id, Workloads: `has(k8s.pod_uid)`})
+		if (err == nil) != strong {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+}
+
 // Every fact of the vocabulary is classified: a new one is a decision.
 func TestEveryFactIsClassified(t *testing.T) {
 	for _, v := range schema().vars {

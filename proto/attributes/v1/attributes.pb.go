@@ -41,6 +41,7 @@ type Node struct {
 	Labels        map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	JoinToken     *JoinToken        `protobuf:"bytes,10,opt,name=join_token,json=joinToken,proto3" json:"join_token,omitempty"`
 	X509Pop       *X509PoP          `protobuf:"bytes,11,opt,name=x509pop,proto3" json:"x509pop,omitempty"`
+	K8S           *K8SNode          `protobuf:"bytes,12,opt,name=k8s,proto3" json:"k8s,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -106,6 +107,13 @@ func (x *Node) GetJoinToken() *JoinToken {
 func (x *Node) GetX509Pop() *X509PoP {
 	if x != nil {
 		return x.X509Pop
+	}
+	return nil
+}
+
+func (x *Node) GetK8S() *K8SNode {
+	if x != nil {
+		return x.K8S
 	}
 	return nil
 }
@@ -237,11 +245,109 @@ func (x *X509PoP) GetDnsNames() []string {
 	return nil
 }
 
+// K8sNode is what a service account token that is bound to a pod says of the node
+// that the pod runs on. Names can be used again, UIDs cannot.
+type K8SNode struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The cluster, as the CA's configuration names it.
+	Cluster string `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// The node's name and UID in the cluster.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid  string `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	// The pod that presented the token: the node agent's.
+	Namespace      string `protobuf:"bytes,4,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	ServiceAccount string `protobuf:"bytes,5,opt,name=service_account,json=serviceAccount,proto3" json:"service_account,omitempty"`
+	PodName        string `protobuf:"bytes,6,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodUid         string `protobuf:"bytes,7,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *K8SNode) Reset() {
+	*x = K8SNode{}
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *K8SNode) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*K8SNode) ProtoMessage() {}
+
+func (x *K8SNode) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use K8SNode.ProtoReflect.Descriptor instead.
+func (*K8SNode) Descriptor() ([]byte, []int) {
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *K8SNode) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *K8SNode) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *K8SNode) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *K8SNode) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *K8SNode) GetServiceAccount() string {
+	if x != nil {
+		return x.ServiceAccount
+	}
+	return ""
+}
+
+func (x *K8SNode) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *K8SNode) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
 // Workload is what the node agent established about one process.
 type Workload struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Unix   *Unix                  `protobuf:"bytes,1,opt,name=unix,proto3" json:"unix,omitempty"`
 	Docker *Docker                `protobuf:"bytes,2,opt,name=docker,proto3" json:"docker,omitempty"`
+	K8S    *Kubernetes            `protobuf:"bytes,3,opt,name=k8s,proto3" json:"k8s,omitempty"`
 	// Facts of third-party attestors: ext["name"]["key"] in a rule.
 	Ext           map[string]*Values `protobuf:"bytes,15,rep,name=ext,proto3" json:"ext,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
@@ -250,7 +356,7 @@ type Workload struct {
 
 func (x *Workload) Reset() {
 	*x = Workload{}
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[3]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -262,7 +368,7 @@ func (x *Workload) String() string {
 func (*Workload) ProtoMessage() {}
 
 func (x *Workload) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[3]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -275,7 +381,7 @@ func (x *Workload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Workload.ProtoReflect.Descriptor instead.
 func (*Workload) Descriptor() ([]byte, []int) {
-	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{3}
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Workload) GetUnix() *Unix {
@@ -288,6 +394,13 @@ func (x *Workload) GetUnix() *Unix {
 func (x *Workload) GetDocker() *Docker {
 	if x != nil {
 		return x.Docker
+	}
+	return nil
+}
+
+func (x *Workload) GetK8S() *Kubernetes {
+	if x != nil {
+		return x.K8S
 	}
 	return nil
 }
@@ -309,7 +422,7 @@ type Values struct {
 
 func (x *Values) Reset() {
 	*x = Values{}
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[4]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -321,7 +434,7 @@ func (x *Values) String() string {
 func (*Values) ProtoMessage() {}
 
 func (x *Values) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[4]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -334,7 +447,7 @@ func (x *Values) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Values.ProtoReflect.Descriptor instead.
 func (*Values) Descriptor() ([]byte, []int) {
-	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{4}
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Values) GetValues() map[string]string {
@@ -363,7 +476,7 @@ type Unix struct {
 
 func (x *Unix) Reset() {
 	*x = Unix{}
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[5]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -375,7 +488,7 @@ func (x *Unix) String() string {
 func (*Unix) ProtoMessage() {}
 
 func (x *Unix) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[5]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -388,7 +501,7 @@ func (x *Unix) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Unix.ProtoReflect.Descriptor instead.
 func (*Unix) Descriptor() ([]byte, []int) {
-	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{5}
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Unix) GetUid() int64 {
@@ -447,7 +560,7 @@ type Docker struct {
 
 func (x *Docker) Reset() {
 	*x = Docker{}
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[6]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -459,7 +572,7 @@ func (x *Docker) String() string {
 func (*Docker) ProtoMessage() {}
 
 func (x *Docker) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[6]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -472,7 +585,7 @@ func (x *Docker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Docker.ProtoReflect.Descriptor instead.
 func (*Docker) Descriptor() ([]byte, []int) {
-	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{6}
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Docker) GetContainerId() string {
@@ -517,6 +630,149 @@ func (x *Docker) GetImageLabels() map[string]string {
 	return nil
 }
 
+// Kubernetes is what the node's kubelet says of the process's container and its
+// pod.
+type Kubernetes struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Namespace      string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	ServiceAccount string                 `protobuf:"bytes,2,opt,name=service_account,json=serviceAccount,proto3" json:"service_account,omitempty"`
+	PodName        string                 `protobuf:"bytes,3,opt,name=pod_name,json=podName,proto3" json:"pod_name,omitempty"`
+	PodUid         string                 `protobuf:"bytes,4,opt,name=pod_uid,json=podUid,proto3" json:"pod_uid,omitempty"`
+	// The pod's labels. Whoever may create or change pods in the namespace chooses
+	// them.
+	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The controller that made the pod, such as ReplicaSet and its name; empty for a
+	// pod that nobody controls.
+	OwnerKind string `protobuf:"bytes,6,opt,name=owner_kind,json=ownerKind,proto3" json:"owner_kind,omitempty"`
+	OwnerName string `protobuf:"bytes,7,opt,name=owner_name,json=ownerName,proto3" json:"owner_name,omitempty"`
+	OwnerUid  string `protobuf:"bytes,8,opt,name=owner_uid,json=ownerUid,proto3" json:"owner_uid,omitempty"`
+	// The container's name in the pod, and its id in the runtime. Empty where the
+	// facts are of the pod as a whole.
+	Container   string `protobuf:"bytes,9,opt,name=container,proto3" json:"container,omitempty"`
+	ContainerId string `protobuf:"bytes,10,opt,name=container_id,json=containerId,proto3" json:"container_id,omitempty"`
+	// The image reference that the pod asks for.
+	Image string `protobuf:"bytes,11,opt,name=image,proto3" json:"image,omitempty"`
+	// The content address of the image that runs: "sha256:" and 64 hexadecimal
+	// digits.
+	ImageDigest   string `protobuf:"bytes,12,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Kubernetes) Reset() {
+	*x = Kubernetes{}
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Kubernetes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Kubernetes) ProtoMessage() {}
+
+func (x *Kubernetes) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Kubernetes.ProtoReflect.Descriptor instead.
+func (*Kubernetes) Descriptor() ([]byte, []int) {
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Kubernetes) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetServiceAccount() string {
+	if x != nil {
+		return x.ServiceAccount
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetPodName() string {
+	if x != nil {
+		return x.PodName
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetPodUid() string {
+	if x != nil {
+		return x.PodUid
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Kubernetes) GetOwnerKind() string {
+	if x != nil {
+		return x.OwnerKind
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetOwnerName() string {
+	if x != nil {
+		return x.OwnerName
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetOwnerUid() string {
+	if x != nil {
+		return x.OwnerUid
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetContainer() string {
+	if x != nil {
+		return x.Container
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetContainerId() string {
+	if x != nil {
+		return x.ContainerId
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+func (x *Kubernetes) GetImageDigest() string {
+	if x != nil {
+		return x.ImageDigest
+	}
+	return ""
+}
+
 // Process names one process of a node for the record. It is no fact that a rule
 // could be about: a number is nobody's for long.
 type Process struct {
@@ -531,7 +787,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -543,7 +799,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[7]
+	mi := &file_proto_attributes_v1_attributes_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -556,7 +812,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{7}
+	return file_proto_attributes_v1_attributes_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Process) GetPid() int64 {
@@ -577,7 +833,7 @@ var File_proto_attributes_v1_attributes_proto protoreflect.FileDescriptor
 
 const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\n" +
-	"$proto/attributes/v1/attributes.proto\x12\x14meshid.attributes.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa2\x02\n" +
+	"$proto/attributes/v1/attributes.proto\x12\x14meshid.attributes.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x02\n" +
 	"\x04Node\x12\x16\n" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12>\n" +
@@ -585,7 +841,8 @@ const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\n" +
 	"join_token\x18\n" +
 	" \x01(\v2\x1f.meshid.attributes.v1.JoinTokenR\tjoinToken\x127\n" +
-	"\ax509pop\x18\v \x01(\v2\x1d.meshid.attributes.v1.X509PoPR\ax509pop\x1a9\n" +
+	"\ax509pop\x18\v \x01(\v2\x1d.meshid.attributes.v1.X509PoPR\ax509pop\x12/\n" +
+	"\x03k8s\x18\f \x01(\v2\x1d.meshid.attributes.v1.K8sNodeR\x03k8s\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"*\n" +
@@ -598,10 +855,19 @@ const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\tissuer_cn\x18\x02 \x01(\tR\bissuerCn\x12\x16\n" +
 	"\x06serial\x18\x03 \x01(\tR\x06serial\x12\x16\n" +
 	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x1b\n" +
-	"\tdns_names\x18\x05 \x03(\tR\bdnsNames\"\x81\x02\n" +
+	"\tdns_names\x18\x05 \x03(\tR\bdnsNames\"\xc4\x01\n" +
+	"\aK8sNode\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x12\x1c\n" +
+	"\tnamespace\x18\x04 \x01(\tR\tnamespace\x12'\n" +
+	"\x0fservice_account\x18\x05 \x01(\tR\x0eserviceAccount\x12\x19\n" +
+	"\bpod_name\x18\x06 \x01(\tR\apodName\x12\x17\n" +
+	"\apod_uid\x18\a \x01(\tR\x06podUid\"\xb5\x02\n" +
 	"\bWorkload\x12.\n" +
 	"\x04unix\x18\x01 \x01(\v2\x1a.meshid.attributes.v1.UnixR\x04unix\x124\n" +
-	"\x06docker\x18\x02 \x01(\v2\x1c.meshid.attributes.v1.DockerR\x06docker\x129\n" +
+	"\x06docker\x18\x02 \x01(\v2\x1c.meshid.attributes.v1.DockerR\x06docker\x122\n" +
+	"\x03k8s\x18\x03 \x01(\v2 .meshid.attributes.v1.KubernetesR\x03k8s\x129\n" +
 	"\x03ext\x18\x0f \x03(\v2'.meshid.attributes.v1.Workload.ExtEntryR\x03ext\x1aT\n" +
 	"\bExtEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x122\n" +
@@ -629,6 +895,26 @@ const file_proto_attributes_v1_attributes_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
 	"\x10ImageLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xdd\x03\n" +
+	"\n" +
+	"Kubernetes\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12'\n" +
+	"\x0fservice_account\x18\x02 \x01(\tR\x0eserviceAccount\x12\x19\n" +
+	"\bpod_name\x18\x03 \x01(\tR\apodName\x12\x17\n" +
+	"\apod_uid\x18\x04 \x01(\tR\x06podUid\x12D\n" +
+	"\x06labels\x18\x05 \x03(\v2,.meshid.attributes.v1.Kubernetes.LabelsEntryR\x06labels\x12\x1d\n" +
+	"\n" +
+	"owner_kind\x18\x06 \x01(\tR\townerKind\x12\x1d\n" +
+	"\n" +
+	"owner_name\x18\a \x01(\tR\townerName\x12\x1b\n" +
+	"\towner_uid\x18\b \x01(\tR\bownerUid\x12\x1c\n" +
+	"\tcontainer\x18\t \x01(\tR\tcontainer\x12!\n" +
+	"\fcontainer_id\x18\n" +
+	" \x01(\tR\vcontainerId\x12\x14\n" +
+	"\x05image\x18\v \x01(\tR\x05image\x12!\n" +
+	"\fimage_digest\x18\f \x01(\tR\vimageDigest\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x03R\x03pid\x129\n" +
@@ -647,40 +933,46 @@ func file_proto_attributes_v1_attributes_proto_rawDescGZIP() []byte {
 	return file_proto_attributes_v1_attributes_proto_rawDescData
 }
 
-var file_proto_attributes_v1_attributes_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_proto_attributes_v1_attributes_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_proto_attributes_v1_attributes_proto_goTypes = []any{
 	(*Node)(nil),                  // 0: meshid.attributes.v1.Node
 	(*JoinToken)(nil),             // 1: meshid.attributes.v1.JoinToken
 	(*X509PoP)(nil),               // 2: meshid.attributes.v1.X509PoP
-	(*Workload)(nil),              // 3: meshid.attributes.v1.Workload
-	(*Values)(nil),                // 4: meshid.attributes.v1.Values
-	(*Unix)(nil),                  // 5: meshid.attributes.v1.Unix
-	(*Docker)(nil),                // 6: meshid.attributes.v1.Docker
-	(*Process)(nil),               // 7: meshid.attributes.v1.Process
-	nil,                           // 8: meshid.attributes.v1.Node.LabelsEntry
-	nil,                           // 9: meshid.attributes.v1.Workload.ExtEntry
-	nil,                           // 10: meshid.attributes.v1.Values.ValuesEntry
-	nil,                           // 11: meshid.attributes.v1.Docker.LabelsEntry
-	nil,                           // 12: meshid.attributes.v1.Docker.ImageLabelsEntry
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(*K8SNode)(nil),               // 3: meshid.attributes.v1.K8sNode
+	(*Workload)(nil),              // 4: meshid.attributes.v1.Workload
+	(*Values)(nil),                // 5: meshid.attributes.v1.Values
+	(*Unix)(nil),                  // 6: meshid.attributes.v1.Unix
+	(*Docker)(nil),                // 7: meshid.attributes.v1.Docker
+	(*Kubernetes)(nil),            // 8: meshid.attributes.v1.Kubernetes
+	(*Process)(nil),               // 9: meshid.attributes.v1.Process
+	nil,                           // 10: meshid.attributes.v1.Node.LabelsEntry
+	nil,                           // 11: meshid.attributes.v1.Workload.ExtEntry
+	nil,                           // 12: meshid.attributes.v1.Values.ValuesEntry
+	nil,                           // 13: meshid.attributes.v1.Docker.LabelsEntry
+	nil,                           // 14: meshid.attributes.v1.Docker.ImageLabelsEntry
+	nil,                           // 15: meshid.attributes.v1.Kubernetes.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
 }
 var file_proto_attributes_v1_attributes_proto_depIdxs = []int32{
-	8,  // 0: meshid.attributes.v1.Node.labels:type_name -> meshid.attributes.v1.Node.LabelsEntry
+	10, // 0: meshid.attributes.v1.Node.labels:type_name -> meshid.attributes.v1.Node.LabelsEntry
 	1,  // 1: meshid.attributes.v1.Node.join_token:type_name -> meshid.attributes.v1.JoinToken
 	2,  // 2: meshid.attributes.v1.Node.x509pop:type_name -> meshid.attributes.v1.X509PoP
-	5,  // 3: meshid.attributes.v1.Workload.unix:type_name -> meshid.attributes.v1.Unix
-	6,  // 4: meshid.attributes.v1.Workload.docker:type_name -> meshid.attributes.v1.Docker
-	9,  // 5: meshid.attributes.v1.Workload.ext:type_name -> meshid.attributes.v1.Workload.ExtEntry
-	10, // 6: meshid.attributes.v1.Values.values:type_name -> meshid.attributes.v1.Values.ValuesEntry
-	11, // 7: meshid.attributes.v1.Docker.labels:type_name -> meshid.attributes.v1.Docker.LabelsEntry
-	12, // 8: meshid.attributes.v1.Docker.image_labels:type_name -> meshid.attributes.v1.Docker.ImageLabelsEntry
-	13, // 9: meshid.attributes.v1.Process.start_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: meshid.attributes.v1.Workload.ExtEntry.value:type_name -> meshid.attributes.v1.Values
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	3,  // 3: meshid.attributes.v1.Node.k8s:type_name -> meshid.attributes.v1.K8sNode
+	6,  // 4: meshid.attributes.v1.Workload.unix:type_name -> meshid.attributes.v1.Unix
+	7,  // 5: meshid.attributes.v1.Workload.docker:type_name -> meshid.attributes.v1.Docker
+	8,  // 6: meshid.attributes.v1.Workload.k8s:type_name -> meshid.attributes.v1.Kubernetes
+	11, // 7: meshid.attributes.v1.Workload.ext:type_name -> meshid.attributes.v1.Workload.ExtEntry
+	12, // 8: meshid.attributes.v1.Values.values:type_name -> meshid.attributes.v1.Values.ValuesEntry
+	13, // 9: meshid.attributes.v1.Docker.labels:type_name -> meshid.attributes.v1.Docker.LabelsEntry
+	14, // 10: meshid.attributes.v1.Docker.image_labels:type_name -> meshid.attributes.v1.Docker.ImageLabelsEntry
+	15, // 11: meshid.attributes.v1.Kubernetes.labels:type_name -> meshid.attributes.v1.Kubernetes.LabelsEntry
+	16, // 12: meshid.attributes.v1.Process.start_time:type_name -> google.protobuf.Timestamp
+	5,  // 13: meshid.attributes.v1.Workload.ExtEntry.value:type_name -> meshid.attributes.v1.Values
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_proto_attributes_v1_attributes_proto_init() }
@@ -694,7 +986,7 @@ func file_proto_attributes_v1_attributes_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_attributes_v1_attributes_proto_rawDesc), len(file_proto_attributes_v1_attributes_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
