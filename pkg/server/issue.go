@@ -58,6 +58,7 @@ const (
 	reasonEvicted      = "evicted"
 	reasonSerial       = "previous_serial"
 	reasonQuarantined  = "quarantined"
+	reasonPlacement    = "placement"
 )
 
 // Reasons that are in records only.
@@ -69,7 +70,7 @@ const (
 // refusalReasons are all of them.
 var refusalReasons = []string{
 	reasonLimit, reasonEntryUnknown, reasonNodeRule, reasonRule, reasonTemplate, reasonCSR,
-	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone, reasonEvicted, reasonSerial, reasonQuarantined,
+	reasonUnavailable, reasonAttestation, reasonMethod, reasonBanned, reasonClone, reasonEvicted, reasonSerial, reasonQuarantined, reasonPlacement,
 }
 
 // Issue implements nodev1.NodeServiceServer.
@@ -108,7 +109,14 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 		node: nodeRef(c.node, c.address), began: timestamppb.New(c.began),
 	}
 	start := time.Now()
-	if err := s.eachOnAllCores(ctx, admitted, func(i int) { batch.decide(&decisions[i], items[i]) }); err != nil {
+	placed := batch.place(ctx, items[:admitted])
+	if err := s.eachOnAllCores(ctx, admitted, func(i int) {
+		var p *Placed
+		if placed != nil {
+			p = placed[i]
+		}
+		batch.decide(&decisions[i], items[i], p)
+	}); err != nil {
 		return nil, err
 	}
 	s.metrics.stages.WithLabelValues(stageDecide).Observe(time.Since(start).Seconds())
@@ -175,8 +183,9 @@ func (d *decision) refuse(reason nodev1.Reason, label, message string, retryAfte
 
 // decide works on one item. The certificate is a function of the entry and of
 // the attested attributes: of the CSR only the public key and the proof that the
-// agent holds the private one are taken.
-func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
+// agent holds the private one are taken. placed is what the platform says of the
+// workload, nil if the entry does not depend on it.
+func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	defer func() {
 		if p := recover(); p != nil {
 			b.s.metrics.panics.Inc()
@@ -236,11 +245,32 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem) {
 		return
 	}
 	r.Entry = entryRef(entry)
-	facts := identity.NewFacts(b.c.node.Attributes, item.GetWorkload())
+	workload := item.GetWorkload()
+	if placed != nil && placed.Workload != nil {
+		workload, r.Workload = placed.Workload, placed.Workload
+	}
+	facts := identity.NewFacts(b.c.node.Attributes, workload)
 	if !entry.MatchNode(facts) {
 		r.Miss = nearestMiss(entry, facts)
 		refused(nodev1.Reason_REASON_ENTRY_UNKNOWN, reasonNodeRule, "no such entry for this node", missText(r.GetMiss()), 0)
 		return
+	}
+	if placed != nil {
+		switch placed.Verdict {
+		case PlacementVerified:
+			r.VerifiedBy = "ca"
+		case PlacementClaimed:
+			r.Detail = truncate("placement: " + placed.Why)
+		case PlacementRefuted:
+			refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonPlacement, "the workload is not known to run on this node", placed.Why, 0)
+			return
+		case PlacementUnknown:
+			refused(nodev1.Reason_REASON_UNAVAILABLE, reasonPlacement, "where the workload runs is not known yet: try again", placed.Why, retryPlacement)
+			return
+		default:
+			refused(nodev1.Reason_REASON_UNAVAILABLE, reasonPlacement, "internal error", "no such verdict", retryNoSigning)
+			return
+		}
 	}
 	if !entry.MatchWorkload(facts) {
 		r.Miss = nearestMiss(entry, facts)

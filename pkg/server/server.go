@@ -113,6 +113,10 @@ type Config struct {
 	// Sinks are those that the ledger is not archived without; nil if there are
 	// none.
 	Sinks Sinks
+	// Placement knows where workloads run, from the platform itself; nil if there is
+	// none: what agents say of their workloads is then believed as far as the entries
+	// of their nodes go.
+	Placement Placement
 	// Anchor has compared the store with the ledger; nil if nobody has.
 	Anchor *Anchor
 	// Instance names this CA process in records.
@@ -185,6 +189,7 @@ const (
 	defaultTTL     = time.Hour
 	defaultAgent   = 4 * time.Hour
 	retryOverload  = time.Second
+	retryPlacement = time.Second
 	retryNoSigning = 5 * time.Second
 )
 
