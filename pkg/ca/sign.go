@@ -65,6 +65,9 @@ type Request struct {
 	// TTL is how long the certificate is to live from now; zero means the
 	// default. More than the policy allows is lowered to it.
 	TTL time.Duration
+	// Backdate is how far NotBefore may lie before the moment of signing at most; zero
+	// means as far as configured.
+	Backdate time.Duration
 	// Record has the facts: event, kind, node, entry, workload, instance and how
 	// long the request took. Sign fills in the rest and puts it in the draft; on
 	// an error it is the caller's again, for the record of the refusal. Its node
@@ -121,7 +124,7 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	a := s.active
 	l := leaf{id: id, dnsNames: r.DNSNames, key: r.Key}
 	var shrunk int
-	l.notBefore, l.notAfter, shrunk, err = c.choose(a, now, r.TTL)
+	l.notBefore, l.notAfter, shrunk, err = c.choose(a, now, r.TTL, r.Backdate)
 	if err != nil {
 		c.wake()
 		c.metrics.refused[refusedAuthority].Inc()
@@ -204,7 +207,7 @@ func (c *CA) validate(s *state, r *Request, own bool) (id string, refused int, e
 
 // choose is a pure function of its arguments and the configuration. shrunk is
 // -1, or the reason why the life is shorter than asked for.
-func (c *CA) choose(a *authority, now time.Time, ttl time.Duration) (notBefore, notAfter time.Time, shrunk int, err error) {
+func (c *CA) choose(a *authority, now time.Time, ttl, backdate time.Duration) (notBefore, notAfter time.Time, shrunk int, err error) {
 	shrunk = -1
 	if a == nil || !a.usable(now) {
 		return notBefore, notAfter, shrunk, ErrNoAuthority
@@ -221,7 +224,10 @@ func (c *CA) choose(a *authority, now time.Time, ttl time.Duration) (notBefore, 
 	}
 	life := notAfter.Sub(now)
 	// Rounded up, so that never more than a quarter of the life lies before now.
-	notBefore = ceil(now.Add(-min(c.cfg.Backdate, life/4)))
+	if backdate <= 0 || backdate > c.cfg.Backdate {
+		backdate = c.cfg.Backdate
+	}
+	notBefore = ceil(now.Add(-min(backdate, life/4)))
 	if notBefore.After(now) {
 		notBefore = floor(now)
 	}

@@ -261,7 +261,7 @@ func TestSpec_C07_NeverOutlivesTheIssuer(t *testing.T) {
 		for _, ttl := range []time.Duration{0, MinTTL, time.Minute, time.Hour, 24 * time.Hour, 1 << 60} {
 			for _, fraction := range []time.Duration{0, 1, 499 * time.Millisecond, time.Second - 1} {
 				now := a.notAfter.Add(-left + fraction)
-				notBefore, notAfter, shrunk, err := f.choose(a, now, ttl)
+				notBefore, notAfter, shrunk, err := f.choose(a, now, ttl, 0)
 				if err != nil {
 					if !errors.Is(err, ErrNoAuthority) || left > maxMargin+minRemaining+time.Second {
 						t.Errorf("%s before the end: %v", left, err)

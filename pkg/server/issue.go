@@ -161,6 +161,10 @@ type batch struct {
 	// node and began are shared by the records of all items: read only.
 	node  *ledgerv1.NodeRef
 	began *timestamppb.Timestamp
+	// direct is the request of a workload without an agent, nil if there is one;
+	// banned is set if its node is.
+	direct *Direct
+	banned bool
 }
 
 // decision is what became of one item: signed, or refused.
@@ -221,6 +225,14 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	d.kind = r.GetKind()
 	r.Instance, r.Workload, r.PreviousSerial = item.GetInstance(), item.GetWorkload(), item.GetPreviousSerial()
 	r.Attestors, r.Process = attestorsOf(item.GetWorkload()), item.GetProcess()
+
+	if b.direct != nil {
+		r.SpiffeId, r.Actor = b.direct.SPIFFEID, b.direct.Actor
+	}
+	if b.banned {
+		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonBanned, "the node is banned", "", 0)
+		return
+	}
 
 	quarantined := func(q *registry.Quarantine) {
 		refused(nodev1.Reason_REASON_QUARANTINED, reasonQuarantined, "the identity or the key is quarantined", q.Name()+" is quarantined: "+q.Reason, 0)
@@ -284,6 +296,11 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
 		return
 	}
+	if b.direct != nil && id.ID.String() != b.direct.SPIFFEID {
+		const problem = "there is no entry that gives the workload this SPIFFE ID"
+		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, problem, problem, 0)
+		return
+	}
 	if q, ok := b.quarantines.Of(id.ID.String(), nil, nil); ok {
 		r.SpiffeId = id.ID.String()
 		quarantined(q)
@@ -305,7 +322,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	r.Outcome = ledgerv1.Outcome_OUTCOME_SUCCESS
 	r.Took = durationpb.New(time.Since(b.c.began))
 	signed, err := b.s.cfg.CA.Sign(time.Now(), &ca.Request{
-		ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: id.TTL, Record: r,
+		ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: b.ttl(id.TTL), Backdate: b.direct.backdate(), Record: r,
 	})
 	if err != nil {
 		reason, label, message, retryAfter := refusalOf(err)

@@ -152,6 +152,9 @@ type Limits struct {
 	// IssueRate and IssueBurst bound the X.509-SVIDs that one node asks for: so
 	// many a second after so many at once; defaults 200 and 5,000.
 	IssueRate, IssueBurst int
+	// DirectRequests is the number of requests at the same time of one node's
+	// workloads that speak to the CA themselves; default 64.
+	DirectRequests int
 	// Handshakes is the number of TLS handshakes at the same time; a quarter
 	// of it from one address. Default 2,048.
 	Handshakes int
@@ -170,6 +173,7 @@ func (l Limits) withDefaults() Limits {
 	set(&l.Streams, 20_000)
 	set(&l.Attestations, 64)
 	set(&l.IssueRequests, 16)
+	set(&l.DirectRequests, 64)
 	set(&l.IssueRate, 200)
 	set(&l.IssueBurst, 5000)
 	set(&l.Handshakes, 2048)
