@@ -44,6 +44,16 @@ func writePast(args []string) (err error) {
 		records = append(records, issuance(old.Add(3*time.Hour), 100+i, web, "web-3", "web"))
 	}
 	records = append(records, issuance(recent, 200, orders, "web-1", "orders"), issuance(time.Now(), 201, web, "web-2", "web"))
+	// The intermediate chains to a root that is no more.
+	for i, a := range []*ledgerv1.Authority{
+		{Id: "5f5e5d5c5b5a59585756555453525150504f4e4d", Role: "root", State: "retiring", Sha256: certificate(1)},
+		{Id: "0a1b2c3d", Role: "intermediate", State: "retiring", Root: "5f5e5d5c5b5a59585756555453525150504f4e4d"},
+	} {
+		records = append(records, &ledgerv1.Record{
+			Version: 1, Time: timestamppb.New(recent.Add(time.Duration(i))), Event: ledgerv1.Event_EVENT_AUTHORITY, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
+			TrustDomain: "example.org", CaInstance: "ca-1", Authority: a,
+		})
+	}
 	for _, r := range records {
 		if _, err := j.Append(context.Background(), ledger.NewDraft(r, nil)); err != nil {
 			return err

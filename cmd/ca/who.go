@@ -19,18 +19,19 @@ func newWhoCommand() *cobra.Command {
 	req := &adminv1.WhoRequest{}
 	var when string
 	cmd := &cobra.Command{
-		Use:   "who (SPIFFE-ID | --node NODE | --authority ID | --entry NAME)",
+		Use:   "who (SPIFFE-ID | --node NODE | --root ID | --authority ID | --entry NAME)",
 		Short: "Show who holds valid certificates",
 		Long: `Who shows the X.509-SVIDs that are valid now, or were at another time: for an
-identity, on a node, under an authority or by an entry; with several, those for
-which all hold.
+identity, on a node, by an entry, under an authority, or under a root, which is
+under all intermediates that chain to it, of all CAs; with several, those for which
+all hold.
 
 STATE says whether it is in use, as far as the CA knows: current, replaced by a
 newer one, dropped (the workload ended), or withdrawn (the node was evicted or
 banned). Each is valid until it expires all the same.`,
 		Example: `  ca who spiffe://example.org/shop/orders
   ca who --node web-1 --at 2026-11-23T02:00:00Z -o csv
-  ca who --authority 0a1b2c3d --current --all`,
+  ca who --root 0a1b2c3d --current --all`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			format, zone, err := f.begin()
@@ -40,8 +41,8 @@ banned). Each is valid until it expires all the same.`,
 			if len(args) == 1 {
 				req.SpiffeId = args[0]
 			}
-			if req.GetSpiffeId()+req.GetNode()+req.GetAuthority()+req.GetEntry() == "" {
-				return fmt.Errorf("say who: a SPIFFE ID, --node, --authority or --entry")
+			if req.GetSpiffeId()+req.GetNode()+req.GetAuthority()+req.GetRoot()+req.GetEntry() == "" {
+				return fmt.Errorf("say who: a SPIFFE ID, --node, --root, --authority or --entry")
 			}
 			if req.At, err = f.when("at", when); err != nil {
 				return err
@@ -71,13 +72,15 @@ banned). Each is valid until it expires all the same.`,
 	}
 	f.add(cmd)
 	cmd.Flags().StringVar(&req.Node, "node", "", "node: its SPIFFE ID, or the last part of it")
-	cmd.Flags().StringVar(&req.Authority, "authority", "", "authority that signed: its subject key identifier, as `ca authority list` shows it")
+	cmd.Flags().StringVar(&req.Authority, "authority", "", "authority that signed: its subject key identifier, as `ca authority list` shows it, or the beginning of it")
+	cmd.Flags().StringVar(&req.Root, "root", "", "root that it chains to: its subject key identifier or the SHA-256 of its certificate, or the beginning of one")
 	cmd.Flags().StringVar(&req.Entry, "entry", "", "name of the entry that allowed it")
 	cmd.Flags().StringVar(&when, "at", "", "valid then, not now")
 	cmd.Flags().BoolVar(&req.Current, "current", false, "only those in use")
 	f.c.complete(cmd, "node", "node")
 	f.c.complete(cmd, "entry", "entry")
 	f.c.complete(cmd, "authority", "authority")
+	f.c.complete(cmd, "root", "authority")
 	return cmd
 }
 

@@ -88,6 +88,12 @@ type Store interface {
 	PutIntermediates(ctx context.Context, now time.Time, changed ...Intermediate) error
 }
 
+// Intermediates returns those of all CAs of the trust domain of which something may
+// live.
+func (c *CA) Intermediates(ctx context.Context) ([]Intermediate, error) {
+	return c.cfg.Store.Intermediates(ctx)
+}
+
 const (
 	// maxSteps bounds those that are taken at once.
 	maxSteps = 8

@@ -245,9 +245,13 @@ func (l *ledgerService) Find(req *adminv1.FindRequest, stream adminv1.LedgerServ
 	if err != nil {
 		return err
 	}
+	authority, err := l.authority(ctx, r, req.GetAuthority())
+	if err != nil {
+		return err
+	}
 	q := search.Query{
 		SPIFFEID: req.GetSpiffeId(), Node: node, Entry: req.GetEntry(), Revision: req.GetRevision(), Event: req.GetEvent(), Outcome: req.GetOutcome(),
-		Reason: req.GetReason(), Actor: req.GetActor(), RequestID: req.GetRequestId(), Authority: req.GetAuthority(),
+		Reason: req.GetReason(), Actor: req.GetActor(), RequestID: req.GetRequestId(), Authority: authority,
 		Serial: req.GetSerial(), SHA256: req.GetCertificateSha256(), SPKI: req.GetSpkiSha256(), Anomaly: req.GetAnomaly(),
 		Since: optional(req.GetSince()), Until: optional(req.GetUntil()), Oldest: req.GetOldestFirst(),
 	}
@@ -290,10 +294,10 @@ func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerServic
 	if err != nil {
 		return err
 	}
-	if req.GetSpiffeId()+req.GetNode()+req.GetEntry()+req.GetAuthority() == "" {
-		return fail(kindInvalid, "say who: by a SPIFFE ID, a node, an entry or an authority", nil)
+	if req.GetSpiffeId()+req.GetNode()+req.GetEntry()+req.GetAuthority()+req.GetRoot() == "" {
+		return fail(kindInvalid, "say who: by a SPIFFE ID, a node, an entry, an authority or a root", nil)
 	}
-	if err := checkFilters(req.GetSpiffeId(), req.GetNode(), req.GetEntry(), req.GetAuthority()); err != nil {
+	if err := checkFilters(req.GetSpiffeId(), req.GetNode(), req.GetEntry(), req.GetAuthority(), req.GetRoot()); err != nil {
 		return err
 	}
 	node, err := l.node(ctx, r, req.GetNode())
@@ -301,8 +305,13 @@ func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerServic
 		return err
 	}
 	q := search.Holders{
-		SPIFFEID: req.GetSpiffeId(), Node: node, Entry: req.GetEntry(), Authority: req.GetAuthority(),
-		At: optional(req.GetAt()), Current: req.GetCurrent(),
+		SPIFFEID: req.GetSpiffeId(), Node: node, Entry: req.GetEntry(), At: optional(req.GetAt()), Current: req.GetCurrent(),
+	}
+	if q.Authorities, err = l.signers(ctx, r, req); err != nil {
+		return err
+	}
+	if req.GetRoot() != "" && len(q.Authorities) == 0 {
+		return stream.Send(new(adminv1.WhoResponse)) // nothing was ever signed below it
 	}
 	if q.At.IsZero() {
 		q.At = time.Now()
@@ -313,6 +322,25 @@ func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerServic
 	}, func(part []search.Found, token string) error {
 		return stream.Send(&adminv1.WhoResponse{Holders: holders(part), NextPageToken: token})
 	})
+}
+
+// signers are the authorities that a question is about; none if it is about all.
+func (l *ledgerService) signers(ctx context.Context, r Records, req *adminv1.WhoRequest) ([]string, error) {
+	authority, err := l.authority(ctx, r, req.GetAuthority())
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case req.GetRoot() == "" && authority == "":
+		return nil, nil
+	case req.GetRoot() == "":
+		return []string{authority}, nil
+	}
+	_, below, err := l.s.Below(ctx, req.GetRoot())
+	if authority != "" {
+		below = slices.DeleteFunc(below, func(id string) bool { return id != authority })
+	}
+	return below, err
 }
 
 // FirstSeen implements adminv1.LedgerServiceServer.

@@ -65,7 +65,14 @@ func BenchmarkRecords(b *testing.B) {
 			return r.Who(ctx, search.Holders{Node: node, At: end, Limit: 100})
 		}},
 		{"who/authority", func() ([]search.Found, search.Position, error) {
-			return r.Who(ctx, search.Holders{Authority: "0a1b", At: end, Limit: 100})
+			return r.Who(ctx, search.Holders{Authorities: []string{"0a1b"}, At: end, Limit: 100})
+		}},
+		{"who/root of 50 authorities", func() ([]search.Found, search.Position, error) {
+			authorities := []string{"0a1b"}
+			for i := range 49 {
+				authorities = append(authorities, fmt.Sprintf("ff%02d", i))
+			}
+			return r.Who(ctx, search.Holders{Authorities: authorities, At: end, Limit: 100})
 		}},
 		{"who/identity on node", func() ([]search.Found, search.Position, error) {
 			return r.Who(ctx, search.Holders{SPIFFEID: id, Node: node, At: end, Limit: 100})

@@ -1,11 +1,13 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"time"
 
@@ -264,6 +266,39 @@ func (r *Records) NodesNamed(ctx context.Context, name string) ([]string, error)
 // Who returns the records of the X.509-SVIDs that are valid at a time, the next to
 // expire first, and where to go on.
 func (r *Records) Who(ctx context.Context, q search.Holders) ([]search.Found, search.Position, error) {
+	authorities := q.Authorities
+	if len(authorities) == 0 {
+		authorities = []string{""}
+	}
+	// Each authority has its index in the order that is wanted: lists of several are
+	// merged, and none is read to its end.
+	var all []place
+	for _, authority := range slices.Compact(slices.Sorted(slices.Values(authorities))) {
+		c, some, err := r.holders(ctx, q, authority)
+		if err != nil {
+			return nil, search.Position{}, wrapFind(err)
+		}
+		if !some {
+			continue
+		}
+		places, err := r.certificates(ctx, c, "c.not_after", q.After, q.Limit)
+		if err != nil {
+			return nil, search.Position{}, wrapFind(err)
+		}
+		all = append(all, places...)
+	}
+	if len(authorities) > 1 {
+		slices.SortFunc(all, func(a, b place) int {
+			return cmp.Or(cmp.Compare(a.key, b.key), cmp.Compare(a.index, b.index))
+		})
+		all = all[:min(len(all), limited(q.Limit)+1)]
+	}
+	return r.read(ctx, all, limited(q.Limit))
+}
+
+// holders makes the terms of q, for one authority or, if it is empty, for all. It
+// returns false if nothing can match.
+func (r *Records) holders(ctx context.Context, q search.Holders, authority string) (*condition, bool, error) {
 	c := new(condition)
 	for _, n := range []struct {
 		column string
@@ -273,14 +308,14 @@ func (r *Records) Who(ctx context.Context, q search.Holders) ([]search.Found, se
 		{"c.identity", identityName, q.SPIFFEID},
 		{"c.node", nodeName, q.Node},
 		{"c.entry", entryName, q.Entry},
-		{"c.authority", authorityName, q.Authority},
+		{"c.authority", authorityName, authority},
 	} {
 		if n.name == "" {
 			continue
 		}
 		id, ok, err := r.lookUpName(ctx, n.kind, n.name)
 		if err != nil || !ok {
-			return nil, search.Position{}, wrapFind(err)
+			return nil, false, err
 		}
 		column := n.column
 		if len(c.terms) > 0 {
@@ -295,7 +330,7 @@ func (r *Records) Who(ctx context.Context, q search.Holders) ([]search.Found, se
 	if q.Current {
 		c.terms = append(c.terms, fmt.Sprintf("(c.state = %s OR c.state_at > %s)", c.arg(int(search.Current)), c.arg(at)))
 	}
-	return r.certificates(ctx, c, "c.not_after", q.After, q.Limit)
+	return c, true, nil
 }
 
 // Overdue returns the records of the X.509-SVIDs that should have been replaced by
@@ -311,17 +346,21 @@ func (r *Records) Overdue(ctx context.Context, now, expired time.Time, limit int
 	c.add("c.overdue_at >", toStored(valid.Add(-search.MaxLife)))
 	c.add("c.overdue_at <=", toStored(now))
 	c.add("c.not_after >", toStored(valid))
-	return r.certificates(ctx, c, "c.overdue_at", after, limit)
+	places, err := r.certificates(ctx, c, "c.overdue_at", after, limit)
+	if err != nil {
+		return nil, search.Position{}, wrapFind(err)
+	}
+	return r.read(ctx, places, limited(limit))
 }
 
-// certificates returns the records of certificates, in the order of key.
-func (r *Records) certificates(ctx context.Context, c *condition, key string, after search.Position, limit int) ([]search.Found, search.Position, error) {
+// certificates returns where the records of certificates stand, in the order of key:
+// one more than limit, if there are so many.
+func (r *Records) certificates(ctx context.Context, c *condition, key string, after search.Position, limit int) ([]place, error) {
 	if after.Valid {
 		c.terms = append(c.terms, fmt.Sprintf("(%s, c.record) > (%s, %s)", key, c.arg(after.Key), c.arg(after.Record)))
 	}
-	limit = limited(limit)
 	query := fmt.Sprintf(`SELECT c.record, r.segment, r.position, %s, c.state, c.state_at, c.replaced_by, c.overdue_at, r.anomalies
-		FROM certificates c JOIN records r ON r.idx = c.record%s ORDER BY %s, c.record LIMIT %s`, key, c.where(), key, c.arg(limit+1))
+		FROM certificates c JOIN records r ON r.idx = c.record%s ORDER BY %s, c.record LIMIT %s`, key, c.where(), key, c.arg(limited(limit)+1))
 	var places []place
 	err := scanRows(ctx, r.db.reader, r.db.dialect.rebind(query), c.args, func(rows *sql.Rows) error {
 		var (
@@ -345,10 +384,7 @@ func (r *Records) certificates(ctx context.Context, c *condition, key string, af
 		places = append(places, p)
 		return nil
 	})
-	if err != nil {
-		return nil, search.Position{}, wrapFind(err)
-	}
-	return r.read(ctx, places, limit)
+	return places, err
 }
 
 // FirstSeen returns the first record of each identity on each node from since on,

@@ -250,7 +250,7 @@ func TestFindInjection(t *testing.T) {
 				t.Errorf("query %d with %q: %d records, %v", i, evil, len(found), err)
 			}
 		}
-		for _, q := range []search.Holders{{SPIFFEID: evil, At: epoch}, {Node: evil, At: epoch}, {Entry: evil, At: epoch}, {Authority: evil, At: epoch}} {
+		for _, q := range []search.Holders{{SPIFFEID: evil, At: epoch}, {Node: evil, At: epoch}, {Entry: evil, At: epoch}, {Authorities: []string{evil}, At: epoch}, {Authorities: []string{evil, "0a1b"}, SPIFFEID: evil, At: epoch}} {
 			if found, _, err := r.Who(t.Context(), q); err != nil || len(found) > 0 {
 				t.Errorf("who %+v: %d, %v", q, len(found), err)
 			}
@@ -281,7 +281,10 @@ func TestWho(t *testing.T) {
 		{"in use", search.Holders{SPIFFEID: testIdentity, At: epoch.Add(40 * time.Minute), Current: true}, []holder{{4, "current"}}},
 		{"in use earlier", search.Holders{SPIFFEID: testIdentity, At: epoch.Add(20 * time.Minute), Current: true}, []holder{{1, "replaced"}, {2, "withdrawn"}}},
 		{"node", search.Holders{Node: testNode + "a", At: epoch.Add(40 * time.Minute)}, []holder{{1, "replaced"}, {4, "current"}, {5, "dropped"}}},
-		{"authority", search.Holders{Authority: "0a1b", At: epoch.Add(90 * time.Minute)}, []holder{{5, "dropped"}}},
+		{"authority", search.Holders{Authorities: []string{"0a1b"}, At: epoch.Add(90 * time.Minute)}, []holder{{5, "dropped"}}},
+		{"several authorities", search.Holders{Authorities: []string{"ffff", "0a1b", "0a1b"}, At: epoch.Add(40 * time.Minute)}, []holder{{1, "replaced"}, {2, "withdrawn"}, {4, "current"}, {5, "dropped"}}},
+		{"authorities of an identity", search.Holders{SPIFFEID: testIdentity, Authorities: []string{"ffff", "0a1b"}, At: epoch.Add(40 * time.Minute), Current: true}, []holder{{4, "current"}}},
+		{"authorities that nobody has", search.Holders{Authorities: []string{"ffff", "eeee"}, At: epoch.Add(40 * time.Minute)}, nil},
 		{"entry and node", search.Holders{Entry: "shop", Node: testNode + "b", At: epoch.Add(40 * time.Minute)}, []holder{{2, "withdrawn"}}},
 		{"before", search.Holders{SPIFFEID: testIdentity, At: epoch.Add(-time.Hour)}, nil},
 		{"after", search.Holders{SPIFFEID: testIdentity, At: epoch.Add(24 * time.Hour)}, nil},
@@ -674,6 +677,43 @@ func TestForget(t *testing.T) {
 	}
 	if limit, err = r.Before(t.Context(), epoch.Add(1000*time.Hour)); err != nil || limit != j.Size() {
 		t.Errorf("before the future: %d, %v", limit, err)
+	}
+}
+
+// Lists of several authorities are one list, in the order of expiry, whatever the
+// length of its pages.
+func TestWhoUnderSeveralAuthorities(t *testing.T) {
+	dir := t.TempDir()
+	var records []*ledgerv1.Record
+	for i := range 30 {
+		records = append(records, issued(epoch.Add(time.Duration(i*7%30)*time.Minute), i+1, testIdentity, "a", func(r *ledgerv1.Record) {
+			r.Instance, r.Authority = fmt.Sprint("docker:", i), &ledgerv1.Authority{Id: fmt.Sprintf("%02x", i%4)}
+		}))
+	}
+	j := testJournal(t, filepath.Join(dir, "ledger"), records...)
+	r := testRecords(t, filepath.Join(dir, "records.db"), j, 100)
+	ask := func(limit int) (serials []string) {
+		for q := (search.Holders{Authorities: []string{"00", "01", "03"}, At: epoch.Add(31 * time.Minute), Limit: limit}); ; {
+			found, next, err := r.Who(t.Context(), q)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range found {
+				serials = append(serials, fmt.Sprintf("%d %x", f.Record.GetCertificate().GetNotAfter().GetSeconds(), f.Record.GetCertificate().GetSerial()))
+			}
+			if q.After = next; !next.Valid {
+				return serials
+			}
+		}
+	}
+	all := ask(100)
+	if len(all) != 23 || !slices.IsSorted(all) {
+		t.Errorf("%d certificates: %q", len(all), all)
+	}
+	for _, limit := range []int{1, 2, 5, 22} {
+		if got := ask(limit); !slices.Equal(got, all) {
+			t.Errorf("in pages of %d: %q", limit, got)
+		}
 	}
 }
 

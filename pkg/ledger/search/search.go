@@ -85,7 +85,9 @@ type Query struct {
 // Holders says which certificates are wanted: those for which all names that are
 // set hold.
 type Holders struct {
-	SPIFFEID, Node, Entry, Authority string
+	SPIFFEID, Node, Entry string
+	// Authorities are those of which one has to have signed; none for any.
+	Authorities []string
 	// At is when they are to be valid; required.
 	At time.Time
 	// Current leaves out what was replaced, dropped or withdrawn by then.

@@ -7,6 +7,9 @@ import (
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
+// ErrNoRoot says that no root has, or had, a name, or that several have.
+var ErrNoRoot = errors.New("no root of that name")
+
 // ErrNoRecord is wrapped by the error about a record that is not in the search
 // index: there is none, or not yet, or it was archived.
 var ErrNoRecord = errors.New("there is no such record in the search index")

@@ -406,8 +406,12 @@ type WhoRequest struct {
 	// Now if absent.
 	At *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=at,proto3" json:"at,omitempty"`
 	// Leave out what was replaced, dropped or withdrawn.
-	Current       bool  `protobuf:"varint,6,opt,name=current,proto3" json:"current,omitempty"`
-	Page          *Page `protobuf:"bytes,7,opt,name=page,proto3" json:"page,omitempty"`
+	Current bool  `protobuf:"varint,6,opt,name=current,proto3" json:"current,omitempty"`
+	Page    *Page `protobuf:"bytes,7,opt,name=page,proto3" json:"page,omitempty"`
+	// At least one of these, or this: a root, by its subject key identifier or the
+	// SHA-256 of its certificate, in hexadecimal, or by the beginning of one of them.
+	// It stands for all intermediates that chain to it.
+	Root          string `protobuf:"bytes,8,opt,name=root,proto3" json:"root,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -489,6 +493,13 @@ func (x *WhoRequest) GetPage() *Page {
 		return x.Page
 	}
 	return nil
+}
+
+func (x *WhoRequest) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
 }
 
 // Holder is a valid X.509-SVID with the record of its issuance.
@@ -1374,7 +1385,7 @@ const file_proto_admin_v1_ledger_proto_rawDesc = "" +
 	"\x04page\x18\x12 \x01(\v2\x15.meshid.admin.v1.PageR\x04page\"o\n" +
 	"\fFindResponse\x127\n" +
 	"\arecords\x18\x01 \x03(\v2\x1d.meshid.admin.v1.LedgerRecordR\arecords\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe2\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xf6\x01\n" +
 	"\n" +
 	"WhoRequest\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x12\n" +
@@ -1383,7 +1394,8 @@ const file_proto_admin_v1_ledger_proto_rawDesc = "" +
 	"\tauthority\x18\x04 \x01(\tR\tauthority\x12*\n" +
 	"\x02at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x18\n" +
 	"\acurrent\x18\x06 \x01(\bR\acurrent\x12)\n" +
-	"\x04page\x18\a \x01(\v2\x15.meshid.admin.v1.PageR\x04page\"\xbd\x01\n" +
+	"\x04page\x18\a \x01(\v2\x15.meshid.admin.v1.PageR\x04page\x12\x12\n" +
+	"\x04root\x18\b \x01(\tR\x04root\"\xbd\x01\n" +
 	"\x06Holder\x125\n" +
 	"\x06issued\x18\x01 \x01(\v2\x1d.meshid.admin.v1.LedgerRecordR\x06issued\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x120\n" +
