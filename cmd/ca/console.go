@@ -229,7 +229,7 @@ func openConsole(ctx context.Context, v *validated, srv *server.Server, authorit
 	a := v.console
 	admin := srv.AdminService()
 	config := console.Config{
-		Names: a.names, Strict: a.keys != nil, Fleet: admin, Rules: admin, Tree: &provenTree{dir: treeDir(v.DataDir), tree: proofs, journal: journal},
+		Names: a.names, Strict: a.keys != nil, Fleet: admin, Rules: admin, Authorities: srv, Ledger: srv, Tree: &provenTree{dir: treeDir(v.DataDir), tree: proofs, journal: journal},
 		Access: a.access, Logger: logger, Registerer: registry,
 	}
 	if v.Console.MTLS.Admins {

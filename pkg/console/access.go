@@ -4,14 +4,12 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"net/http"
 	"net/url"
 	"slices"
-	"sync"
 	"time"
 )
 
@@ -49,17 +47,26 @@ const (
 // user is who looks.
 type user struct {
 	name    string
-	method  string // how he showed it, a value of the metric's label
+	actor   string // as the ledger has it; name if empty
+	method  string // how that was shown, a value of the metric's label
 	session string // its cookie; empty for certificates
 }
 
 type userKey struct{}
 
-// known lets only those pass who have shown who they are.
+// known lets only those pass who have shown who they are, and of whom that is
+// recorded.
 func (c *Console) known(next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		u, ok := c.user(r)
+		if ok && u.method == methodMTLS {
+			if err := c.signInByCertificate(r, u); err != nil {
+				c.unrecorded(w, r, u, err)
+				return
+			}
+		}
 		if !ok {
+			c.refuseCertificate(r)
 			if r.URL.Path == prefix+"/events" || r.Method != http.MethodGet {
 				http.Error(w, "sign in first", http.StatusUnauthorized)
 				return
@@ -74,7 +81,8 @@ func (c *Console) known(next http.HandlerFunc) http.Handler {
 // user says who asks: by the session's cookie, else by the client certificate.
 func (c *Console) user(r *http.Request) (user, bool) {
 	if cookie, err := r.Cookie(sessionCookie); err == nil {
-		if u, ok := c.sessions.get(cookie.Value, c.cfg.Now()); ok {
+		if u, ok := c.sessions.get(keyOf(cookie.Value), c.cfg.Now()); ok {
+			u.session = cookie.Value
 			return u, true
 		}
 	}
@@ -83,11 +91,11 @@ func (c *Console) user(r *http.Request) (user, bool) {
 	}
 	if c.cfg.Access.Admin != nil {
 		if id, err := c.cfg.Access.Admin(r.TLS); err == nil {
-			return user{name: id, method: "mtls"}, true
+			return user{name: id, method: methodMTLS}, true
 		}
 	}
 	if name, err := c.cfg.Access.verify(r.TLS.PeerCertificates, c.cfg.Now()); err == nil {
-		return user{name: name, method: "mtls"}, true
+		return user{name: name, method: methodMTLS}, true
 	}
 	return user{}, false
 }
@@ -115,114 +123,8 @@ func (a Access) verify(chain []*x509.Certificate, now time.Time) (string, error)
 	return "", errors.New("the certificate's subject is not one of those that may look")
 }
 
-// sessions are the logins that last. Only hashes are kept: who reads this memory
-// cannot use them.
-type sessions struct {
-	life time.Duration
-
-	mu  sync.Mutex // guards all
-	all map[[32]byte]session
-}
-
-type session struct {
-	user user
-	ends time.Time
-}
-
-func newSessions(life time.Duration) *sessions {
-	return &sessions{life: life, all: make(map[[32]byte]session)}
-}
-
-// add begins a session and returns its cookie's value. If there are too many, the
-// one that ends first ends now.
-func (s *sessions) add(u user, now time.Time) string {
-	secret := rand.Text()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for k, v := range s.all {
-		if !now.Before(v.ends) {
-			delete(s.all, k)
-		}
-	}
-	for len(s.all) >= maxSessions {
-		var oldest [32]byte
-		var ends time.Time
-		for k, v := range s.all {
-			if ends.IsZero() || v.ends.Before(ends) {
-				oldest, ends = k, v.ends
-			}
-		}
-		delete(s.all, oldest)
-	}
-	s.all[sha256.Sum256([]byte(secret))] = session{u, now.Add(s.life)}
-	return secret
-}
-
-func (s *sessions) get(secret string, now time.Time) (user, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	found, ok := s.all[sha256.Sum256([]byte(secret))]
-	if !ok || !now.Before(found.ends) {
-		return user{}, false
-	}
-	u := found.user
-	u.session = secret
-	return u, true
-}
-
-func (s *sessions) remove(secret string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.all, sha256.Sum256([]byte(secret)))
-}
-
-func (s *sessions) count() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.all)
-}
-
-// links are those that were not used yet, by hash.
-type links struct {
-	mu  sync.Mutex // guards all
-	all map[[32]byte]link
-}
-
-type link struct {
-	by   string
-	ends time.Time
-}
-
-func newLinks() *links { return &links{all: make(map[[32]byte]link)} }
-
 // errTooManyLinks says that links wait to be used.
 var errTooManyLinks = errors.New("too many links wait to be used: use one, or wait ten minutes")
-
-func (l *links) add(by string, now time.Time) (string, time.Time, error) {
-	secret, ends := rand.Text(), now.Add(linkLife)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for k, v := range l.all {
-		if !now.Before(v.ends) {
-			delete(l.all, k)
-		}
-	}
-	if len(l.all) >= maxLinks {
-		return "", time.Time{}, errTooManyLinks
-	}
-	l.all[sha256.Sum256([]byte(secret))] = link{by, ends}
-	return secret, ends, nil
-}
-
-// take uses a link up. It returns who made it.
-func (l *links) take(secret string, now time.Time) (by string, ok bool) {
-	key := sha256.Sum256([]byte(secret))
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	found, ok := l.all[key]
-	delete(l.all, key)
-	return found.by, ok && now.Before(found.ends)
-}
 
 // ErrNoLinks is returned by NewLink if links are not among the ways in.
 var ErrNoLinks = errors.New("one-time links are off: set console.one_time_link in the CA's configuration")
@@ -233,9 +135,10 @@ func (c *Console) NewLink(by string) (path string, ends time.Time, err error) {
 	if !c.cfg.Access.Links {
 		return "", time.Time{}, ErrNoLinks
 	}
-	secret, ends, err := c.links.add(by, c.cfg.Now())
-	if err != nil {
-		return "", time.Time{}, err
+	secret, now := rand.Text(), c.cfg.Now()
+	ends = now.Add(linkLife)
+	if !c.links.add(keyOf(secret), by, now, ends) {
+		return "", time.Time{}, errTooManyLinks
 	}
 	return loginPath + "?" + url.Values{"token": {secret}}.Encode(), ends, nil
 }
@@ -267,39 +170,41 @@ func (c *Console) renderLogin(w http.ResponseWriter, code int, p loginPage) {
 func (c *Console) loginByLink(w http.ResponseWriter, r *http.Request) {
 	now := c.cfg.Now()
 	if !c.tries.take(r.RemoteAddr, now) {
-		c.metrics.login("link", false)
+		c.refused(r, methodLink, "", reasonTooMany, "")
 		tooMany(w)
 		return
 	}
-	by, ok := c.links.take(r.PostFormValue("token"), now)
+	by, ok := c.links.take(keyOf(r.PostFormValue("token")), now)
 	if !ok || !c.cfg.Access.Links {
-		c.metrics.login("link", false)
-		c.log.WarnContext(r.Context(), "sign-in to the console refused", "method", "link", "address", r.RemoteAddr)
+		c.refused(r, methodLink, "", reasonLink, "the link was used already, is too old, or is none")
 		c.renderLogin(w, http.StatusForbidden, loginPage{Problem: "This link was used already, or is too old. Make a new one."})
 		return
 	}
-	c.begin(w, r, user{name: "link of " + by, method: "link"}, r.PostFormValue("to"))
+	c.begin(w, r, user{name: "link of " + by, actor: by, method: methodLink}, r.PostFormValue("to"))
 }
 
-// begin begins a session.
+// begin begins a session, once it is recorded.
 func (c *Console) begin(w http.ResponseWriter, r *http.Request, u user, to string) {
-	if old, err := r.Cookie(sessionCookie); err == nil {
-		c.sessions.remove(old.Value)
+	if err := c.signedIn(r, u, nil); err != nil {
+		c.unrecorded(w, r, u, err)
+		return
 	}
-	secret := c.sessions.add(u, c.cfg.Now())
+	if old, err := r.Cookie(sessionCookie); err == nil {
+		c.sessions.take(keyOf(old.Value), c.cfg.Now())
+	}
+	secret, now, life := rand.Text(), c.cfg.Now(), c.cfg.Access.sessionLife()
+	c.sessions.displace(keyOf(secret), u, now, now.Add(life))
 	http.SetCookie(w, &http.Cookie{
-		Name: sessionCookie, Value: secret, Path: "/", MaxAge: int(c.sessions.life / time.Second),
+		Name: sessionCookie, Value: secret, Path: "/", MaxAge: int(life / time.Second),
 		Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode,
 	})
-	c.metrics.login(u.method, true)
-	c.log.InfoContext(r.Context(), "signed in to the console", "method", u.method, "actor", u.name, "address", r.RemoteAddr)
 	redirect(w, r, to)
 }
 
 // logout ends the session.
 func (c *Console) logout(w http.ResponseWriter, r *http.Request) {
 	if cookie, err := r.Cookie(sessionCookie); err == nil {
-		c.sessions.remove(cookie.Value)
+		c.sessions.take(keyOf(cookie.Value), c.cfg.Now())
 	}
 	http.SetCookie(w, &http.Cookie{Name: sessionCookie, Path: "/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, loginPath, http.StatusSeeOther)

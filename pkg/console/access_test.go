@@ -1,14 +1,21 @@
 package console
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
 // TestAccess: who has shown nothing sees nothing.
@@ -72,13 +79,14 @@ func TestLink(t *testing.T) {
 		t.Errorf("one more link: %v", err)
 	}
 	off := testConsole(t, &world{}, func(c *Config) { c.Access = Access{} })
+	newBrowser(t, off).status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {"x"}})
 	if _, _, err := off.NewLink("uid:0"); !errors.Is(err, ErrNoLinks) {
 		t.Errorf("links are off: %v", err)
 	}
 }
 
-// TestForgedForms: no other site can sign somebody in or out.
-func TestForgedForms(t *testing.T) {
+// No other site can sign somebody in or out.
+func TestV_J8_ForgedForms(t *testing.T) {
 	c := testConsole(t, &world{text: "x"})
 	b := newBrowser(t, c).signIn()
 	b.change = func(r *http.Request) { r.Header.Set("Sec-Fetch-Site", "cross-site") }
@@ -90,8 +98,8 @@ func TestForgedForms(t *testing.T) {
 	b.status(http.StatusOK, http.MethodGet, "/console/", nil)
 }
 
-// TestHost: a name that somebody else points here is refused (DNS rebinding).
-func TestHost(t *testing.T) {
+// A name that somebody else points here is refused (DNS rebinding), loopback or not.
+func TestV_J1_NameOfAnother(t *testing.T) {
 	c := testConsole(t, &world{text: "x"}, func(c *Config) { c.Names = []string{host, "127.0.0.1", "::1"} })
 	b := newBrowser(t, c).signIn()
 	for name, want := range map[string]int{
@@ -143,21 +151,30 @@ func TestTries(t *testing.T) {
 	}
 }
 
-func TestSessionsAreBounded(t *testing.T) {
-	s := newSessions(time.Hour)
-	first := s.add(user{name: "first"}, epoch)
-	var last string
+func TestExpiringIsBounded(t *testing.T) {
+	s := newExpiring[string](maxSessions)
+	s.displace(keyOf("first"), "first", epoch, epoch.Add(time.Hour))
 	for i := range maxSessions {
-		last = s.add(user{name: "u"}, epoch.Add(time.Duration(i+1)*time.Millisecond))
+		s.displace(keyOf(fmt.Sprint(i)), "next", epoch, epoch.Add(time.Hour+time.Duration(i+1)))
 	}
 	if s.count() != maxSessions {
-		t.Errorf("%d sessions", s.count())
+		t.Errorf("%d values", s.count())
 	}
-	if _, ok := s.get(first, epoch); ok {
-		t.Error("the oldest is still there")
+	if _, ok := s.get(keyOf("first"), epoch); ok {
+		t.Error("the one that ends first is still there")
 	}
-	if _, ok := s.get(last, epoch); !ok {
+	last := keyOf(fmt.Sprint(maxSessions - 1))
+	if v, ok := s.get(last, epoch); !ok || v != "next" {
 		t.Error("the newest is not there")
+	}
+	if s.add(keyOf("more"), "more", epoch, epoch.Add(time.Hour)) {
+		t.Error("one more than there is room for")
+	}
+	if _, ok := s.take(last, epoch.Add(2*time.Hour)); ok {
+		t.Error("it was taken after its end")
+	}
+	if !s.add(keyOf("more"), "more", epoch.Add(2*time.Hour), epoch.Add(3*time.Hour)) || s.count() != 1 {
+		t.Errorf("after their end %d are there", s.count())
 	}
 }
 
@@ -195,4 +212,76 @@ func TestCertificates(t *testing.T) {
 			b.status(tc.want, http.MethodGet, "/console/", nil)
 		})
 	}
+}
+
+// Whoever signs in is in the ledger before anything is seen, by whatever means, once;
+// and whoever is refused.
+func TestSignInsAreRecorded(t *testing.T) {
+	ca := newTestCA(t)
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.cert)
+	alice := ca.issue(t, "alice", x509.ExtKeyUsageClientAuth, epoch.Add(24*time.Hour))
+	mallory := ca.issue(t, "mallory", x509.ExtKeyUsageClientAuth, epoch.Add(24*time.Hour))
+	now := epoch
+	w := &world{text: "secret-name"}
+	c := testConsole(t, w, func(c *Config) {
+		c.Access, c.Now = Access{ClientCAs: pool, Subjects: []string{"CN=alice"}, Links: true}, func() time.Time { return now }
+	})
+	const address = "192.0.2.1:1234"
+	sum := func(c *x509.Certificate) []byte { s := sha256.Sum256(c.Raw); return s[:] }
+	expect := func(when string, want ...signIn) {
+		t.Helper()
+		if d := cmp.Diff(want, w.takeSignIns(), protocmp.Transform()); d != "" {
+			t.Errorf("%s: %s", when, d)
+		}
+	}
+	b := newBrowser(t, c)
+	b.get("/console/")
+	expect("of a stranger who only looks")
+	b.signIn().get("/console/")
+	b.get("/console/nodes")
+	expect("by a link", signIn{Who: "uid:0", In: &ledgerv1.SignIn{Method: "link", Address: address}})
+	b.status(http.StatusForbidden, http.MethodPost, loginPath+"/link", url.Values{"token": {"canary"}})
+	expect("by a wrong link", signIn{In: &ledgerv1.SignIn{Method: "link", Address: address}, Reason: reasonLink})
+	for range maxTries {
+		b.do(http.MethodPost, loginPath+"/link", url.Values{"token": {"canary"}})
+	}
+	if all := w.takeSignIns(); len(all) != maxTries || all[maxTries-1].Reason != reasonTooMany {
+		t.Errorf("after too many: %v", all)
+	}
+	by := func(cert *x509.Certificate) *browser {
+		b := newBrowser(t, c)
+		b.tls = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{cert}}
+		return b
+	}
+	mtls := signIn{Who: "CN=alice", In: &ledgerv1.SignIn{Method: "mtls", Address: address, CertificateSha256: sum(alice)}}
+	for range 3 {
+		by(alice).status(http.StatusOK, http.MethodGet, "/console/", nil)
+	}
+	expect("by a certificate", mtls)
+	now = now.Add(8 * time.Hour)
+	by(alice).status(http.StatusOK, http.MethodGet, "/console/", nil)
+	expect("by a certificate, the next day", mtls)
+	by(mallory).status(http.StatusSeeOther, http.MethodGet, "/console/", nil)
+	expect("by another certificate", signIn{In: &ledgerv1.SignIn{Method: "mtls", Address: address, CertificateSha256: sum(mallory)}, Reason: reasonCertificate})
+
+	// What cannot be recorded does not happen.
+	w.mu.Lock()
+	w.ledgerErr = errors.New("the disk is full")
+	w.mu.Unlock()
+	now = now.Add(8 * time.Hour)
+	if page := by(alice).status(http.StatusServiceUnavailable, http.MethodGet, "/console/", nil).Body; strings.Contains(page, "secret-name") {
+		t.Error("it is shown all the same")
+	}
+	late := newBrowser(t, c)
+	late.status(http.StatusServiceUnavailable, http.MethodPost, loginPath+"/link", url.Values{"token": {token(t, c)}})
+	if _, in := late.cookies[sessionCookie]; in {
+		t.Error("signed in")
+	}
+	late.status(http.StatusSeeOther, http.MethodGet, "/console/", nil)
+	w.mu.Lock()
+	w.ledgerErr = nil
+	w.mu.Unlock()
+	by(alice).status(http.StatusOK, http.MethodGet, "/console/", nil)
+	expect("when it can be written again", mtls)
 }

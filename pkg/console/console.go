@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -37,6 +38,14 @@ type Rules interface {
 	ListAuthorities(ctx context.Context, req *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error)
 }
 
+// Authorities knows what chains to a root; the server does.
+type Authorities interface {
+	// Below returns the id of a root that is named by its id or the SHA-256 of its
+	// certificate, or the beginning of one, and the intermediates that chain to it.
+	// The error wraps search.ErrNoRoot if there is none.
+	Below(ctx context.Context, root string) (id string, intermediates []string, err error)
+}
+
 // Records finds the ledger's records.
 type Records interface {
 	Find(ctx context.Context, q search.Query) ([]search.Found, search.Position, error)
@@ -51,6 +60,7 @@ type Tallies interface {
 
 // Inventory knows the X.509-SVIDs that are valid and in use.
 type Inventory interface {
+	Who(ctx context.Context, q search.Holders) ([]search.Found, search.Position, error)
 	Identities(ctx context.Context, now time.Time, part, after string, limit int) ([]search.Identity, error)
 	Horizon(ctx context.Context, now time.Time, step time.Duration, steps int) (search.Horizon, error)
 }
@@ -95,6 +105,10 @@ type Config struct {
 
 	Fleet Fleet
 	Rules Rules
+	// Authorities knows what chains to a root.
+	Authorities Authorities
+	// Ledger is where it is recorded who signs in.
+	Ledger Ledger
 	// Index is nil if there is none: pages then say so.
 	Index Index
 	Tree  Tree
@@ -131,8 +145,10 @@ type Console struct {
 	metrics  *metrics
 	names    map[string]bool
 	pages    *pages
-	sessions *sessions
-	links    *links
+	sessions *expiring[user]
+	links    *expiring[string]   // who made each
+	seen     *expiring[struct{}] // certificates whose use was recorded
+	seeing   sync.Mutex          // held while that is recorded
 	tries    *tries
 	oidc     *oidcLogin // nil without
 	news     *news
@@ -142,18 +158,18 @@ type Console struct {
 
 // New returns a console.
 func New(cfg Config) (*Console, error) {
-	if cfg.Fleet == nil || cfg.Rules == nil || cfg.Tree == nil || len(cfg.Names) == 0 || cfg.Logger == nil || cfg.Registerer == nil {
-		return nil, errors.New("make console: fleet, rules, tree, names, logger and registerer are required")
+	if cfg.Fleet == nil || cfg.Rules == nil || cfg.Tree == nil || cfg.Ledger == nil || cfg.Authorities == nil || len(cfg.Names) == 0 || cfg.Logger == nil || cfg.Registerer == nil {
+		return nil, errors.New("make console: fleet, rules, authorities, tree, ledger, names, logger and registerer are required")
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
 	c := &Console{
 		cfg: cfg, log: cfg.Logger, names: make(map[string]bool, len(cfg.Names)),
-		links: newLinks(), tries: newTries(), news: newNews(),
+		sessions: newExpiring[user](maxSessions), links: newExpiring[string](maxLinks), seen: newExpiring[struct{}](maxSessions),
+		tries: newTries(), news: newNews(),
 		places: make(chan struct{}, maxRequests),
 	}
-	c.sessions = newSessions(cfg.Access.sessionLife())
 	for _, n := range cfg.Names {
 		c.names[canonical(n)] = true
 	}
@@ -228,6 +244,7 @@ func (c *Console) routes() http.Handler {
 		"/issuance":        c.issuance,
 		"/authorities":     c.authorities,
 		"/entries":         c.entries,
+		"/holders":         c.holders,
 		"/ledger":          c.ledger,
 		"/ledger/{record}": c.record,
 	} {

@@ -56,6 +56,58 @@ type world struct {
 	asked    []search.Query
 	deadline bool // each question had one
 	covered  bool
+
+	ledgerErr error
+	signedIn  []signIn
+}
+
+// signIn is one that was recorded; with a reason, one that was refused.
+type signIn struct {
+	Who    string
+	In     *ledgerv1.SignIn
+	Reason string
+}
+
+func (w *world) RecordSignIn(_ context.Context, who string, in *ledgerv1.SignIn) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ledgerErr != nil {
+		return w.ledgerErr
+	}
+	w.signedIn = append(w.signedIn, signIn{Who: who, In: in})
+	return nil
+}
+
+func (w *world) RecordRefusedSignIn(_ context.Context, who string, in *ledgerv1.SignIn, reason, detail string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if strings.Contains(detail, "canary") {
+		reason += " and a secret"
+	}
+	w.signedIn = append(w.signedIn, signIn{Who: who, In: in, Reason: reason})
+}
+
+// takeSignIns returns what was recorded since it was called last.
+func (w *world) takeSignIns() []signIn {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	all := w.signedIn
+	w.signedIn = nil
+	return all
+}
+
+func (w *world) Below(_ context.Context, root string) (string, []string, error) {
+	if root != "aa" {
+		return "", nil, fmt.Errorf("%s: %w", root, search.ErrNoRoot)
+	}
+	return root, []string{"bb", "cc"}, nil
+}
+
+func (w *world) Who(ctx context.Context, q search.Holders) ([]search.Found, search.Position, error) {
+	w.mu.Lock()
+	w.asked = append(w.asked, search.Query{SPIFFEID: q.SPIFFEID, Node: q.Node, Authority: strings.Join(q.Authorities, " "), Limit: q.Limit})
+	w.mu.Unlock()
+	return []search.Found{w.found(7)}, search.Position{Key: 5, Record: 7, Valid: true}, w.ask(ctx)
 }
 
 func (w *world) GetStatus(context.Context, *adminv1.GetStatusRequest) (*adminv1.GetStatusResponse, error) {
@@ -276,7 +328,7 @@ func testConsole(t testing.TB, w *world, change ...func(*Config)) *Console {
 	t.Helper()
 	w.deadline = true
 	cfg := Config{
-		Names: []string{host}, Fleet: w, Rules: w, Index: w, Tree: w, Access: Access{Links: true}, Now: func() time.Time { return epoch },
+		Names: []string{host}, Fleet: w, Rules: w, Authorities: w, Ledger: w, Index: w, Tree: w, Access: Access{Links: true}, Now: func() time.Time { return epoch },
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}
 	for _, c := range change {
@@ -292,11 +344,12 @@ func testConsole(t testing.TB, w *world, change ...func(*Config)) *Console {
 var pagePaths = []string{
 	"/console/", "/console/nodes", "/console/nodes?q=z&state=withdrawn", "/console/identities", "/console/issuance?span=7d", "/console/authorities",
 	"/console/entries", "/console/ledger", "/console/ledger?identity=x&since=24h&event=issue&outcome=refused", "/console/ledger?since=yesterday",
+	"/console/holders?root=aa", "/console/holders?root=%3Cscript%3E", "/console/holders?authority=bb&all=1&after=5.7", "/console/holders?identity=x&node=y", "/console/holders",
 	"/console/ledger/7", "/console/ledger/13", "/console/ledger/5000", "/console/none",
 }
 
-// TestHeaders: every answer has the headers, whoever asks for whatever.
-func TestHeaders(t *testing.T) {
+// Every answer has the headers, whoever asks for whatever.
+func TestV_J8_Headers(t *testing.T) {
 	c := testConsole(t, &world{text: "x"})
 	known, stranger := newBrowser(t, c).signIn(), newBrowser(t, c)
 	foreign := newBrowser(t, c)
@@ -338,8 +391,8 @@ func (p *pages) assetPath(file string) string {
 	return ""
 }
 
-// TestHostileText: what others chose is text on every page, and nothing else.
-func TestHostileText(t *testing.T) {
+// What others chose is text on every page, and nothing else.
+func TestV_J8_HostileText(t *testing.T) {
 	for i, s := range hostile {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			w := &world{text: s, covered: i%2 == 0}
@@ -354,7 +407,7 @@ func TestHostileText(t *testing.T) {
 			q := url.QueryEscape(s)
 			for _, path := range []string{
 				"/console/nodes?q=" + q, "/console/identities?q=" + q, "/console/entries?q=" + q, "/console/issuance?span=" + q,
-				"/console/ledger?identity=" + q + "&node=" + q + "&since=" + q, "/console/ledger?serial=" + q, "/console/ledger?event=" + q, loginPath + "?token=" + q + "&to=" + q,
+				"/console/ledger?identity=" + q + "&node=" + q + "&since=" + q, "/console/holders?root=" + q, "/console/holders?identity=" + q + "&node=" + q, "/console/ledger?serial=" + q, "/console/ledger?event=" + q, loginPath + "?token=" + q + "&to=" + q,
 			} {
 				if len(path) < maxURLBytes {
 					checkPage(t, path, b.get(path).Body)

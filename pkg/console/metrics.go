@@ -21,7 +21,7 @@ func newMetrics(reg prometheus.Registerer, c *Console) (*metrics, error) {
 			Name: "meshid_ca_console_streams", Help: "Browsers that wait for news of the console.",
 		}),
 	}
-	for _, method := range []string{"link", "oidc"} {
+	for _, method := range []string{methodLink, methodOIDC, methodMTLS} {
 		for _, outcome := range []string{"success", "refused"} {
 			m.logins.WithLabelValues(method, outcome)
 		}

@@ -15,6 +15,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,6 +52,9 @@ const (
 // algorithms are those of ID tokens: asymmetric ones only, whatever the provider
 // says that it supports.
 var algorithms = []string{oidc.RS256, oidc.RS384, oidc.RS512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.EdDSA}
+
+// errNotAllowed says that the provider knows who it is.
+var errNotAllowed = errors.New("neither the subject nor a group of it may look")
 
 // oidcLogin signs people in with a provider.
 type oidcLogin struct {
@@ -175,7 +179,8 @@ func (o *oidcLogin) resume(cookie string, now time.Time) (pending, error) {
 //  1. state: this browser began this login; iss (RFC 9207): with this provider
 //  2. the code is exchanged for an ID token, with PKCE's verifier
 //  3. the token's signature, issuer, audience and times; its nonce is this login's
-//  4. the subject or a group may look
+//  4. the subject or a group may look; if not, the error is errNotAllowed, and name
+//     says who it is
 func (o *oidcLogin) finish(ctx context.Context, p pending, r *http.Request) (name string, err error) {
 	q := r.URL.Query()
 	if subtle.ConstantTimeCompare([]byte(q.Get("state")), []byte(p.State)) != 1 {
@@ -219,7 +224,7 @@ func (o *oidcLogin) finish(ctx context.Context, p pending, r *http.Request) (nam
 		return "", errors.New("the id token was issued to another client")
 	}
 	if !o.allowed(id.Subject, claims) {
-		return "", errors.New("neither the subject nor a group of it may look")
+		return id.Subject, errNotAllowed
 	}
 	return id.Subject, nil
 }
@@ -243,12 +248,13 @@ func (c *Console) loginByOIDC(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if !c.tries.take(r.RemoteAddr, c.cfg.Now()) {
+		c.refused(r, methodOIDC, "", reasonTooMany, "")
 		tooMany(w)
 		return
 	}
 	address, cookie, err := c.oidc.start(r.Context(), r.URL.Query().Get("to"), c.cfg.Now())
 	if err != nil {
-		c.log.WarnContext(r.Context(), "sign-in to the console cannot begin", "method", "oidc", "err", err)
+		c.log.WarnContext(r.Context(), "sign-in to the console cannot begin", "method", methodOIDC, "err", err)
 		c.renderLogin(w, http.StatusBadGateway, loginPage{Problem: "The identity provider does not answer. Try again; the CA's log says why."})
 		return
 	}
@@ -271,7 +277,7 @@ func (c *Console) callbackOIDC(w http.ResponseWriter, r *http.Request) {
 	}
 	now := c.cfg.Now()
 	if !c.tries.take(r.RemoteAddr, now) {
-		c.metrics.login("oidc", false)
+		c.refused(r, methodOIDC, "", reasonTooMany, "")
 		tooMany(w)
 		return
 	}
@@ -286,10 +292,16 @@ func (c *Console) callbackOIDC(w http.ResponseWriter, r *http.Request) {
 		name, err = c.oidc.finish(r.Context(), p, r)
 	}
 	if err != nil {
-		c.metrics.login("oidc", false)
-		c.log.WarnContext(r.Context(), "sign-in to the console refused", "method", "oidc", "address", r.RemoteAddr, "err", err)
+		reason := reasonProvider
+		if errors.Is(err, errNotAllowed) {
+			reason = reasonNotAllowed
+		}
+		c.log.WarnContext(r.Context(), "the identity provider's answer is refused", "method", methodOIDC, "address", r.RemoteAddr, "err", err)
+		// What the provider or the browser sent is not repeated.
+		what, _, _ := strings.Cut(err.Error(), ": ")
+		c.refused(r, methodOIDC, name, reason, what)
 		c.renderLogin(w, http.StatusForbidden, loginPage{Problem: "You were not signed in: the identity provider's answer was refused, or you may not look. The CA's log says why.", To: p.To})
 		return
 	}
-	c.begin(w, r, user{name: name, method: "oidc"}, p.To)
+	c.begin(w, r, user{name: name, method: methodOIDC}, p.To)
 }

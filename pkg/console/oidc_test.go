@@ -22,6 +22,8 @@ import (
 // provider is an OpenID provider that is as strict as a real one about what the
 // console sends, and gives whatever token the test wants.
 type provider struct {
+	world *world // of the console that was made last
+
 	*httptest.Server
 	t     testing.TB
 	key   *ecdsa.PrivateKey
@@ -167,7 +169,8 @@ func (p *provider) console(t testing.TB, change ...func(*OIDC)) *Console {
 	for _, c := range change {
 		c(o)
 	}
-	return testConsole(t, &world{text: "x"}, func(c *Config) { c.Access = Access{OIDC: o} })
+	p.world = &world{text: "x"}
+	return testConsole(t, p.world, func(c *Config) { c.Access = Access{OIDC: o} })
 }
 
 // begin goes to the provider and returns the way back.
@@ -189,6 +192,9 @@ func TestOIDC(t *testing.T) {
 			resp := b.status(http.StatusSeeOther, http.MethodGet, back.RequestURI(), nil)
 			if to := resp.Header.Get("Location"); to != "/console/nodes" {
 				t.Errorf("goes to %q", to)
+			}
+			if all := p.world.takeSignIns(); len(all) != 1 || all[0].Who != "alice" || all[0].In.GetMethod() != "oidc" || all[0].Reason != "" {
+				t.Errorf("recorded is %v", all)
 			}
 			if page := b.status(http.StatusOK, http.MethodGet, "/console/nodes", nil).Body; !strings.Contains(page, "alice") {
 				t.Error("the page does not say who is signed in")
@@ -291,6 +297,16 @@ func TestOIDCRefusals(t *testing.T) {
 			back.RawQuery = q.Encode()
 			page := b.status(http.StatusForbidden, http.MethodGet, back.RequestURI(), nil).Body
 			checkPage(t, name, page)
+			who, why := "", reasonProvider
+			if name == "another subject" || name == "groups as text" || name == "groups elsewhere" {
+				who, why = "mallory", reasonNotAllowed
+			}
+			if name == "no subject" {
+				why = reasonNotAllowed
+			}
+			if all := p.world.takeSignIns(); len(all) != 1 || all[0].Who != who || all[0].Reason != why {
+				t.Errorf("recorded is %v, want %q %s", all, who, why)
+			}
 			if _, in := b.cookies[sessionCookie]; in {
 				t.Error("signed in")
 			}

@@ -94,12 +94,15 @@ func newPages(now func() time.Time) (*pages, error) {
 		"pagesOf":   func() []pageLink { return pageLinks },
 		"states":    func() []choice { return nodeStates },
 		"last":      lastPart,
+		"holders": func(role, id string) string {
+			return holdersLink(map[bool]string{true: "root", false: "authority"}[role == "root"], id)
+		},
 	}
 	layout, err := template.New("layout.html").Funcs(funcs).ParseFS(templateFiles, "templates/layout.html", "templates/parts.html")
 	if err != nil {
 		return nil, fmt.Errorf("parse the console's layout: %w", err)
 	}
-	for _, name := range []string{"login", "overview", "nodes", "identities", "issuance", "authorities", "entries", "ledger", "record", "problem"} {
+	for _, name := range []string{"login", "overview", "nodes", "identities", "issuance", "authorities", "entries", "holders", "ledger", "record", "problem"} {
 		t, err := layout.Clone()
 		if err != nil {
 			return nil, err

@@ -200,7 +200,7 @@ func newRefusalLog() *refusalLog { return &refusalLog{sources: make(map[string]*
 // admit says whether this refusal is recorded by itself; otherwise it has been
 // counted. source is a node's SPIFFE ID or, with foreign, an address.
 func (l *refusalLog) admit(now time.Time, source string, foreign bool, r *ledgerv1.Record) bool {
-	key := r.GetEvent().String() + "\x00" + r.GetReason() + "\x00" + r.GetEntry().GetName() + "\x00" + r.GetInstance() + "\x00" + r.GetCall()
+	key := r.GetEvent().String() + "\x00" + r.GetReason() + "\x00" + r.GetEntry().GetName() + "\x00" + r.GetInstance() + "\x00" + r.GetCall() + "\x00" + r.GetActor()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	src, ok := l.sources[source]
@@ -241,7 +241,7 @@ func sampleOf(r *ledgerv1.Record) *ledgerv1.Record {
 	return &ledgerv1.Record{
 		Version: r.GetVersion(), Event: r.GetEvent(), Outcome: r.GetOutcome(), Reason: r.GetReason(),
 		TrustDomain: r.GetTrustDomain(), Instance: r.GetInstance(), Node: r.GetNode(), Entry: r.GetEntry(),
-		Actor: r.GetActor(), Call: r.GetCall(), CaInstance: r.GetCaInstance(), CaVersion: r.GetCaVersion(),
+		Actor: r.GetActor(), Call: r.GetCall(), SignIn: r.GetSignIn(), CaInstance: r.GetCaInstance(), CaVersion: r.GetCaVersion(),
 	}
 }
 

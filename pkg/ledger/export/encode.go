@@ -95,6 +95,9 @@ func abridge(r *ledgerv1.Record, why string) *ledgerv1.Record {
 	if x := r.GetArchive(); x != nil {
 		a.Archive = &ledgerv1.Archive{First: x.GetFirst(), End: x.GetEnd(), Link: clipBytes(x.GetLink()), Folder: Clip(x.GetFolder(), clipText), Before: valid(x.GetBefore())}
 	}
+	if x := r.GetSignIn(); x != nil {
+		a.SignIn = &ledgerv1.SignIn{Method: Clip(x.GetMethod(), clipName), Address: Clip(x.GetAddress(), clipName), CertificateSha256: clipBytes(x.GetCertificateSha256())}
+	}
 	if s := r.GetSummary(); s != nil {
 		a.Summary = &ledgerv1.Summary{Count: s.GetCount(), Since: valid(s.GetSince())}
 	}
@@ -189,6 +192,9 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_QUARANTINE:      "Change quarantine",
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: "Order renewal",
 	ledgerv1.Event_EVENT_ARCHIVED:        "Archive ledger",
+	ledgerv1.Event_EVENT_SIGN_IN:         "Sign in to console",
+	ledgerv1.Event_EVENT_STORE_ACCEPTED:  "Accept database",
+	ledgerv1.Event_EVENT_STORE_EDITED:    "Disbelieve database",
 }
 
 // Title names what a record is about for people; it holds nothing of the record's.

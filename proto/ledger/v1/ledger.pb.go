@@ -85,6 +85,14 @@ const (
 	// Old records were copied into a folder, verified there, and are about to leave
 	// the journal: archive says which.
 	Event_EVENT_ARCHIVED Event = 23
+	// Somebody signed in to the console, or was refused: sign_in says how.
+	Event_EVENT_SIGN_IN Event = 24
+	// An operator accepted a database that is older than the ledger: store says what
+	// was lost with it.
+	Event_EVENT_STORE_ACCEPTED Event = 25
+	// What the database says of a node or a quarantine is not what was recorded, and
+	// is not believed: node or quarantine says what is in force instead.
+	Event_EVENT_STORE_EDITED Event = 26
 )
 
 // Enum value maps for Event.
@@ -113,6 +121,9 @@ var (
 		21: "EVENT_RENEWAL_ORDERED",
 		22: "EVENT_STOPPED",
 		23: "EVENT_ARCHIVED",
+		24: "EVENT_SIGN_IN",
+		25: "EVENT_STORE_ACCEPTED",
+		26: "EVENT_STORE_EDITED",
 	}
 	Event_value = map[string]int32{
 		"EVENT_UNSPECIFIED":     0,
@@ -138,6 +149,9 @@ var (
 		"EVENT_RENEWAL_ORDERED": 21,
 		"EVENT_STOPPED":         22,
 		"EVENT_ARCHIVED":        23,
+		"EVENT_SIGN_IN":         24,
+		"EVENT_STORE_ACCEPTED":  25,
+		"EVENT_STORE_EDITED":    26,
 	}
 )
 
@@ -362,7 +376,11 @@ type Record struct {
 	// For EVENT_QUARANTINE.
 	Quarantine *Quarantine `protobuf:"bytes,38,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
 	// For EVENT_ARCHIVED.
-	Archive       *Archive `protobuf:"bytes,39,opt,name=archive,proto3" json:"archive,omitempty"`
+	Archive *Archive `protobuf:"bytes,39,opt,name=archive,proto3" json:"archive,omitempty"`
+	// For EVENT_SIGN_IN.
+	SignIn *SignIn `protobuf:"bytes,40,opt,name=sign_in,json=signIn,proto3" json:"sign_in,omitempty"`
+	// For EVENT_STORE_ACCEPTED.
+	Store         *StoreAccepted `protobuf:"bytes,41,opt,name=store,proto3" json:"store,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -670,6 +688,167 @@ func (x *Record) GetArchive() *Archive {
 	return nil
 }
 
+func (x *Record) GetSignIn() *SignIn {
+	if x != nil {
+		return x.SignIn
+	}
+	return nil
+}
+
+func (x *Record) GetStore() *StoreAccepted {
+	if x != nil {
+		return x.Store
+	}
+	return nil
+}
+
+// SignIn is how somebody signed in to the console; the record's actor is who. Of a
+// link, that is who made it.
+type SignIn struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "mtls", "oidc" or "link".
+	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
+	// The address of the browser, or of the proxy before the console.
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// For mtls: SHA-256 of the client certificate.
+	CertificateSha256 []byte `protobuf:"bytes,3,opt,name=certificate_sha256,json=certificateSha256,proto3" json:"certificate_sha256,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *SignIn) Reset() {
+	*x = SignIn{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignIn) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignIn) ProtoMessage() {}
+
+func (x *SignIn) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignIn.ProtoReflect.Descriptor instead.
+func (*SignIn) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SignIn) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *SignIn) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *SignIn) GetCertificateSha256() []byte {
+	if x != nil {
+		return x.CertificateSha256
+	}
+	return nil
+}
+
+// StoreAccepted is a database that was restored from a copy, against what the ledger
+// says. What is in force goes on with numbers behind both.
+type StoreAccepted struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the copy.
+	Revision       uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	BundleSequence uint64 `protobuf:"varint,2,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
+	// Of the ledger.
+	LedgerRevision       uint64 `protobuf:"varint,3,opt,name=ledger_revision,json=ledgerRevision,proto3" json:"ledger_revision,omitempty"`
+	LedgerBundleSequence uint64 `protobuf:"varint,4,opt,name=ledger_bundle_sequence,json=ledgerBundleSequence,proto3" json:"ledger_bundle_sequence,omitempty"`
+	// The recorded changes of entries that are not in the copy, as far as they were
+	// looked for.
+	Lost          []string `protobuf:"bytes,5,rep,name=lost,proto3" json:"lost,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StoreAccepted) Reset() {
+	*x = StoreAccepted{}
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StoreAccepted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StoreAccepted) ProtoMessage() {}
+
+func (x *StoreAccepted) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StoreAccepted.ProtoReflect.Descriptor instead.
+func (*StoreAccepted) Descriptor() ([]byte, []int) {
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *StoreAccepted) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *StoreAccepted) GetBundleSequence() uint64 {
+	if x != nil {
+		return x.BundleSequence
+	}
+	return 0
+}
+
+func (x *StoreAccepted) GetLedgerRevision() uint64 {
+	if x != nil {
+		return x.LedgerRevision
+	}
+	return 0
+}
+
+func (x *StoreAccepted) GetLedgerBundleSequence() uint64 {
+	if x != nil {
+		return x.LedgerBundleSequence
+	}
+	return 0
+}
+
+func (x *StoreAccepted) GetLost() []string {
+	if x != nil {
+		return x.Lost
+	}
+	return nil
+}
+
 // Quarantine is what is refused: one of an identity, a key and a certificate.
 type Quarantine struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -685,7 +864,7 @@ type Quarantine struct {
 
 func (x *Quarantine) Reset() {
 	*x = Quarantine{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +876,7 @@ func (x *Quarantine) String() string {
 func (*Quarantine) ProtoMessage() {}
 
 func (x *Quarantine) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[1]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +889,7 @@ func (x *Quarantine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantine.ProtoReflect.Descriptor instead.
 func (*Quarantine) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{1}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Quarantine) GetSpiffeId() string {
@@ -757,7 +936,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -769,7 +948,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[2]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -782,7 +961,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{2}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Certificate) GetSerial() []byte {
@@ -848,7 +1027,7 @@ type NodeRef struct {
 
 func (x *NodeRef) Reset() {
 	*x = NodeRef{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +1039,7 @@ func (x *NodeRef) String() string {
 func (*NodeRef) ProtoMessage() {}
 
 func (x *NodeRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[3]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +1052,7 @@ func (x *NodeRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRef.ProtoReflect.Descriptor instead.
 func (*NodeRef) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{3}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *NodeRef) GetId() string {
@@ -917,7 +1096,7 @@ type EntryRef struct {
 
 func (x *EntryRef) Reset() {
 	*x = EntryRef{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -929,7 +1108,7 @@ func (x *EntryRef) String() string {
 func (*EntryRef) ProtoMessage() {}
 
 func (x *EntryRef) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[4]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -942,7 +1121,7 @@ func (x *EntryRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryRef.ProtoReflect.Descriptor instead.
 func (*EntryRef) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{4}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EntryRef) GetName() string {
@@ -987,7 +1166,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +1178,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[5]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1191,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{5}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Authority) GetId() string {
@@ -1083,7 +1262,7 @@ type Archive struct {
 
 func (x *Archive) Reset() {
 	*x = Archive{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1095,7 +1274,7 @@ func (x *Archive) String() string {
 func (*Archive) ProtoMessage() {}
 
 func (x *Archive) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[6]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1108,7 +1287,7 @@ func (x *Archive) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Archive.ProtoReflect.Descriptor instead.
 func (*Archive) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{6}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Archive) GetFirst() uint64 {
@@ -1162,7 +1341,7 @@ type Miss struct {
 
 func (x *Miss) Reset() {
 	*x = Miss{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1174,7 +1353,7 @@ func (x *Miss) String() string {
 func (*Miss) ProtoMessage() {}
 
 func (x *Miss) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[7]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1187,7 +1366,7 @@ func (x *Miss) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Miss.ProtoReflect.Descriptor instead.
 func (*Miss) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{7}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Miss) GetField() string {
@@ -1225,7 +1404,7 @@ type Configuration struct {
 
 func (x *Configuration) Reset() {
 	*x = Configuration{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +1416,7 @@ func (x *Configuration) String() string {
 func (*Configuration) ProtoMessage() {}
 
 func (x *Configuration) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[8]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +1429,7 @@ func (x *Configuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Configuration.ProtoReflect.Descriptor instead.
 func (*Configuration) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{8}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Configuration) GetDigest() []byte {
@@ -1279,7 +1458,7 @@ type Bundle struct {
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1470,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[9]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1483,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{9}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Bundle) GetSequence() uint64 {
@@ -1334,7 +1513,7 @@ type Summary struct {
 
 func (x *Summary) Reset() {
 	*x = Summary{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1525,7 @@ func (x *Summary) String() string {
 func (*Summary) ProtoMessage() {}
 
 func (x *Summary) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[10]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1538,7 @@ func (x *Summary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Summary.ProtoReflect.Descriptor instead.
 func (*Summary) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{10}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Summary) GetCount() uint64 {
@@ -1391,7 +1570,7 @@ type Order struct {
 
 func (x *Order) Reset() {
 	*x = Order{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1582,7 @@ func (x *Order) String() string {
 func (*Order) ProtoMessage() {}
 
 func (x *Order) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[11]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1595,7 @@ func (x *Order) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Order.ProtoReflect.Descriptor instead.
 func (*Order) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{11}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Order) GetAuthority() string {
@@ -1458,7 +1637,7 @@ type Placement struct {
 
 func (x *Placement) Reset() {
 	*x = Placement{}
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1649,7 @@ func (x *Placement) String() string {
 func (*Placement) ProtoMessage() {}
 
 func (x *Placement) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[12]
+	mi := &file_proto_ledger_v1_ledger_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1662,7 @@ func (x *Placement) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Placement.ProtoReflect.Descriptor instead.
 func (*Placement) Descriptor() ([]byte, []int) {
-	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{12}
+	return file_proto_ledger_v1_ledger_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Placement) GetPlatform() string {
@@ -1518,7 +1697,7 @@ var File_proto_ledger_v1_ledger_proto protoreflect.FileDescriptor
 
 const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\n" +
-	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\xa9\r\n" +
+	"\x1cproto/ledger/v1/ledger.proto\x12\x10meshid.ledger.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$proto/attributes/v1/attributes.proto\x1a\x1aproto/entry/v1/entry.proto\"\x93\x0e\n" +
 	"\x06Record\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12-\n" +
@@ -1567,7 +1746,19 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\n" +
 	"quarantine\x18& \x01(\v2\x1c.meshid.ledger.v1.QuarantineR\n" +
 	"quarantine\x123\n" +
-	"\aarchive\x18' \x01(\v2\x19.meshid.ledger.v1.ArchiveR\aarchive\"x\n" +
+	"\aarchive\x18' \x01(\v2\x19.meshid.ledger.v1.ArchiveR\aarchive\x121\n" +
+	"\asign_in\x18( \x01(\v2\x18.meshid.ledger.v1.SignInR\x06signIn\x125\n" +
+	"\x05store\x18) \x01(\v2\x1f.meshid.ledger.v1.StoreAcceptedR\x05store\"i\n" +
+	"\x06SignIn\x12\x16\n" +
+	"\x06method\x18\x01 \x01(\tR\x06method\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12-\n" +
+	"\x12certificate_sha256\x18\x03 \x01(\fR\x11certificateSha256\"\xc7\x01\n" +
+	"\rStoreAccepted\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
+	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12'\n" +
+	"\x0fledger_revision\x18\x03 \x01(\x04R\x0eledgerRevision\x124\n" +
+	"\x16ledger_bundle_sequence\x18\x04 \x01(\x04R\x14ledgerBundleSequence\x12\x12\n" +
+	"\x04lost\x18\x05 \x03(\tR\x04lost\"x\n" +
 	"\n" +
 	"Quarantine\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1d\n" +
@@ -1631,7 +1822,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xf0\x03\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xb5\x04\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1656,7 +1847,10 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
 	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +
 	"\rEVENT_STOPPED\x10\x16\x12\x12\n" +
-	"\x0eEVENT_ARCHIVED\x10\x17*_\n" +
+	"\x0eEVENT_ARCHIVED\x10\x17\x12\x11\n" +
+	"\rEVENT_SIGN_IN\x10\x18\x12\x18\n" +
+	"\x14EVENT_STORE_ACCEPTED\x10\x19\x12\x16\n" +
+	"\x12EVENT_STORE_EDITED\x10\x1a*_\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n" +
@@ -1682,68 +1876,72 @@ func file_proto_ledger_v1_ledger_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_ledger_v1_ledger_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_proto_ledger_v1_ledger_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_proto_ledger_v1_ledger_proto_goTypes = []any{
 	(Event)(0),                    // 0: meshid.ledger.v1.Event
 	(Outcome)(0),                  // 1: meshid.ledger.v1.Outcome
 	(Kind)(0),                     // 2: meshid.ledger.v1.Kind
 	(*Record)(nil),                // 3: meshid.ledger.v1.Record
-	(*Quarantine)(nil),            // 4: meshid.ledger.v1.Quarantine
-	(*Certificate)(nil),           // 5: meshid.ledger.v1.Certificate
-	(*NodeRef)(nil),               // 6: meshid.ledger.v1.NodeRef
-	(*EntryRef)(nil),              // 7: meshid.ledger.v1.EntryRef
-	(*Authority)(nil),             // 8: meshid.ledger.v1.Authority
-	(*Archive)(nil),               // 9: meshid.ledger.v1.Archive
-	(*Miss)(nil),                  // 10: meshid.ledger.v1.Miss
-	(*Configuration)(nil),         // 11: meshid.ledger.v1.Configuration
-	(*Bundle)(nil),                // 12: meshid.ledger.v1.Bundle
-	(*Summary)(nil),               // 13: meshid.ledger.v1.Summary
-	(*Order)(nil),                 // 14: meshid.ledger.v1.Order
-	(*Placement)(nil),             // 15: meshid.ledger.v1.Placement
-	(*timestamppb.Timestamp)(nil), // 16: google.protobuf.Timestamp
-	(*v1.Workload)(nil),           // 17: meshid.attributes.v1.Workload
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*v1.Process)(nil),            // 19: meshid.attributes.v1.Process
-	(*v11.Entry)(nil),             // 20: meshid.entry.v1.Entry
-	(*v1.Node)(nil),               // 21: meshid.attributes.v1.Node
+	(*SignIn)(nil),                // 4: meshid.ledger.v1.SignIn
+	(*StoreAccepted)(nil),         // 5: meshid.ledger.v1.StoreAccepted
+	(*Quarantine)(nil),            // 6: meshid.ledger.v1.Quarantine
+	(*Certificate)(nil),           // 7: meshid.ledger.v1.Certificate
+	(*NodeRef)(nil),               // 8: meshid.ledger.v1.NodeRef
+	(*EntryRef)(nil),              // 9: meshid.ledger.v1.EntryRef
+	(*Authority)(nil),             // 10: meshid.ledger.v1.Authority
+	(*Archive)(nil),               // 11: meshid.ledger.v1.Archive
+	(*Miss)(nil),                  // 12: meshid.ledger.v1.Miss
+	(*Configuration)(nil),         // 13: meshid.ledger.v1.Configuration
+	(*Bundle)(nil),                // 14: meshid.ledger.v1.Bundle
+	(*Summary)(nil),               // 15: meshid.ledger.v1.Summary
+	(*Order)(nil),                 // 16: meshid.ledger.v1.Order
+	(*Placement)(nil),             // 17: meshid.ledger.v1.Placement
+	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
+	(*v1.Workload)(nil),           // 19: meshid.attributes.v1.Workload
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(*v1.Process)(nil),            // 21: meshid.attributes.v1.Process
+	(*v11.Entry)(nil),             // 22: meshid.entry.v1.Entry
+	(*v1.Node)(nil),               // 23: meshid.attributes.v1.Node
 }
 var file_proto_ledger_v1_ledger_proto_depIdxs = []int32{
-	16, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
+	18, // 0: meshid.ledger.v1.Record.time:type_name -> google.protobuf.Timestamp
 	0,  // 1: meshid.ledger.v1.Record.event:type_name -> meshid.ledger.v1.Event
 	1,  // 2: meshid.ledger.v1.Record.outcome:type_name -> meshid.ledger.v1.Outcome
-	5,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
+	7,  // 3: meshid.ledger.v1.Record.certificate:type_name -> meshid.ledger.v1.Certificate
 	2,  // 4: meshid.ledger.v1.Record.kind:type_name -> meshid.ledger.v1.Kind
-	17, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
-	6,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
-	7,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
-	8,  // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
-	18, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
-	19, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
-	10, // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
-	20, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
-	11, // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
-	12, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
-	5,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
-	13, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
-	14, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
-	15, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
-	16, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
-	4,  // 20: meshid.ledger.v1.Record.quarantine:type_name -> meshid.ledger.v1.Quarantine
-	9,  // 21: meshid.ledger.v1.Record.archive:type_name -> meshid.ledger.v1.Archive
-	16, // 22: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	16, // 23: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	21, // 24: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
-	16, // 25: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	16, // 26: meshid.ledger.v1.Archive.before:type_name -> google.protobuf.Timestamp
-	8,  // 27: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
-	16, // 28: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
-	18, // 29: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
-	16, // 30: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	19, // 5: meshid.ledger.v1.Record.workload:type_name -> meshid.attributes.v1.Workload
+	8,  // 6: meshid.ledger.v1.Record.node:type_name -> meshid.ledger.v1.NodeRef
+	9,  // 7: meshid.ledger.v1.Record.entry:type_name -> meshid.ledger.v1.EntryRef
+	10, // 8: meshid.ledger.v1.Record.authority:type_name -> meshid.ledger.v1.Authority
+	20, // 9: meshid.ledger.v1.Record.took:type_name -> google.protobuf.Duration
+	21, // 10: meshid.ledger.v1.Record.process:type_name -> meshid.attributes.v1.Process
+	12, // 11: meshid.ledger.v1.Record.miss:type_name -> meshid.ledger.v1.Miss
+	22, // 12: meshid.ledger.v1.Record.definition:type_name -> meshid.entry.v1.Entry
+	13, // 13: meshid.ledger.v1.Record.configuration:type_name -> meshid.ledger.v1.Configuration
+	14, // 14: meshid.ledger.v1.Record.bundle:type_name -> meshid.ledger.v1.Bundle
+	7,  // 15: meshid.ledger.v1.Record.dropped:type_name -> meshid.ledger.v1.Certificate
+	15, // 16: meshid.ledger.v1.Record.summary:type_name -> meshid.ledger.v1.Summary
+	16, // 17: meshid.ledger.v1.Record.order:type_name -> meshid.ledger.v1.Order
+	17, // 18: meshid.ledger.v1.Record.placement:type_name -> meshid.ledger.v1.Placement
+	18, // 19: meshid.ledger.v1.Record.token_expires:type_name -> google.protobuf.Timestamp
+	6,  // 20: meshid.ledger.v1.Record.quarantine:type_name -> meshid.ledger.v1.Quarantine
+	11, // 21: meshid.ledger.v1.Record.archive:type_name -> meshid.ledger.v1.Archive
+	4,  // 22: meshid.ledger.v1.Record.sign_in:type_name -> meshid.ledger.v1.SignIn
+	5,  // 23: meshid.ledger.v1.Record.store:type_name -> meshid.ledger.v1.StoreAccepted
+	18, // 24: meshid.ledger.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	18, // 25: meshid.ledger.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	23, // 26: meshid.ledger.v1.NodeRef.attributes:type_name -> meshid.attributes.v1.Node
+	18, // 27: meshid.ledger.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	18, // 28: meshid.ledger.v1.Archive.before:type_name -> google.protobuf.Timestamp
+	10, // 29: meshid.ledger.v1.Bundle.roots:type_name -> meshid.ledger.v1.Authority
+	18, // 30: meshid.ledger.v1.Summary.since:type_name -> google.protobuf.Timestamp
+	20, // 31: meshid.ledger.v1.Order.within:type_name -> google.protobuf.Duration
+	18, // 32: meshid.ledger.v1.Placement.as_of:type_name -> google.protobuf.Timestamp
+	33, // [33:33] is the sub-list for method output_type
+	33, // [33:33] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_proto_ledger_v1_ledger_proto_init() }
@@ -1757,7 +1955,7 @@ func file_proto_ledger_v1_ledger_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_ledger_v1_ledger_proto_rawDesc), len(file_proto_ledger_v1_ledger_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

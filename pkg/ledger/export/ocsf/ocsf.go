@@ -6,6 +6,7 @@
 package ocsf
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -48,6 +49,7 @@ const (
 	logon     = 1
 	startApp  = 3
 	stopApp   = 4
+	openID    = 4 // auth_protocol_id
 	successID = 1
 	failureID = 2
 )
@@ -79,6 +81,9 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_QUARANTINE:      {apiActivity, update},
 	ledgerv1.Event_EVENT_RENEWAL_ORDERED: {apiActivity, update},
 	ledgerv1.Event_EVENT_ARCHIVED:        {apiActivity, update},
+	ledgerv1.Event_EVENT_SIGN_IN:         {authentication, logon},
+	ledgerv1.Event_EVENT_STORE_ACCEPTED:  {apiActivity, update},
+	ledgerv1.Event_EVENT_STORE_EDITED:    {entityManagement, update},
 }
 
 // authorityActivities are those of an authority's states.
@@ -164,6 +169,13 @@ func describe(o object, class int, r *ledgerv1.Record) {
 		o["service"] = object{"name": "meshid ca"}
 		o["is_remote"] = true
 		o["auth_protocol_id"], o["auth_protocol"] = other, "node attestation"
+		if in := r.GetSignIn(); in != nil {
+			o["user"], o["service"] = named("unknown", r.GetActor()), object{"name": "meshid console"}
+			o["auth_protocol"] = in.GetMethod()
+			if in.GetMethod() == "oidc" {
+				o["auth_protocol_id"], o["auth_protocol"] = openID, "OpenID"
+			}
+		}
 		if e := endpoint(r); e != nil {
 			o["src_endpoint"] = e
 		}
@@ -215,6 +227,15 @@ func entity(r *ledgerv1.Record) object {
 		p := named("node", r.GetNode().GetId())
 		p["type"] = "node"
 		return p
+	case ledgerv1.Event_EVENT_STORE_EDITED:
+		if q := r.GetQuarantine(); q != nil {
+			p := named("quarantine", q.GetSpiffeId(), hex.EncodeToString(q.GetKeySha256()), hex.EncodeToString(q.GetSerial()))
+			p["type"] = "quarantine"
+			return p
+		}
+		p := named("node", r.GetNode().GetId())
+		p["type"] = "node"
+		return p
 	default:
 		p := named("X.509-SVID", r.GetSpiffeId())
 		p["type"] = "X.509-SVID"
@@ -254,12 +275,12 @@ func actor(r *ledgerv1.Record) any {
 	return nil
 }
 
-// endpoint is where the node calls from, or nil.
+// endpoint is where the node or the browser calls from, or nil.
 func endpoint(r *ledgerv1.Record) any {
 	n := r.GetNode()
 	e := object{}
 	set(e, "name", n.GetId())
-	if a, err := netip.ParseAddrPort(n.GetAddress()); err == nil {
+	if a, err := netip.ParseAddrPort(cmp.Or(n.GetAddress(), r.GetSignIn().GetAddress())); err == nil {
 		e["ip"], e["port"] = a.Addr().Unmap().WithZone("").String(), int(a.Port())
 	}
 	if len(e) == 0 {
