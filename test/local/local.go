@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -105,10 +106,15 @@ func (l *logBuffer) String() string {
 	return l.buf.String()
 }
 
+// New returns a program that was not started yet. Whoever starts it kills it.
+func New(args ...string) *Process {
+	return &Process{name: filepath.Base(args[0]), args: args, log: &logBuffer{}}
+}
+
 // Run starts a program, which is stopped when the test ends.
 func Run(t testing.TB, args ...string) *Process {
 	t.Helper()
-	p := &Process{name: filepath.Base(args[0]), args: args, log: &logBuffer{}}
+	p := New(args...)
 	p.Start(t)
 	t.Cleanup(func() {
 		p.Kill()
@@ -119,21 +125,28 @@ func Run(t testing.TB, args ...string) *Process {
 	return p
 }
 
-// Start starts the program, also again after Stop or Kill.
+// Start starts the program, also again after Stop or Kill. It is the leader of a
+// process group, and is killed when the tests end without having stopped it.
 func (p *Process) Start(t testing.TB) {
 	t.Helper()
 	cmd := exec.Command(p.args[0], p.args[1:]...) //nolint:gosec,noctx // the arguments are the test's; it is stopped with the test
 	cmd.Stdout, cmd.Stderr = p.log, p.log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	done, started := make(chan struct{}), make(chan error)
+	go func() {
+		runtime.LockOSThread() // Pdeathsig is about the thread that started it
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			p.err = cmd.Wait()
+			close(done)
+		}
+	}()
+	if err := <-started; err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
 	p.cmd, p.done = cmd, done
-	go func() {
-		p.err = cmd.Wait()
-		close(done)
-	}()
 }
 
 // PID returns the process id.
@@ -145,8 +158,11 @@ func (p *Process) Log() string { return p.log.String() }
 // Done is closed when the program has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
-// Kill kills the program and waits for its end. It may have ended.
+// Kill kills the program and waits for its end. It may have ended, or not started.
 func (p *Process) Kill() {
+	if p.cmd == nil {
+		return
+	}
 	_ = p.cmd.Process.Kill() // it may have ended
 	<-p.done
 }
