@@ -52,6 +52,20 @@ func Envoy(t testing.TB) string {
 	return path
 }
 
+// Kubernetes needs the programs of a Kubernetes cluster and returns the folder that
+// holds them: that of KUBERNETES_BIN, or the one that `make` installs.
+func Kubernetes(t testing.TB) string {
+	t.Helper()
+	dir := os.Getenv("KUBERNETES_BIN")
+	if dir == "" {
+		dir = filepath.Join(Repository(), ".cache", "kubernetes")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "kube-apiserver")); err != nil { //nolint:gosec // whoever runs the tests says where Kubernetes is
+		Missing(t, "no Kubernetes (run scripts/install-kubernetes): %v", err)
+	}
+	return dir
+}
+
 // Tool needs a development tool that scripts/install-tools builds, and returns its
 // path.
 func Tool(t testing.TB, name string) string {
