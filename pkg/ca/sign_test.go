@@ -583,14 +583,11 @@ func TestV_B4_WeakModuli(t *testing.T) {
 	if err := checkRSAModulus(rsaKey().N); err != nil {
 		t.Error(err)
 	}
-	p, err := rand.Prime(rand.Reader, 1024)
-	if err != nil {
-		t.Fatal(err)
-	}
-	close := new(big.Int).Add(p, big.NewInt(2))
-	for !close.ProbablyPrime(10) {
-		close.Add(close, big.NewInt(2))
-	}
+	random := make([]byte, 128)
+	_, _ = rand.Read(random) // never fails
+	random[0] |= 0x80
+	p := primeFrom(new(big.Int).SetBytes(random)) // crypto/rand.Prime is not for FIPS 140
+	close := primeFrom(new(big.Int).Add(p, big.NewInt(1)))
 	// A product of powers of 65537 modulo each small prime, as the defective
 	// library's are, without its structure.
 	product, primes := smallPrimes()
@@ -611,6 +608,15 @@ func TestV_B4_WeakModuli(t *testing.T) {
 	if len(primes) != 132 || primes[0] != 3 || primes[131] != 751 {
 		t.Errorf("%d primes", len(primes))
 	}
+}
+
+// primeFrom returns the first prime that is n or more.
+func primeFrom(n *big.Int) *big.Int {
+	p := new(big.Int).SetBit(n, 0, 1)
+	for !p.ProbablyPrime(10) {
+		p.Add(p, big.NewInt(2))
+	}
+	return p
 }
 
 // Row B4: the authorities' keys, and another instance's.
