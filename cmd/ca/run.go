@@ -164,7 +164,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		return err
 	}
 	defer func() { err = errors.Join(err, stopped(ctx)) }()
-	anchor, err := server.OpenAnchor(ctx, anchorPath(v.DataDir), journal, db)
+	anchor, err := server.OpenAnchor(ctx, anchorPath(v.DataDir), journal, db, cli.Version())
 	if err != nil {
 		return err
 	}

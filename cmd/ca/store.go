@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server"
 	"github.com/meshid/meshid/pkg/store"
@@ -37,9 +38,9 @@ what its ledger says and agents were told: entries that were deleted since would
 back, and those that were applied would be gone. It names what was lost.
 
 Put the newest copy of the database back. If this one is all there is, accept it:
-what is in it counts from then on, in a new epoch that all agents take for new, and
-that it was accepted, and by whom, is recorded at the next start. Then apply the
-entries again.
+what is in it counts from then on, in a new epoch that all agents take for new. That
+it was accepted, by whom, and what was lost with it is recorded. Bans, evictions and
+quarantines since the copy stay in force. Then apply the entries again.
 
 The CA must not run meanwhile.`,
 		Args: cobra.NoArgs,
@@ -59,7 +60,10 @@ The CA must not run meanwhile.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, journal.Close()) }()
-			err = server.AcceptStore(ctx, anchorPath(v.DataDir), journal, db, fmt.Sprintf("uid:%d", os.Getuid()), time.Now(),
+			who := server.Acceptance{
+				By: fmt.Sprintf("uid:%d", os.Getuid()), Now: time.Now(), TrustDomain: v.trustDomain.Name(), Instance: v.Instance, Version: cli.Version(),
+			}
+			err = server.AcceptStore(ctx, anchorPath(v.DataDir), journal, db, who,
 				func(revision, sequence uint64) (string, error) {
 					err := db.Restored(ctx, revision, sequence)
 					return db.Epoch(), err

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 
@@ -36,34 +38,43 @@ var ErrUnrecordedRoot = errors.New("the store has a root that the CA never recor
 // lookForChanges bounds the search for what a store that is behind has lost.
 const lookForChanges = 30 * time.Second
 
-// maxAnchorBytes bounds the file: maxEntries names with their hashes.
-const maxAnchorBytes = 32 << 20
+// maxAnchorBytes bounds the file: maxEntries names with their hashes, and nodes.
+const maxAnchorBytes = 64 << 20
 
 // TrustStore is what an Anchor needs of a store; *store.DB has it.
 type TrustStore interface {
 	Entries(ctx context.Context) (entries []*entryv1.Entry, revision uint64, err error)
 	Trust(ctx context.Context) (ca.Trust, error)
+	Nodes(ctx context.Context) ([]*registry.Node, error)
+	Quarantines(ctx context.Context) ([]*registry.Quarantine, error)
 	Epoch() string
 }
 
 // Anchor is what the CA knows of its store without the store: a small file beside
-// the ledger with the last revision that was told to anybody, and the hash of
-// each entry and root that was recorded. The store's rows are a copy of what the
-// ledger says, and a row that the ledger does not know of is not believed: whoever
-// can write to the store can stop the CA, and cannot have it issue.
+// the ledger with the last revision that was told to anybody, the hash of each
+// entry, root and attested node that was recorded, and the bans and quarantines that
+// are in force. The store's rows are a copy of what the ledger says, and a row that
+// the ledger does not know of is not believed: whoever can write to the store can
+// stop the CA, and can neither have it issue nor lift what an operator withdrew.
 //
 // A change is recorded first, then committed to the store, then noted here. So
 // whatever is noted here must be in the store, and what the store has beyond it
-// must be in the records since.
+// must be in the records since. (A ban and a quarantine are in the store first: there
+// is no harm in believing one that is not recorded.)
 type Anchor struct {
 	path    string
 	journal *ledger.Journal
+	version string
 
-	accepted string // who accepted a store that was behind, if that was just now
+	// wanted is what nodes and quarantines were when the CA stopped; nil if nobody
+	// knows. It is not changed.
+	wanted *wanted
 
 	mu         sync.Mutex        // held while the file is written; guards what follows
 	unrecorded map[string]string // entries not to be believed, by name → why
 	missing    map[string]string // recorded entries that are not in the store, by name → digest
+	edited     []string          // what was not believed of nodes and quarantines, for a person
+	kept       *anchored         // what the file says; not changed
 }
 
 // unrecordedEntry says why an entry of the store is not to be believed, if so. A
@@ -105,6 +116,36 @@ func (a *Anchor) differences(entries *registry.Entries) []string {
 	return names
 }
 
+// problem is what is wrong with the store, for an operator; these entries are
+// differences. It is empty if nothing is.
+func (a *Anchor) problem(entries []string) string {
+	if a == nil {
+		return ""
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var problems []string
+	if len(entries) > 0 {
+		problems = append(problems, "these entries are not what the ledger says, and are not in force: "+strings.Join(entries, ", ")+
+			". Apply them again, then delete those that are not wanted")
+	}
+	if n := len(a.edited); n > 0 {
+		text := strings.Join(a.edited[:min(n, maxEdited)], ", ")
+		if n > maxEdited {
+			text += fmt.Sprintf(" and %d more", n-maxEdited)
+		}
+		problems = append(problems, "this was not in it as it was recorded, and holds all the same: "+text+
+			". It is put right; `ca ledger find --event store_edited` has the records, and this is said until the next start")
+	}
+	if len(problems) == 0 {
+		return ""
+	}
+	return "somebody has written to the database; " + strings.Join(problems, "; ")
+}
+
+// maxEdited is how much that was edited is named.
+const maxEdited = 8
+
 // changed notes that entries were changed by a recorded call.
 func (a *Anchor) changed(changes []*change) {
 	if a == nil {
@@ -118,14 +159,6 @@ func (a *Anchor) changed(changes []*change) {
 	}
 }
 
-// acceptedBy says by whom the store was accepted though it was behind, if it was.
-func (a *Anchor) acceptedBy() string {
-	if a == nil {
-		return ""
-	}
-	return a.accepted
-}
-
 // anchored is the file.
 type anchored struct {
 	Epoch    string            `json:"epoch"`
@@ -134,7 +167,8 @@ type anchored struct {
 	Records  uint64            `json:"records"` // in the journal when this was written
 	Entries  map[string]string `json:"entries"` // name → hexadecimal digest
 	Roots    []string          `json:"roots"`   // hexadecimal SHA-256
-	Accepted string            `json:"accepted,omitempty"`
+
+	anchoredNodes
 }
 
 // OpenAnchor compares the store with the anchor at path and with the ledger, before
@@ -142,14 +176,29 @@ type anchored struct {
 // version, it reads the whole ledger. The error wraps ErrStoreBehind or
 // ErrUnrecordedRoot if the CA must not go on with this store; single entries that
 // are not recorded are no error: the server does not put them into force.
-func OpenAnchor(ctx context.Context, path string, journal *ledger.Journal, st TrustStore) (*Anchor, error) {
-	a := &Anchor{path: path, journal: journal, unrecorded: map[string]string{}, missing: map[string]string{}}
-	kept, err := readAnchor(path)
+//
+// version is that of this program: what a node attested is compared with what was
+// noted by the same version only, since another one may know other facts.
+func OpenAnchor(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, version string) (*Anchor, error) {
+	a, err := openAnchor(ctx, path, journal, st, version)
 	if err != nil {
-		return nil, fmt.Errorf("compare the store with the ledger: %w", err)
+		return nil, err
 	}
-	if err := a.compare(ctx, kept, st); err != nil {
-		return nil, fmt.Errorf("compare the store with the ledger: %w", err)
+	return a, nil
+}
+
+// openAnchor returns what it knows also if the store is behind.
+func openAnchor(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, version string) (*Anchor, error) {
+	a := &Anchor{path: path, journal: journal, version: version, unrecorded: map[string]string{}, missing: map[string]string{}}
+	kept, err := readAnchor(path)
+	if err == nil {
+		a.wanted, err = a.wantedNodes(ctx, kept)
+	}
+	if err == nil {
+		err = a.compare(ctx, kept, st)
+	}
+	if err != nil {
+		return a, fmt.Errorf("compare the store with the ledger: %w", err)
 	}
 	return a, nil
 }
@@ -218,8 +267,6 @@ func (a *Anchor) compare(ctx context.Context, kept *anchored, st TrustStore) err
 			WantRevision: max(kept.Revision, said.revision), WantSequence: max(kept.Sequence, said.sequence), WantEpoch: kept.Epoch,
 		}
 	}
-	a.accepted = kept.Accepted
-
 	for _, der := range trust.Bundle() {
 		sum := sha256.Sum256(der)
 		if id := hex.EncodeToString(sum[:]); !slices.Contains(kept.Roots, id) {
@@ -290,16 +337,25 @@ type recorded struct {
 // read.
 func scanRecorded(ctx context.Context, dir string, from uint64) (*recorded, error) {
 	r := &recorded{entries: map[string][]string{}, roots: map[string]bool{}}
-	for e, err := range ledger.Scan(dir, from) {
+	return r, scan(ctx, dir, from, r.take)
+}
+
+// scan gives take each record from one on that was not archived.
+func scan(ctx context.Context, dir string, from uint64, take func(*ledgerv1.Record)) error {
+	archived, err := ledger.Archived(dir)
+	if err != nil {
+		return err
+	}
+	for e, err := range ledger.Scan(dir, max(from, archived.Size)) {
 		if err != nil {
-			return r, err
+			return err
 		}
 		if ctx.Err() != nil {
-			return r, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
-		r.take(e.Record)
+		take(e.Record)
 	}
-	return r, nil
+	return nil
 }
 
 func (r *recorded) take(rec *ledgerv1.Record) {
@@ -377,14 +433,23 @@ func (e *BehindError) Error() string {
 // Unwrap returns ErrStoreBehind.
 func (e *BehindError) Unwrap() error { return ErrStoreBehind }
 
+// Acceptance is by whom a store is accepted that OpenAnchor refuses, and what its
+// record says besides.
+type Acceptance struct {
+	By                             string
+	Now                            time.Time
+	TrustDomain, Instance, Version string
+}
+
 // AcceptStore makes the store that OpenAnchor refuses the one that counts, by the
-// word of an operator: its rows are what was recorded. restore must make the store's
+// word of an operator, which is recorded first: its rows are what was recorded. What
+// was banned, evicted or quarantined since stays so. restore must make the store's
 // revision and trust bundle sequence at least these, and begin a new epoch, so that
 // agents take what it says for new.
-func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, by string, now time.Time,
+func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, who Acceptance,
 	restore func(revision, sequence uint64) (epoch string, err error),
 ) error {
-	_, err := OpenAnchor(ctx, path, journal, st)
+	a, err := openAnchor(ctx, path, journal, st, who.Version)
 	if err == nil {
 		return errors.New("the store is not behind the ledger: there is nothing to accept")
 	}
@@ -400,6 +465,25 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 	if err != nil {
 		return err
 	}
+	nodes, err := st.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	quarantines, err := st.Quarantines(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := journal.Append(ctx, ledger.NewDraft(&ledgerv1.Record{
+		Version: recordVersion, Time: timestamppb.New(who.Now), Event: ledgerv1.Event_EVENT_STORE_ACCEPTED, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
+		TrustDomain: who.TrustDomain, CaInstance: who.Instance, CaVersion: who.Version, Actor: who.By,
+		Detail: fmt.Sprintf("the database had been restored from a copy of revision %d; the ledger was at %d", behind.Revision, behind.WantRevision),
+		Store: &ledgerv1.StoreAccepted{
+			Revision: behind.Revision, BundleSequence: behind.Sequence, LedgerRevision: behind.WantRevision, LedgerBundleSequence: behind.WantSequence,
+			Lost: behind.Changes[:min(len(behind.Changes), maxShown)],
+		},
+	}, nil)); err != nil {
+		return err
+	}
 	revision, sequence := max(behind.WantRevision, revision)+1, max(behind.WantSequence, trust.Sequence)+1
 	epoch, err := restore(revision, sequence)
 	if err != nil {
@@ -407,9 +491,9 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 	}
 	next := &anchored{
 		Epoch: epoch, Revision: revision, Sequence: sequence, Records: journal.Size(), Entries: map[string]string{},
-		Roots:    rootHashes(trust.Bundle()),
-		Accepted: fmt.Sprintf("the store had been restored from a copy of revision %d, and was accepted by %s at %s", behind.Revision, by, now.UTC().Format(time.RFC3339)),
+		Roots: rootHashes(trust.Bundle()), anchoredNodes: a.wanted.accept(nodes, quarantines),
 	}
+	next.NodeRecords, next.Version = next.Records, who.Version
 	for _, e := range entries {
 		next.Entries[e.GetName()] = digestText(identity.DigestOf(e))
 	}
@@ -458,7 +542,16 @@ func (s *Server) keepAnchor(ctx context.Context) {
 		}
 	}
 	maps.Copy(next.Entries, a.missing) // until they are applied again
-	if err := next.write(a.path); err != nil {
+	if a.kept != nil {
+		next.anchoredNodes = a.kept.anchoredNodes
+	}
+	s.writeAnchor(ctx, next)
+}
+
+// writeAnchor writes the file. The anchor's mu is held.
+func (s *Server) writeAnchor(ctx context.Context, next *anchored) {
+	s.cfg.Anchor.kept = next
+	if err := next.write(s.cfg.Anchor.path); err != nil {
 		s.log.ErrorContext(ctx, "what is in force cannot be noted beside the ledger", "err", err)
 	}
 }

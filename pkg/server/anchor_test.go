@@ -26,7 +26,7 @@ func TestFault_F16_KilledBetweenTheSteps(t *testing.T) {
 		if !ok {
 			t.Fatalf("the store is a %T", c.Store)
 		}
-		a, err := OpenAnchor(t.Context(), path, c.Ledger, db)
+		a, err := OpenAnchor(t.Context(), path, c.Ledger, db, c.Version)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -95,7 +95,7 @@ func TestAnchorDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := newHouse(t)
-	if a, err := OpenAnchor(t.Context(), path, h.journal, h.store); err == nil {
+	if a, err := OpenAnchor(t.Context(), path, h.journal, h.store, "v0"); err == nil {
 		t.Fatalf("%v", a)
 	}
 }

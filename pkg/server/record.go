@@ -158,7 +158,7 @@ func (s *Server) recordEntriesInForce(ctx context.Context, entries *registry.Ent
 	records := make([]*ledgerv1.Record, 0, entries.Set.Len()+len(entries.Broken))
 	for e := range entries.Set.All() {
 		r := s.ownRecord(ledgerv1.Event_EVENT_ENTRY_LOADED)
-		r.Entry, r.Definition, r.Detail = entryRef(e), e.Proto(), s.cfg.Anchor.acceptedBy()
+		r.Entry, r.Definition = entryRef(e), e.Proto()
 		records = append(records, r)
 	}
 	for _, name := range slices.Sorted(maps.Keys(entries.Broken)) {

@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -299,6 +298,9 @@ func (s *Server) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if nodes, quarantines, err = s.believe(ctx, nodes, quarantines); err != nil {
+		return err
+	}
 	compiled := make([]*identity.Entry, 0, len(stored))
 	broken := make(map[string]*entryv1.Entry)
 	results, errs := s.compileAll(stored)
@@ -324,6 +326,7 @@ func (s *Server) load(ctx context.Context) error {
 		return err
 	}
 	s.keepAnchor(ctx)
+	s.noteNodes(ctx)
 	return nil
 }
 
@@ -331,9 +334,8 @@ func (s *Server) load(ctx context.Context) error {
 func (s *Server) reportBroken() {
 	broken := s.registry.Entries().Broken
 	foreign := s.cfg.Anchor.differences(s.registry.Entries())
-	if len(foreign) > 0 {
-		s.cfg.Health.Set(conditionUnrecorded, health.Warning, "somebody has written to the database; these entries are not what the ledger says, "+
-			"and are not in force: "+strings.Join(foreign, ", ")+". Apply them again, then delete those that are not wanted")
+	if problem := s.cfg.Anchor.problem(foreign); problem != "" {
+		s.cfg.Health.Set(conditionUnrecorded, health.Warning, problem)
 	} else {
 		s.cfg.Health.Clear(conditionUnrecorded)
 	}
@@ -401,6 +403,7 @@ func (s *Server) noteBundle(ctx context.Context) {
 func (s *Server) flush(ctx context.Context) {
 	s.flushRefusals(ctx)
 	s.reportSkew()
+	s.noteNodes(ctx)
 	touched := s.registry.TakeTouched()
 	if len(touched) == 0 {
 		return
