@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -67,6 +68,11 @@ type settings struct {
 	NodeAttestation nodeAttestation `yaml:"node_attestation"`
 	// How processes are told apart. Without this section, unix.
 	WorkloadAttestation workloadAttestation `yaml:"workload_attestation"`
+	// A CSI driver that puts the folder of socket into pods (docs/kubernetes.md).
+	// Off without this section. Settings: driver (default csi.meshid.io),
+	// kubelet_dir (/var/lib/kubelet), node_name (the environment variable
+	// NODE_NAME).
+	CSI config.Section `yaml:"csi"`
 }
 
 // nodeAttestation has one section for each method in plugins.go.
@@ -182,6 +188,13 @@ func (v *validated) check(file *config.File) error {
 	}
 	if v.Socket == v.AdminSocket {
 		bad("admin_socket", "is the same as socket; workloads must not reach it")
+	}
+	if v.CSI.Present() {
+		for path, private := range map[string]string{"admin_socket": v.AdminSocket, "data_dir": v.DataDir} {
+			if shared := filepath.Dir(v.Socket); private == shared || strings.HasPrefix(private, shared+"/") {
+				bad(path, "is in %s, the folder of socket, which pods see whole with csi; choose another folder for one of them", shared)
+			}
+		}
 	}
 	if d := v.WorkloadAPI.DenyAfter.Or(defaultDenyAfter); d < time.Millisecond || d > 10*time.Minute {
 		bad("workload_api.deny_after", "%v is out of range; write a duration from 1ms to 10m", d)

@@ -4,16 +4,20 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/node/x509pop"
 	"github.com/meshid/meshid/pkg/attest/workload/docker"
 	"github.com/meshid/meshid/pkg/attest/workload/unix"
+	"github.com/meshid/meshid/pkg/csi"
 )
 
 // nodeAttester is the table of node attestation methods: one case a method.
@@ -64,6 +68,31 @@ func (f tokenFile) Evidence(ctx context.Context, binding []byte) ([]byte, error)
 // Respond implements attest.NodeAttester.
 func (tokenFile) Respond(ctx context.Context, binding, challenge []byte) ([]byte, error) {
 	return jointoken.NewAttester("").Respond(ctx, binding, challenge)
+}
+
+// csiDriver returns the CSI driver, nil if there is to be none.
+func csiDriver(v *validated, logger *slog.Logger, r prometheus.Registerer) (*csi.Driver, error) {
+	if !v.CSI.Present() {
+		return nil, nil //nolint:nilnil // none is wanted
+	}
+	var c csi.Config
+	if err := v.CSI.Decode(&c); err != nil {
+		return nil, err
+	}
+	if c.NodeName == "" {
+		c.NodeName = os.Getenv("NODE_NAME")
+	}
+	d, err := csi.New(c, csi.Options{
+		SocketDir: filepath.Dir(v.Socket), Version: cli.Version(), Logger: logger, Registerer: r,
+		Ready: func() error {
+			_, err := os.Lstat(v.Socket)
+			return err
+		},
+	})
+	if err != nil {
+		return nil, v.CSI.Errorf("", "%v", err)
+	}
+	return d, nil
 }
 
 // workloadAttestors is the table of workload attestors: one block an attestor.

@@ -80,6 +80,9 @@ func newCheckCommand() *cobra.Command {
 			if _, err := workloadAttestors(v.WorkloadAttestation, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
 				return err
 			}
+			if _, err := csiDriver(v, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
+				return err
+			}
 			fmt.Fprintln(cmd.OutOrStdout(), "the configuration is valid")
 			ctx, cancel := context.WithTimeout(cmd.Context(), 5*time.Second)
 			defer cancel()
@@ -124,6 +127,10 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	driver, err := csiDriver(v, logger, registry)
+	if err != nil {
+		return err
+	}
 	a, err := agent.New(agent.Config{
 		TrustDomain: v.trustDomain, CAAddress: v.CA.Address, TrustAnchors: v.anchors, RootSHA256: v.rootSHA256,
 		Node: node, Workloads: workloads, DataDir: v.DataDir, SealingKeyFile: v.SealingKeyFile,
@@ -161,6 +168,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })
+	if driver != nil {
+		group.Go(func() error { return driver.Run(ctx) })
+	}
 	group.Go(func() error {
 		<-ctx.Done()
 		endStreams()

@@ -222,11 +222,12 @@ func TestMetrics(t *testing.T) {
 		"agent.yaml": []byte(fmt.Sprintf(`trust_domain: example.org
 ca: {address: '%s', bundle: %[2]s/bundle.pem}
 data_dir: %[2]s/agent
-socket: %[2]s/agent.sock
+socket: %[2]s/workload/agent.sock
 admin_socket: %[2]s/agent-admin.sock
 metrics_listen: '%[3]s'
 node_attestation: {join_token: {token_file: %[2]s/token}}
 workload_attestation: {docker: {socket: %[2]s/no-docker.sock}}
+csi: {node_name: docs, kubelet_dir: %[2]s/kubelet}
 `, listen, dir, agentMetrics)),
 	}
 	for name, data := range files {

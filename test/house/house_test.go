@@ -53,6 +53,7 @@ var arrows = []struct {
 	{"pkg/agent/cache", []string{"pkg/identity", "proto/**"}},
 	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
 	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
+	{"pkg/csi", []string{"pkg/attest/peer", "proto/csi/v1", "proto/kubelet/v1", "internal/*"}},
 	// Level 3.
 	{"pkg/audit", []string{"pkg/identity", "pkg/ledger", "proto/**"}},
 	{"pkg/attest/attesttest", []string{"pkg/attest", "pkg/attest/peer", "pkg/identity", "proto/**"}},
