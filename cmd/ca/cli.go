@@ -49,7 +49,7 @@ then let a machine join, and say who gets which identity:
 		}
 	}
 	add("server", newRunCommand(), newCheckCommand(), newUpstreamCommand(), newLedgerCommand(), newStoreCommand())
-	add("operate", newEntryCommand(), newNodeCommand(), newQuarantineCommand(), newTokenCommand(), newWhoCommand(),
+	add("operate", newEntryCommand(), newNodeCommand(), newQuarantineCommand(), newWithdrawalCommand(), newTokenCommand(), newWhoCommand(),
 		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newConsoleCommand(), newStatusCommand())
 	return root
 }

@@ -208,21 +208,23 @@ func newEntryGet(c *clientFlags) *cobra.Command {
 }
 
 func newEntryDelete(c *clientFlags) *cobra.Command {
-	return &cobra.Command{
+	var f waitFlags
+	cmd := &cobra.Command{
 		Use:   "delete NAME...",
 		Short: "Delete entries: their identities are withdrawn at once",
-		Args:  cobra.MinimumNArgs(1),
+		Example: `  ca entry delete shop
+  ca entry delete shop --wait`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, names []string) error {
-			_, err := call(cmd.Context(), c, adminv1.AdminServiceClient.DeleteEntries, &adminv1.DeleteEntriesRequest{Names: names})
+			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.DeleteEntries, &adminv1.DeleteEntriesRequest{Names: names})
 			if err != nil {
 				return err
 			}
-			for _, n := range names {
-				fmt.Fprintf(cmd.OutOrStdout(), "entry/%s deleted\n", n)
-			}
-			return nil
+			return f.after(cmd, c, answer, "entry/"+strings.Join(names, " deleted\nentry/")+" deleted\n")
 		},
 	}
+	f.add(cmd)
+	return cmd
 }
 
 func newEntryExplain(c *clientFlags) *cobra.Command {

@@ -83,39 +83,27 @@ func clockText(skew *durationpb.Duration) string {
 }
 
 func newNodeEvict(c *clientFlags) *cobra.Command {
-	var reason string
-	cmd := newNodeChange(c, "evict", "End a node's identity and all it serves; it may attest again", "node %s evicted\n",
-		func(ctx context.Context, id string) error {
-			_, err := call(ctx, c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
-			return err
+	return newNodeWithdrawal(c, "evict", "End a node's identity and all it serves; it may attest again", "evicted",
+		func(ctx context.Context, id, reason string) (withdrawn, error) {
+			return call(ctx, c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
 		})
-	reasonFlag(cmd, &reason)
-	return cmd
 }
 
 func newNodeBan(c *clientFlags) *cobra.Command {
+	return newNodeWithdrawal(c, "ban", "Evict a node and refuse its attestation until it is unbanned", "banned",
+		func(ctx context.Context, id, reason string) (withdrawn, error) {
+			return call(ctx, c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
+		})
+}
+
+// withdrawn is an answer that names a withdrawal.
+type withdrawn interface{ GetWithdrawal() string }
+
+// newNodeWithdrawal makes a command that takes a node's rights.
+func newNodeWithdrawal(c *clientFlags, verb, short, result string, change func(ctx context.Context, id, reason string) (withdrawn, error)) *cobra.Command {
 	var reason string
-	cmd := newNodeChange(c, "ban", "Evict a node and refuse its attestation until it is unbanned", "node %s banned\n",
-		func(ctx context.Context, id string) error {
-			_, err := call(ctx, c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
-			return err
-		})
-	reasonFlag(cmd, &reason)
-	return cmd
-}
-
-func newNodeUnban(c *clientFlags) *cobra.Command {
-	return newNodeChange(c, "unban", "Let a banned node attest again", "node %s may attest again\n",
-		func(ctx context.Context, id string) error {
-			_, err := call(ctx, c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
-			return err
-		})
-}
-
-// newNodeChange makes a command that changes one node; result is a format for the
-// node's SPIFFE ID.
-func newNodeChange(c *clientFlags, verb, short, result string, change func(ctx context.Context, id string) error) *cobra.Command {
-	return &cobra.Command{
+	var f waitFlags
+	cmd := &cobra.Command{
 		Use:   verb + " NODE",
 		Short: short,
 		Args:  cobra.ExactArgs(1),
@@ -124,7 +112,30 @@ func newNodeChange(c *clientFlags, verb, short, result string, change func(ctx c
 			if err != nil {
 				return err
 			}
-			return done(cmd, change(cmd.Context(), id), result, id)
+			answer, err := change(cmd.Context(), id, reason)
+			if err != nil {
+				return err
+			}
+			return f.after(cmd, c, answer, fmt.Sprintf("node %s %s\n", id, result))
+		},
+	}
+	reasonFlag(cmd, &reason)
+	f.add(cmd)
+	return cmd
+}
+
+func newNodeUnban(c *clientFlags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "unban NODE",
+		Short: "Let a banned node attest again",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := nodeID(cmd.Context(), c, args[0])
+			if err != nil {
+				return err
+			}
+			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
+			return done(cmd, err, "node %s may attest again\n", id)
 		},
 	}
 }

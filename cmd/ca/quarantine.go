@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -73,8 +72,7 @@ func quarantineOf(q *adminv1.Quarantine) string {
 func newQuarantineAdd(c *clientFlags) *cobra.Command {
 	var what quarantineFlags
 	var reason string
-	var wait bool
-	var timeout time.Duration
+	var f waitFlags
 	cmd := &cobra.Command{
 		Use:   "add (--spiffe-id ID | --key-sha256 SUM | --serial SERIAL) --reason WHY",
 		Short: "Quarantine an identity, a key or a certificate",
@@ -83,8 +81,7 @@ func newQuarantineAdd(c *clientFlags) *cobra.Command {
 	}
 	what.add(cmd)
 	reasonFlag(cmd, &reason)
-	cmd.Flags().BoolVar(&wait, "wait", false, "wait until every connected agent has withdrawn it, and say how long that took")
-	cmd.Flags().DurationVar(&timeout, "timeout", 30*time.Second, "how long to wait")
+	f.add(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		q, err := what.proto()
 		if err != nil {
@@ -94,51 +91,13 @@ func newQuarantineAdd(c *clientFlags) *cobra.Command {
 			return errors.New("a reason is required: --reason \"INC-411: ...\"")
 		}
 		q.Reason = reason
-		start := time.Now()
 		answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.AddQuarantine, &adminv1.AddQuarantineRequest{Quarantine: q})
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s is quarantined; %d agents are being told\n", quarantineOf(q), answer.GetNodes())
-		if !wait {
-			return nil
-		}
-		return waitQuarantine(cmd, c, start, timeout)
+		return f.after(cmd, c, answer, fmt.Sprintf("%s is quarantined; %d agents are being told\n", quarantineOf(q), answer.GetNodes()))
 	}
 	return cmd
-}
-
-// waitQuarantine waits until all that is quarantined is withdrawn on every node that
-// is connected.
-func waitQuarantine(cmd *cobra.Command, c *clientFlags, start time.Time, timeout time.Duration) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
-	defer cancel()
-	show, end := cli.Progress(cmd.ErrOrStderr(), "agents")
-	defer end()
-	ticker := time.NewTicker(20 * time.Millisecond)
-	defer ticker.Stop()
-	var last *adminv1.ListQuarantinesResponse
-	for {
-		answer, err := call(ctx, c, adminv1.AdminServiceClient.ListQuarantines, &adminv1.ListQuarantinesRequest{})
-		switch {
-		case err == nil && answer.GetNodesInForce() == answer.GetNodes():
-			end()
-			fmt.Fprintf(cmd.OutOrStdout(), "withdrawn by %d of %d agents within %s\n", answer.GetNodesInForce(), answer.GetNodes(), time.Since(start).Round(time.Millisecond))
-			return nil
-		case err == nil:
-			last = answer
-			show(uint64(answer.GetNodesInForce()), uint64(answer.GetNodes()))
-		case ctx.Err() == nil:
-			return err
-		default:
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("it is in force at the CA, but after %s only %d of %d agents have withdrawn it; not: %s",
-				timeout, last.GetNodesInForce(), last.GetNodes(), strings.Join(last.GetLagging(), ", "))
-		case <-ticker.C:
-		}
-	}
 }
 
 func newQuarantineList(c *clientFlags) *cobra.Command {

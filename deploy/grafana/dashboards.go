@@ -135,6 +135,8 @@ var dashboards = []dashboard{
 			{kind: stat, title: "Refusals today", unit: "none", queries: []query{{`sum(increase(meshid_ca_refusals_total{instance=~"$instance"}[1d]))`, ""}}},
 			{kind: stat, title: "Changes of entries today", unit: "none", queries: []query{{`sum(increase(meshid_ca_entry_changes_total{instance=~"$instance"}[1d]))`, ""}}},
 			{kind: stat, title: "Panics", unit: "none", bad: 1, queries: []query{{`sum(meshid_ca_panics_total{instance=~"$instance"})`, ""}}},
+			{kind: stat, title: "Withdrawals pending", about: "Somebody has not carried them out: `ca withdrawal list`.", unit: "none", queries: []query{{of("meshid_ca_withdrawals_pending"), ""}}},
+			{kind: graph, title: "Withdrawn until acknowledged, by cause", about: "For each stream: time to effect.", unit: "s", queries: quantiles("meshid_ca_withdrawal_effect_seconds", "cause")},
 			{kind: graph, title: "Refusals, by reason", unit: "ops", queries: []query{rate("meshid_ca_refusals_total", "reason")}},
 			{kind: graph, title: "Anomalies, by rule", unit: "none", queries: []query{{`sum by (rule) (increase(meshid_ca_anomalies_total{instance=~"$instance"}[1h]))`, "{{rule}}"}}},
 			{kind: graph, title: "Attestations of nodes, by method and outcome", unit: "ops", queries: []query{{`sum by (method, outcome) (rate(meshid_ca_attestations_total{instance=~"$instance"}[$__rate_interval]))`, "{{method}} {{outcome}}"}}},

@@ -150,6 +150,12 @@ type Agent struct {
 	wakesAt   time.Time // when the issuer looks again by itself
 
 	report upward
+	// withdrawals are the latest, the oldest first; cause is the one that is being
+	// carried out. The CA of this session wants to hear of them; it has ordered this
+	// agent to leave.
+	withdrawals        []*withdrawal
+	cause              *withdrawal
+	reporting, leaving bool
 }
 
 // subject names a workload: an instance, and the digest of its attributes.
@@ -321,6 +327,9 @@ func (a *Agent) publish(now time.Time, all []cache.Publication) {
 			if err := s.peer.Alive(); err != nil {
 				s.dead = err
 				continue
+			}
+			if a.cause != nil {
+				a.cause.owe(s, s.watch.Snapshot(), p.Snapshot)
 			}
 			s.watch.Publish(p.Snapshot)
 			if !s.served && len(p.Snapshot.SVIDs) > 0 {

@@ -1629,3 +1629,152 @@ func TestFault_F36_DeadAddressFirst(t *testing.T) {
 		}
 	})
 }
+
+// TestV_E3_WithdrawalsReported: the CA hears which change took something from how many
+// streams, before it hears that the change is in force; then who has acknowledged and
+// who has ended, and by name who has done neither. Streams of bundles alone are none of
+// them, changes that take nothing are not reported, and a new session is told again.
+func TestV_E3_WithdrawalsReported(t *testing.T) {
+	bubble(t, func(t *testing.T, h *harness) {
+		h.ca.apply(uidEntry("web", "/web", 1000), uidEntry("more", "/more", 1000))
+		var watches []*identity.Watch
+		for n := range 4 {
+			watches = append(watches, h.subscribe(n+1, 1000))
+		}
+		settleDown()
+		told := func() (all []*nodev1.Withdrawing) {
+			time.Sleep(time.Second)
+			settleDown()
+			h.ca.mu.Lock()
+			defer h.ca.mu.Unlock()
+			for _, m := range h.ca.heard {
+				if w := m.GetWithdrawing(); w != nil {
+					all = append(all, w)
+				}
+			}
+			h.ca.heard = nil
+			return all
+		}
+		push := func(m *nodev1.SyncResponse) {
+			h.ca.mu.Lock()
+			h.ca.push(m)
+			h.ca.mu.Unlock()
+			settleDown()
+		}
+		h.ca.remove("more")
+		if got := told(); got != nil {
+			t.Errorf("a CA that did not ask was told: %v", got)
+		}
+		for _, w := range watches {
+			w.InForce(w.Snapshot(), true)
+		}
+		h.ca.mu.Lock()
+		h.ca.welcome = true
+		h.ca.mu.Unlock()
+		push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Welcome{Welcome: &nodev1.Welcome{ReportsWithdrawals: true}}})
+		if got := told(); len(got) != 1 || got[0].GetAcknowledged() != 4 {
+			t.Errorf("of what was before: %v", got)
+		}
+
+		sum := sha256.Sum256([]byte("spiffe://example.org/web"))
+		push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Quarantines{Quarantines: &nodev1.Quarantines{Sequence: 7, SpiffeIdSha256: [][]byte{sum[:]}}}})
+		h.ca.mu.Lock()
+		first, applied := -1, -1
+		for i, m := range h.ca.heard {
+			if m.GetWithdrawing() != nil && first < 0 {
+				first = i
+			}
+			if m.GetApplied().GetQuarantineSequence() == 7 && applied < 0 {
+				applied = i
+			}
+		}
+		h.ca.mu.Unlock()
+		if first < 0 || applied < first {
+			t.Errorf("withdrawing is message %d, applied %d", first, applied)
+		}
+		got := told()
+		if len(got) != 1 || got[0].GetCause() != nodev1.Cause_CAUSE_QUARANTINE || got[0].GetAfter() != 0 || got[0].GetUntil() != 7 ||
+			got[0].GetStreams() != 4 || got[0].GetAcknowledged() != 0 || len(got[0].GetLaggards()) != 4 ||
+			!strings.HasPrefix(got[0].GetLaggards()[0].GetName(), "spiffe://example.org/web (process ") {
+			t.Errorf("told %v", got)
+		}
+		watches[0].InForce(watches[0].Snapshot(), true)
+		watches[0].InForce(watches[0].Snapshot(), true) // once too often
+		watches[1].InForce(watches[1].Snapshot(), false)
+		watches[2].Close()
+		got = told()
+		last := got[len(got)-1]
+		if last.GetStreams() != 3 || last.GetAcknowledged() != 1 || last.GetEnded() != 1 || len(last.GetLaggards()) != 1 {
+			t.Errorf("told %v", got)
+		}
+		// The stream is told of something newer before it has acknowledged: that
+		// counts for both.
+		push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Quarantines{Quarantines: &nodev1.Quarantines{Sequence: 8}}})
+		watches[3].InForce(watches[3].Snapshot(), true)
+		got = told()
+		if last := got[len(got)-1]; last.GetUntil() != 7 || last.GetAcknowledged() != 2 || len(last.GetLaggards()) != 0 {
+			t.Errorf("told %v", got)
+		}
+		h.ca.net.set(true)
+		time.Sleep(time.Second)
+		h.ca.net.set(false)
+		time.Sleep(time.Minute)
+		if got := told(); len(got) != 2 || got[1].GetAcknowledged() != 2 {
+			t.Errorf("a new session was told %v", got)
+		}
+	})
+}
+
+// TestV_E7_LeavesWithAReport: an evicted agent stays until its proxies have
+// acknowledged, but not for long; where nobody asked, it leaves at once.
+func TestV_E7_LeavesWithAReport(t *testing.T) {
+	for name, acknowledge := range map[string]bool{"acknowledged": true, "silent proxy": false} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, h *harness) {
+				h.ca.mu.Lock()
+				h.ca.welcome = true
+				h.ca.mu.Unlock()
+				h.ca.apply(uidEntry("web", "/web", 1000))
+				w := h.subscribe(1, 1000)
+				settleDown()
+				mustHave(t, w, "/web")
+				h.ca.mu.Lock()
+				h.ca.push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Welcome{Welcome: &nodev1.Welcome{ReportsWithdrawals: true}}})
+				h.ca.refuseAttest = status.Error(codes.PermissionDenied, "no")
+				h.ca.push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Evicted{Evicted: &nodev1.Evicted{Reason: "test"}}})
+				h.ca.mu.Unlock()
+				time.Sleep(leaveWithin - time.Second)
+				settleDown()
+				open := func() bool {
+					h.ca.mu.Lock()
+					defer h.ca.mu.Unlock()
+					return len(h.ca.syncs) == 1
+				}
+				if !open() {
+					t.Fatal("the agent has left before its proxy acknowledged")
+				}
+				if acknowledge {
+					w.InForce(w.Snapshot(), true)
+					settleDown()
+				} else {
+					time.Sleep(2 * time.Second)
+					settleDown()
+				}
+				if open() {
+					t.Error("the agent has not left")
+				}
+				h.ca.mu.Lock()
+				defer h.ca.mu.Unlock()
+				var last *nodev1.Withdrawing
+				for _, m := range h.ca.heard {
+					if m.GetWithdrawing() != nil {
+						last = m.GetWithdrawing()
+					}
+				}
+				if last.GetCause() != nodev1.Cause_CAUSE_EVICTION || last.GetStreams() != 1 || (last.GetAcknowledged() == 1) != acknowledge {
+					t.Errorf("the last words: %v", last)
+				}
+			})
+		})
+	}
+}

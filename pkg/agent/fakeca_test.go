@@ -157,6 +157,7 @@ type fakeCA struct {
 	refuseAttest error
 	refuseSync   error
 	refuseRenew  error
+	welcome      bool // it asks for reports of withdrawals
 	tamper       func(*leaf, *nodev1.IssueItem)
 	issueGate    chan struct{} // if not nil, Issue waits for it
 
@@ -396,16 +397,21 @@ func (ca *fakeCA) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev
 		down <- &nodev1.SyncResponse{Message: &nodev1.SyncResponse_Bundle{Bundle: ca.bundle()}}
 	}
 	ca.syncs[down] = struct{}{}
+	if ca.welcome {
+		down <- &nodev1.SyncResponse{Message: &nodev1.SyncResponse_Welcome{Welcome: &nodev1.Welcome{ReportsWithdrawals: h.GetReportsWithdrawals()}}}
+	}
 	ca.mu.Unlock()
 	defer func() {
 		ca.mu.Lock()
 		defer ca.mu.Unlock()
 		delete(ca.syncs, down)
 	}()
+	left := make(chan struct{})
 	go func() {
 		for {
 			m, err := stream.Recv()
 			if err != nil {
+				close(left)
 				return
 			}
 			ca.mu.Lock()
@@ -417,6 +423,8 @@ func (ca *fakeCA) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev
 		select {
 		case <-stream.Context().Done():
 			return stream.Context().Err()
+		case <-left:
+			return nil
 		case m := <-down:
 			if err := stream.Send(m); err != nil {
 				return err

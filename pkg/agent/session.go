@@ -447,7 +447,7 @@ func (a *Agent) setBundle(b *identity.Bundle) {
 func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	a.mu.Lock()
 	bundle := a.bundle
-	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision, Rotated: a.rotated, QuarantineSequence: a.quarantined}
+	hello := &nodev1.Hello{AgentVersion: a.cfg.Version, Epoch: a.epoch, Revision: a.revision, Rotated: a.rotated, QuarantineSequence: a.quarantined, ReportsWithdrawals: true}
 	if bundle != nil {
 		hello.BundleSequence = bundle.Sequence
 	}
@@ -478,6 +478,7 @@ func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	a.install(s)
 	a.mu.Lock()
 	a.report.applied, a.report.acks = true, true
+	a.reporting, a.leaving = false, false
 	a.cache.Resume(time.Now())
 	a.settle(time.Now())
 	a.mu.Unlock()
@@ -487,7 +488,7 @@ func (a *Agent) converse(ctx context.Context, own *ownIdentity) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		// Recv ends with the stream's context, not with gctx.
-		err := a.receive(gctx, stream)
+		err := a.receive(gctx, stream, end)
 		end(err)
 		return err
 	})
@@ -531,8 +532,10 @@ func (a *Agent) evict(reason string, banned bool) {
 	now := time.Now()
 	a.own, a.node = nil, nil
 	a.raw, a.entries, a.epoch, a.revision = nil, nil, "", 0
-	a.cache.Evict(now)
-	a.settle(now)
+	a.withdrawing(&withdrawal{cause: nodev1.Cause_CAUSE_EVICTION, at: now}, func() {
+		a.cache.Evict(now)
+		a.settle(now)
+	})
 	a.mu.Unlock()
 	signal(a.save)
 	what := "evicted"

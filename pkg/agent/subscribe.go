@@ -63,12 +63,13 @@ type stream struct {
 
 // name says whose stream it is.
 func (s *stream) name() string {
-	process := "process " + strconv.Itoa(s.peer.PID)
 	if n := s.watch.Snapshot(); n != nil && len(n.SVIDs) > 0 {
-		return n.SVIDs[0].ID.String() + " (" + process + ")"
+		return n.SVIDs[0].ID.String() + " (" + s.processName() + ")"
 	}
-	return process
+	return s.processName()
 }
+
+func (s *stream) processName() string { return "process " + strconv.Itoa(s.peer.PID) }
 
 // Subscribe returns a watch of what the process p may have. Its snapshot is nil
 // until that is known; a process that has no identity keeps its watch and is
@@ -93,6 +94,7 @@ func (a *Agent) Subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, e
 		func(sequence uint64) { a.acknowledge(id, sequence) },
 		func() { a.unsubscribe(id) },
 	)
+	s.watch.OnForce(func(snapshot *identity.Snapshot, carries bool) { a.inForce(id, snapshot, carries) })
 	s.watch.OnReject(func(leaf *x509.Certificate) { a.reject(ctx, id, leaf) })
 	a.streams[id] = s
 	a.tasks.Go(func() { a.admit(ctx, id, s) })
@@ -115,6 +117,7 @@ func (a *Agent) unsubscribe(id cache.WatchID) {
 func (a *Agent) forget(id cache.WatchID, s *stream) {
 	delete(a.streams, id)
 	a.unname(s)
+	a.lostStream(s)
 	if s.acked > 0 {
 		a.report.acks = true
 		signal(a.up)

@@ -57,11 +57,15 @@ func ignoreEOF(err error) error {
 }
 
 // receive carries out what the CA sends until the stream ends. It always
-// returns an error.
-func (a *Agent) receive(ctx context.Context, stream syncStream) error {
+// returns an error. end ends the session from elsewhere.
+func (a *Agent) receive(ctx context.Context, stream syncStream, end context.CancelCauseFunc) error {
 	inspections := make(chan struct{}, maxInspections)
+	evicted := false
 	for {
 		m, err := stream.Recv()
+		if evicted {
+			return errEvicted // whatever the CA says to it: it has said what counts
+		}
 		if err != nil {
 			if errors.Is(err, io.EOF) {
 				err = errors.New("the CA closed the stream")
@@ -77,14 +81,20 @@ func (a *Agent) receive(ctx context.Context, stream syncStream) error {
 		case *nodev1.SyncResponse_Bundle:
 			a.applyBundle(ctx, m.Bundle)
 		case *nodev1.SyncResponse_Evicted:
-			a.evict(m.Evicted.GetReason(), m.Evicted.GetBanned())
-			err = errEvicted
+			if evicted = a.leave(m.Evicted); evicted {
+				leave := time.AfterFunc(leaveWithin, func() { end(errEvicted) })
+				defer leave.Stop()
+			} else {
+				err = errEvicted
+			}
 		case *nodev1.SyncResponse_Rotate:
 			a.rotate(ctx, m.Rotate)
 		case *nodev1.SyncResponse_Quarantines:
 			a.quarantine(ctx, m.Quarantines)
 		case *nodev1.SyncResponse_Inspect:
 			a.inspect(ctx, m.Inspect, inspections)
+		case *nodev1.SyncResponse_Welcome:
+			a.welcome(m.Welcome)
 		case *nodev1.SyncResponse_Clock:
 			a.noteClock(m.Clock)
 		default:
@@ -121,12 +131,17 @@ func (a *Agent) applySnapshot(ctx context.Context, s *nodev1.Snapshot) error {
 	a.raw, a.entries, a.epoch, a.revision = raw, set, s.GetEpoch(), s.GetRevision()
 	changedNode := !proto.Equal(a.node, s.GetNode())
 	a.node = s.GetNode()
-	if changedNode {
-		a.cache.Replace(now, set, a.factsOf)
-	} else {
-		a.cache.SetEntries(now, set, nil)
+	if s.GetEpoch() != epoch {
+		revision = 0
 	}
-	a.applied(now)
+	a.withdrawing(&withdrawal{cause: nodev1.Cause_CAUSE_ENTRIES, after: revision, until: s.GetRevision(), at: now}, func() {
+		if changedNode {
+			a.cache.Replace(now, set, a.factsOf)
+		} else {
+			a.cache.SetEntries(now, set, nil)
+		}
+		a.applied(now)
+	})
 	a.showSkipped()
 	return nil
 }
@@ -183,8 +198,10 @@ func (a *Agent) applyDelta(ctx context.Context, d *nodev1.Delta) error {
 	if changed == nil {
 		changed = []string{}
 	}
-	a.cache.SetEntries(now, set, changed)
-	a.applied(now)
+	a.withdrawing(&withdrawal{cause: nodev1.Cause_CAUSE_ENTRIES, after: revision, until: d.GetRevision(), at: now}, func() {
+		a.cache.SetEntries(now, set, changed)
+		a.applied(now)
+	})
 	a.showSkipped()
 	return nil
 }
@@ -314,9 +331,12 @@ func (a *Agent) quarantine(ctx context.Context, m *nodev1.Quarantines) {
 	}
 	a.mu.Lock()
 	now := time.Now()
-	n := a.cache.SetQuarantine(now, q)
-	a.quarantined = m.GetSequence()
-	a.settle(now)
+	var n int
+	a.withdrawing(&withdrawal{cause: nodev1.Cause_CAUSE_QUARANTINE, after: a.quarantined, until: m.GetSequence(), at: now}, func() {
+		n = a.cache.SetQuarantine(now, q)
+		a.quarantined = m.GetSequence()
+		a.settle(now)
+	})
 	a.report.applied = true
 	a.mu.Unlock()
 	signal(a.save)
@@ -385,8 +405,15 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 				}
 				return fmt.Errorf("tell the CA: %w", err)
 			}
-			if m.GetBundleAcks() != nil {
+			if m.GetBundleAcks() != nil || m.GetWithdrawing() != nil {
 				lastAcks = now
+			}
+			if final(m) && a.isLeaving() {
+				if err := stream.CloseSend(); err != nil {
+					return fmt.Errorf("tell the CA: %w", err)
+				}
+				<-ctx.Done() // the CA ends the stream
+				return context.Cause(ctx)
 			}
 		}
 		a.told(ended)
@@ -414,6 +441,7 @@ func (a *Agent) tell(ctx context.Context, stream syncStream) error {
 func (a *Agent) collect(since time.Duration) (messages []*nodev1.SyncRequest, ended int, later time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	messages, later = a.collectWithdrawals(since)
 	if a.report.applied {
 		a.report.applied = false
 		m := &nodev1.Applied{Revision: a.revision, QuarantineSequence: a.quarantined}

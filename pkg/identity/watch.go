@@ -12,8 +12,9 @@ type Watch struct {
 	done    chan struct{}
 	onAck   func(sequence uint64)
 	onClose func()
-	// onReject is set before the watch is shared.
+	// onReject and onForce are set before the watch is shared.
 	onReject func(leaf *x509.Certificate)
+	onForce  func(s *Snapshot, carries bool)
 
 	mu       sync.Mutex    // guards what follows
 	changed  chan struct{} // capacity 1, nil until it is asked for; state is read afterwards under mu
@@ -37,6 +38,10 @@ func NewWatch(onAck func(sequence uint64), onClose func()) *Watch {
 // OnReject has f called by Reject. The producer calls it before it hands the watch
 // out.
 func (w *Watch) OnReject(f func(leaf *x509.Certificate)) { w.onReject = f }
+
+// OnForce has f called by InForce. The producer calls it before it hands the watch
+// out.
+func (w *Watch) OnForce(f func(s *Snapshot, carries bool)) { w.onForce = f }
 
 // Changed receives after each change of the snapshot; changes that follow each
 // other quickly are one. It may receive once too often.
@@ -84,6 +89,16 @@ func (w *Watch) Snapshot() *Snapshot {
 func (w *Watch) Acknowledge(sequence uint64) {
 	if w.onAck != nil {
 		w.onAck(sequence)
+	}
+}
+
+// InForce tells the producer that the end of this stream has all that it wants of a
+// snapshot in force, and nothing of earlier ones any more; carries says whether it
+// wants X.509-SVIDs at all, rather than trust bundles alone. It is called once for
+// each snapshot, and not for one that is overtaken by the next.
+func (w *Watch) InForce(s *Snapshot, carries bool) {
+	if w.onForce != nil {
+		w.onForce(s, carries)
 	}
 }
 

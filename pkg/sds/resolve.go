@@ -83,7 +83,7 @@ func (s *Server) resolveLeaf(snapshot *identity.Snapshot, sub *subscription, now
 		stone, err := s.cache.tombstones(id)
 		if err != nil {
 			s.log.Error("withdrawn identity cannot be made useless at a proxy", "err", err)
-			return resolution{}, time.Time{}
+			return resolution{stuck: true}, time.Time{}
 		}
 		return resolution{action: actServe, secret: stone}, time.Time{}
 	}

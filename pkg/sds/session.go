@@ -53,6 +53,8 @@ type session struct {
 	blocked          []error
 	// refused are the leaves that were refused since they were last asked for.
 	refused []*x509.Certificate
+	// stuck: what next saw last cannot all come into force.
+	stuck bool
 }
 
 // state is what is known of the version that was sent last under a name.
@@ -124,6 +126,8 @@ type resolution struct {
 	sequence uint64
 	// leaf is that of the X.509-SVID that the secret carries; nil for others.
 	leaf *x509.Certificate
+	// stuck: something was withdrawn, and there is no secret to say so.
+	stuck bool
 }
 
 // request is a request of either variant.
@@ -354,8 +358,10 @@ func (s *session) next(now time.Time, resolve func(*subscription) resolution) *r
 	}
 	var current, changed, suspects []*candidate
 	var removed []string
+	s.stuck = false
 	for _, sub := range s.sorted() {
 		c := &candidate{sub: sub, resolution: resolve(sub)}
+		s.stuck = s.stuck || c.stuck
 		switch c.action {
 		case actHold:
 			continue
@@ -567,6 +573,25 @@ func (s *session) acknowledge() (sequence uint64, ok bool) {
 	}
 	s.acknowledged = &sequence
 	return sequence, true
+}
+
+// inForce says whether the client has in force what stood under its certificates'
+// names when next was called last, which found nothing to send. carries says whether
+// it has any such name.
+func (s *session) inForce() (carries, ok bool) {
+	if s.inflight != nil || !s.heard || s.stuck {
+		return false, false
+	}
+	for _, sub := range s.subs {
+		switch {
+		case sub.kind != kindLeaf:
+		case sub.state == stateRejected || sub.state == stateSuspect:
+			return false, false // it keeps the one before
+		default:
+			carries = carries || sub.delivered
+		}
+	}
+	return carries, true
 }
 
 // waiting says how many names have never been answered.

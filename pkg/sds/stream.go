@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc"
@@ -48,6 +49,9 @@ type stream struct {
 	// silentAt is when a client that has asked for nothing is sent away, heldAt
 	// when it is said that names wait; zero when that is settled.
 	silentAt, heldAt time.Time
+	// forced is what was reported as in force last. It is held weakly: the agent
+	// drops what it replaces, keys included.
+	forced weak.Pointer[identity.Snapshot]
 
 	mu      sync.Mutex // guards what follows
 	session *session
@@ -315,6 +319,8 @@ func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
 	})
 	runtime.KeepAlive(snapshot) // secrets hold their SVIDs weakly
 	sequence, acknowledged := st.session.acknowledge()
+	carries, inForce := st.session.inForce()
+	inForce = inForce && r == nil && snapshot != nil
 	heard, waiting := st.session.heard, st.session.waiting
 	unanswered, rejecting := st.session.inflight != nil, st.session.rejecting
 	names := 0
@@ -331,6 +337,10 @@ func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
 	}
 	if acknowledged {
 		st.watch.Acknowledge(sequence)
+	}
+	if inForce && st.forced.Value() != snapshot {
+		st.forced = weak.Make(snapshot)
+		st.watch.InForce(snapshot, carries)
 	}
 	switch {
 	case !st.silentAt.IsZero() && heard:

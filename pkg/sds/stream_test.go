@@ -875,3 +875,65 @@ func leafOf(t testing.TB, chain []byte) *x509.Certificate {
 	}
 	return c
 }
+
+// TestV_E3_WithdrawalAcknowledged: a snapshot counts as in force when the proxy has
+// acknowledged all that it changes of certificates, in delta the removal as well; not
+// when it was sent, and not when it was refused. A stream of trust bundles alone says
+// that it carries none.
+func TestV_E3_WithdrawalAcknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := identitytest.NewAuthority(t, "a.test")
+		x := a.SVID("/x")
+		id := x.ID.String()
+		first := a.Snapshot(1, x)
+		source := identitytest.NewSource(first)
+		r := newRig(t, source, Options{})
+		want := func(step string, want ...identitytest.InForce) {
+			t.Helper()
+			synctest.Wait()
+			if diff := cmp.Diff(want, source.TakeInForce(), cmp.Comparer(func(a, b *identity.Snapshot) bool { return a == b })); diff != "" {
+				t.Errorf("%s (-want +got)\n%s", step, diff)
+			}
+		}
+		lost := func() *identity.Snapshot {
+			return &identity.Snapshot{Bundle: first.Bundle, Withdrawn: []spiffeid.ID{x.ID}, Denied: true}
+		}
+
+		world := r.sotw(t.Context())
+		world.ask(nameDefault, nameRoot)
+		m := world.next()
+		want("sent")
+		world.ack(m, nameDefault, nameRoot)
+		want("acknowledged", identitytest.InForce{Snapshot: first, Carries: true})
+		gone := lost()
+		source.Publish(gone)
+		m = world.next()
+		want("tombstone sent")
+		world.nack(m, "", "no", nameDefault, nameRoot)
+		want("tombstone refused")
+		back := a.Snapshot(1, a.SVID("/x"))
+		source.Publish(back)
+		world.ack(world.next(), nameDefault, nameRoot)
+		want("back", identitytest.InForce{Snapshot: back, Carries: true})
+
+		bundles := r.sotw(t.Context())
+		bundles.ask(nameRoot)
+		bundles.ack(bundles.next(), nameRoot)
+		want("bundle", identitytest.InForce{Snapshot: back})
+		change := r.delta(t.Context())
+		change.ask(id)
+		change.ack(change.next())
+		want("delta", identitytest.InForce{Snapshot: back, Carries: true})
+
+		gone = lost()
+		source.Publish(gone)
+		want("nothing to change", identitytest.InForce{Snapshot: gone})
+		world.ack(world.next(), nameDefault, nameRoot)
+		want("tombstone in force", identitytest.InForce{Snapshot: gone, Carries: true})
+		change.ack(change.next())
+		d := change.next()
+		want("tombstone in force, removal sent")
+		change.ack(d)
+		want("removal in force", identitytest.InForce{Snapshot: gone, Carries: true})
+	})
+}

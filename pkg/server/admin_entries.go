@@ -89,7 +89,7 @@ func (a *adminService) ApplyEntries(ctx context.Context, req *adminv1.ApplyEntri
 	}
 	resp := &adminv1.ApplyEntriesResponse{Revision: current.Revision}
 	if !req.GetDryRun() {
-		if resp.Revision, err = s.commit(ctx, c, current, changes); err != nil {
+		if resp.Revision, resp.Withdrawal, err = s.commit(ctx, c, current, changes); err != nil {
 			return nil, err
 		}
 	}
@@ -192,8 +192,9 @@ func invalidEntries(wrong []*identity.EntryError) error {
 }
 
 // commit stores the changes, records them before they are committed, and puts
-// them into force. entryMu is held.
-func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entries, changes []*change) (uint64, error) {
+// them into force. It returns the id of the withdrawal, if it deleted an entry.
+// entryMu is held.
+func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entries, changes []*change) (revision uint64, withdrawal string, err error) {
 	var (
 		upserts  []*entryv1.Entry
 		removed  []string
@@ -212,12 +213,12 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 		records = append(records, ch)
 	}
 	if len(records) == 0 {
-		return current.Revision, nil
+		return current.Revision, "", nil
 	}
 	// Once begun, it is carried through, whether or not the caller still waits.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*storeTimeout)
 	defer cancel()
-	revision, err := s.cfg.Store.ApplyEntries(ctx, upserts, removed, func(revision uint64) error {
+	revision, err = s.cfg.Store.ApplyEntries(ctx, upserts, removed, func(revision uint64) error {
 		if revision != current.Revision+1 {
 			// The trust bundle took a revision meanwhile.
 			for _, e := range upserts {
@@ -233,9 +234,17 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 	})
 	if err != nil {
 		s.log.ErrorContext(ctx, "entries cannot be changed", "actor", c.actor, "request_id", c.requestID, "err", err)
-		return 0, fail(kindUnavailable, "nothing was changed: the store or the ledger cannot write now", err)
+		return 0, "", fail(kindUnavailable, "nothing was changed: the store or the ledger cannot write now", err)
 	}
-	s.registry.Apply(revision, compiled, removed)
+	apply := func() uint64 {
+		s.registry.Apply(revision, compiled, removed)
+		return revision
+	}
+	if len(removed) > 0 {
+		withdrawal = s.beginWithdrawal(c, withdrawalEntry, strings.Join(removed, ", "), s.entitled(), apply)
+	} else {
+		apply()
+	}
 	s.hub.wakeAll()
 	s.cfg.Anchor.changed(records)
 	s.reportBroken()
@@ -245,7 +254,7 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 	}
 	s.log.InfoContext(ctx, "entries changed", "actor", c.actor, "revision", revision,
 		"upserts", len(upserts), "removed", len(removed), "request_id", c.requestID)
-	return revision, nil
+	return revision, withdrawal, nil
 }
 
 // recordEntries records each change with its diff.
@@ -288,11 +297,11 @@ func (a *adminService) DeleteEntries(ctx context.Context, req *adminv1.DeleteEnt
 		}
 		changes = append(changes, &change{action: actionDeleted, before: before})
 	}
-	revision, err := s.commit(ctx, c, current, changes)
+	revision, withdrawal, err := s.commit(ctx, c, current, changes)
 	if err != nil {
 		return nil, err
 	}
-	return &adminv1.DeleteEntriesResponse{Revision: revision}, nil
+	return &adminv1.DeleteEntriesResponse{Revision: revision, Withdrawal: withdrawal}, nil
 }
 
 // ListEntries implements adminv1.AdminServiceServer.

@@ -197,31 +197,34 @@ func (a *adminService) ListNodes(context.Context, *adminv1.ListNodesRequest) (*a
 
 // EvictNode implements adminv1.AdminServiceServer.
 func (a *adminService) EvictNode(ctx context.Context, req *adminv1.EvictNodeRequest) (*adminv1.EvictNodeResponse, error) {
-	if err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Evicted); err != nil {
+	withdrawal, err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Evicted)
+	if err != nil {
 		return nil, err
 	}
-	return &adminv1.EvictNodeResponse{}, nil
+	return &adminv1.EvictNodeResponse{Withdrawal: withdrawal}, nil
 }
 
 // BanNode implements adminv1.AdminServiceServer.
 func (a *adminService) BanNode(ctx context.Context, req *adminv1.BanNodeRequest) (*adminv1.BanNodeResponse, error) {
-	if err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Banned); err != nil {
+	withdrawal, err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Banned)
+	if err != nil {
 		return nil, err
 	}
-	return &adminv1.BanNodeResponse{}, nil
+	return &adminv1.BanNodeResponse{Withdrawal: withdrawal}, nil
 }
 
 // withdraw takes a node's rights: in force in memory first, so that nothing is
 // issued from then on whatever the disk does; then stored and recorded; then the
-// agent is told and its connections are closed. If the disk fails, the caller is
+// agent is told, and its connections are closed as soon as it has said what its
+// proxies did. If the disk fails, the caller is
 // told that it is in force until the CA restarts.
-func (s *Server) withdraw(ctx context.Context, id, reason string, state registry.State) error {
+func (s *Server) withdraw(ctx context.Context, id, reason string, state registry.State) (withdrawal string, err error) {
 	c, err := callerOf(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
 	if len(reason) > maxReasonBytes {
-		return fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
+		return "", fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
 	}
 	event, action := ledgerv1.Event_EVENT_EVICT, "evict"
 	if state == registry.Banned {
@@ -231,16 +234,19 @@ func (s *Server) withdraw(ctx context.Context, id, reason string, state registry
 	node, ok := s.registry.Node(id)
 	if !ok {
 		unlock()
-		return fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(id)), nil)
+		return "", fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(id)), nil)
 	}
 	if node.State == registry.Banned && state == registry.Evicted {
 		unlock()
-		return fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
+		return "", fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
 	}
 	next := *node
 	next.State, next.StateReason = state, reason
 	next.Previous, next.PreviousUntil = nil, time.Time{}
-	s.registry.PutNode(&next)
+	withdrawal = s.beginWithdrawal(c, withdrawalNode, id, []string{id}, func() uint64 {
+		s.registry.PutNode(&next)
+		return 0
+	})
 	stored := s.storeNode(ctx, &next)
 	r := s.newRecord(c, event)
 	r.Node, r.Detail = nodeRef(&next, next.Address), reason
@@ -251,20 +257,18 @@ func (s *Server) withdraw(ctx context.Context, id, reason string, state registry
 	s.metrics.evictions.WithLabelValues(action).Inc()
 	if session, ok := s.hub.get(id); ok {
 		session.evict(&nodev1.Evicted{Banned: state == registry.Banned, Reason: reason})
-		session.waitLeft(context.WithoutCancel(ctx), evictionGrace)
-		session.end(fail(kindUnauthenticated, "the node was evicted: attest again", nil))
-		// The stream's end is on its way through gRPC's own queue; closing the
-		// connection at once could overtake it.
-		pause(ctx, flushGrace)
+		s.dismiss(ctx, session)
+	} else {
+		s.conns.closeAll(id)
+		s.reviewWithdrawals(time.Now())
 	}
-	s.conns.closeAll(id)
 	s.log.InfoContext(ctx, "node withdrawn", "node_id", id, "action", action, "actor", c.actor, "request_id", c.requestID)
 	if err := errors.Join(stored, recorded); err != nil {
 		s.log.ErrorContext(ctx, "withdrawal of node is not written", "node_id", id, "err", err)
-		return fail(kindUnavailable, "it is in force, but could not be written and will be forgotten when the CA restarts: "+
+		return "", fail(kindUnavailable, "it is in force, but could not be written and will be forgotten when the CA restarts: "+
 			"look at the disk, then do it again", err)
 	}
-	return nil
+	return withdrawal, nil
 }
 
 // pause waits for d, or until ctx ends.

@@ -62,6 +62,7 @@ var methods = map[string]role{
 	adminv1.AdminService_AddQuarantine_FullMethodName:      roleAdmin,
 	adminv1.AdminService_LiftQuarantine_FullMethodName:     roleAdmin,
 	adminv1.AdminService_ListQuarantines_FullMethodName:    roleAdmin,
+	adminv1.AdminService_ListWithdrawals_FullMethodName:    roleAdmin,
 	adminv1.AdminService_GetBundle_FullMethodName:          roleAdmin,
 	adminv1.AdminService_ListAuthorities_FullMethodName:    roleAdmin,
 	adminv1.AdminService_RotateIntermediate_FullMethodName: roleAdmin,

@@ -146,6 +146,8 @@ type session struct {
 	// What the agent has reported.
 	hello *nodev1.Hello
 	force inForce
+	// welcomed: it knows that it is to report withdrawals.
+	welcomed bool
 }
 
 // inForce is what an agent has in force.
@@ -264,6 +266,27 @@ func (s *session) takeOrders() (rotate *nodev1.Rotate, inspects []*nodev1.Inspec
 	rotate, inspects, clock = s.rotate, s.inspects, s.clock
 	s.rotate, s.inspects, s.clock = nil, nil, nil
 	return rotate, inspects, clock
+}
+
+// welcome notes that the agent is about to be asked to report withdrawals.
+func (s *session) welcome() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.welcomed = true
+}
+
+// reports says whether the agent has been asked to report withdrawals.
+func (s *session) reports() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.welcomed
+}
+
+// stays says whether an evicted agent has been welcomed, and so stays to report.
+func (s *session) stays() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.welcomed && !s.ended
 }
 
 // opened returns Hello once it has come.

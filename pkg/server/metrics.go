@@ -1,6 +1,8 @@
 package server
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/meshid/meshid/pkg/server/registry"
@@ -31,6 +33,18 @@ type metrics struct {
 	issueDuration prometheus.Histogram
 	stages        *prometheus.HistogramVec
 	attesting     *prometheus.HistogramVec
+	withdrawals   *prometheus.CounterVec
+	// withdrawalEffect has one observer a cause.
+	withdrawalEffect map[string]observer
+}
+
+// observer observes the same value for many.
+type observer struct{ prometheus.Observer }
+
+func (o observer) observe(d time.Duration, n uint32) {
+	for range n {
+		o.Observe(d.Seconds())
+	}
 }
 
 // newMetrics registers the server's metrics. Every series exists from the start.
@@ -90,6 +104,22 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 		}, []string{"method"}),
 	}
+	effect := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:                        "meshid_ca_withdrawal_effect_seconds",
+		Help:                        "From when something was withdrawn until a stream that carried it had acknowledged that it is gone, as the CA learned.",
+		Buckets:                     []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
+		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+	}, []string{"cause"})
+	m.withdrawals = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "meshid_ca_withdrawals_total", Help: "Withdrawals that are over: complete, or incomplete if somebody was given up.",
+	}, []string{"cause", "outcome"})
+	m.withdrawalEffect = make(map[string]observer)
+	for _, cause := range []string{withdrawalEntry, withdrawalNode, withdrawalQuarantine} {
+		m.withdrawalEffect[cause] = observer{effect.WithLabelValues(cause)}
+		for _, outcome := range []string{withdrawalComplete, withdrawalIncomplete} {
+			m.withdrawals.WithLabelValues(cause, outcome)
+		}
+	}
 	for _, stage := range []string{stageDecide, stageRecord} {
 		m.stages.WithLabelValues(stage)
 	}
@@ -128,7 +158,7 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 	for _, c := range []prometheus.Collector{
 		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.quarantines, m.entryChanges,
 		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
-		m.stages, m.attesting,
+		m.stages, m.attesting, m.withdrawals, effect,
 		nodesByState{s.registry},
 		m.clockJumps,
 		gauge("meshid_ca_clock_jump_seconds", "By how much the CA's clock was set, and not confirmed; 0 while it is relied on.", s.clockJump),
@@ -138,6 +168,8 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 			func() float64 { return float64(s.registry.Entries().Set.Len()) }),
 		gauge("meshid_ca_quarantines", "Identities, keys and certificates that are quarantined.",
 			func() float64 { return float64(s.registry.Quarantines().Len()) }),
+		gauge("meshid_ca_withdrawals_pending", "Withdrawals that a node or a stream has not carried out.",
+			func() float64 { return float64(s.withdrawals.pending()) }),
 		gauge("meshid_ca_nodes_connected", "Nodes with an open Sync stream.",
 			func() float64 { return float64(s.hub.count()) }),
 	} {

@@ -55,7 +55,10 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 	if _, again := before.Get(q.Name()); !again && before.Len() >= maxQuarantines {
 		return nil, fail(kindConflict, fmt.Sprintf("there are %d quarantines: lift some, or delete entries instead", before.Len()), nil)
 	}
-	s.registry.ChangeQuarantines(time.Now(), []*registry.Quarantine{q})
+	withdrawal := s.beginWithdrawal(c, withdrawalQuarantine, q.Name(), s.entitled(), func() uint64 {
+		s.registry.ChangeQuarantines(time.Now(), []*registry.Quarantine{q})
+		return s.registry.Quarantines().Sequence
+	})
 	s.hub.wakeAll()
 	s.metrics.quarantines.WithLabelValues(quarantineAdd).Inc()
 	s.log.InfoContext(ctx, "quarantined", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
@@ -71,7 +74,7 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 		return nil, fail(kindUnavailable, problem, err)
 	}
 	s.cfg.Health.Clear(conditionQuarantine)
-	return &adminv1.AddQuarantineResponse{Nodes: clamp(s.hub.count())}, nil
+	return &adminv1.AddQuarantineResponse{Nodes: clamp(s.hub.count()), Withdrawal: withdrawal}, nil
 }
 
 // LiftQuarantine implements adminv1.AdminServiceServer. The other way round: first

@@ -218,6 +218,8 @@ type Server struct {
 	perNode  sync.Map      // node's SPIFFE ID → *nodeUse
 	bundleCh chan struct{} // capacity 1: the bundle may have changed
 
+	withdrawals withdrawals
+
 	quarantineMu sync.Mutex // held while quarantines are changed
 
 	entryMu sync.Mutex     // held from reading entries to having applied the change
@@ -404,6 +406,7 @@ func (s *Server) flush(ctx context.Context) {
 	s.flushRefusals(ctx)
 	s.reportSkew()
 	s.noteNodes(ctx)
+	s.reviewWithdrawals(time.Now())
 	touched := s.registry.TakeTouched()
 	if len(touched) == 0 {
 		return

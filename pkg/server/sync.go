@@ -100,6 +100,11 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 		return fail(kindInvalid, "hello must come first, and once", nil)
 	}
 	switch m := msg.GetMessage().(type) {
+	// What an evicted agent may still say.
+	case *nodev1.SyncRequest_Withdrawing:
+		session.mu.Unlock()
+		defer session.mu.Lock()
+		return s.reported(session.nodeID, m.Withdrawing)
 	case *nodev1.SyncRequest_Hello:
 		if len(hello.Hello.GetAgentVersion()) > maxVersionBytes {
 			return fail(kindInvalid, "the agent's version is too long", nil)
@@ -111,6 +116,9 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 		}
 		session.poke()
 	case *nodev1.SyncRequest_Applied:
+		if session.evicted != nil {
+			return nil // it has nothing in force
+		}
 		session.force.revision = m.Applied.GetRevision()
 		session.force.bundleSequence = m.Applied.GetBundleSequence()
 		if skew := m.Applied.GetClockSkew(); skew.IsValid() {
@@ -122,6 +130,10 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 		}
 		session.force.quarantineSequence = m.Applied.GetQuarantineSequence()
 		s.cfg.CA.FleetChanged()
+		speaks := session.welcomed
+		session.mu.Unlock()
+		defer session.mu.Lock()
+		s.carriedOutBy(session.nodeID, m.Applied.GetRevision(), m.Applied.GetQuarantineSequence(), speaks)
 	case *nodev1.SyncRequest_BundleAcks:
 		if err := session.force.acks(m.BundleAcks); err != nil {
 			return err
@@ -197,6 +209,7 @@ type sender struct {
 	epoch   string
 	facts   *identity.Facts
 
+	welcomed bool // it was told that this CA wants to hear of withdrawals
 	synced   bool // a snapshot was sent, or the agent resumed
 	revision uint64
 	bundled  bool
@@ -213,6 +226,9 @@ func (s *sender) run(notAfter time.Time) error {
 	defer late.Stop()
 	for {
 		if evicted, err := s.sendNew(); err != nil || evicted {
+			if evicted && s.welcomed {
+				s.stay()
+			}
 			return err
 		}
 		select {
@@ -250,6 +266,14 @@ func (s *sender) sendNew() (evicted bool, err error) {
 	hello, ok := s.session.opened()
 	if !ok {
 		return false, nil
+	}
+	if hello.GetReportsWithdrawals() && !s.welcomed {
+		welcome := &nodev1.Welcome{ReportsWithdrawals: true}
+		s.session.welcome()
+		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Welcome{Welcome: welcome}}); err != nil {
+			return false, err
+		}
+		s.welcomed = true
 	}
 	if quarantines != s.quarantines || quarantines == nil && hello.GetQuarantineSequence() > 0 && !s.synced {
 		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Quarantines{Quarantines: quarantinesProto(quarantines)}}); err != nil {

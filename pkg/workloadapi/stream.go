@@ -24,7 +24,7 @@ var errUnavailable = status.Error(codes.Unavailable, "the agent cannot serve thi
 // FetchX509SVID streams the X.509-SVIDs of the caller with the bundles that belong
 // to them.
 func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, g grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
-	return serve(s, methodX509SVID, g, func(snapshot *identity.Snapshot) (*workload.X509SVIDResponse, error) {
+	return serve(s, methodX509SVID, true, g, func(snapshot *identity.Snapshot) (*workload.X509SVIDResponse, error) {
 		if len(snapshot.SVIDs) == 0 {
 			return nil, nil //nolint:nilnil // nothing to say yet
 		}
@@ -40,7 +40,7 @@ func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, g grpc.ServerStreami
 // FetchX509Bundles streams the X.509 bundles of all trust domains that the caller
 // may believe. A caller without an identity is denied these as well.
 func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, g grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
-	return serve(s, methodX509Bundles, g, func(snapshot *identity.Snapshot) (*workload.X509BundlesResponse, error) {
+	return serve(s, methodX509Bundles, false, g, func(snapshot *identity.Snapshot) (*workload.X509BundlesResponse, error) {
 		if len(snapshot.SVIDs) == 0 {
 			return nil, nil //nolint:nilnil // nothing to say yet
 		}
@@ -49,14 +49,14 @@ func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, g grpc.ServerS
 }
 
 // serve streams what message makes of each snapshot. message returns nil while
-// there is nothing to say.
+// there is nothing to say. keys says whether messages carry X.509-SVIDs.
 func serve[M any, P interface {
 	*M
 	proto.Message
-}](s *Server, m method, g grpc.ServerStreamingServer[M], message func(*identity.Snapshot) (*M, error)) error {
+}](s *Server, m method, keys bool, g grpc.ServerStreamingServer[M], message func(*identity.Snapshot) (*M, error)) error {
 	s.metrics.streams[m].Inc()
 	defer s.metrics.streams[m].Dec()
-	err := stream(s, g, s.metrics.messages[m].Inc, func(a, b *M) bool { return proto.Equal(P(a), P(b)) }, message)
+	err := stream(s, g, keys, s.metrics.messages[m].Inc, func(a, b *M) bool { return proto.Equal(P(a), P(b)) }, message)
 	if g.Context().Err() != nil {
 		s.metrics.calls[m][outcomeClosed].Inc()
 		return status.Error(codes.Unavailable, "the call has ended") // nobody reads it
@@ -65,7 +65,10 @@ func serve[M any, P interface {
 	return err
 }
 
-func stream[M any](s *Server, g grpc.ServerStreamingServer[M], sent func(), equal func(a, b *M) bool, message func(*identity.Snapshot) (*M, error)) error {
+// A client of the Workload API has no way to acknowledge: it counts as having what
+// was handed to its open stream. When it takes that into use, or that it has not
+// dropped what a denial took from it, is not known.
+func stream[M any](s *Server, g grpc.ServerStreamingServer[M], keys bool, sent func(), equal func(a, b *M) bool, message func(*identity.Snapshot) (*M, error)) error {
 	ctx := g.Context()
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
@@ -103,19 +106,23 @@ func stream[M any](s *Server, g grpc.ServerStreamingServer[M], sent func(), equa
 		denied := snapshot != nil && snapshot.Denied
 		switch {
 		case next != nil:
-			if last != nil && equal(last, next) {
-				break // Workload API §4.3: messages follow changes
+			if last == nil || !equal(last, next) { // Workload API §4.3: messages follow changes
+				if err := caller.Alive(); err != nil {
+					return status.Error(codes.Unavailable, "the process has ended")
+				}
+				if err := g.Send(next); err != nil {
+					return errUnavailable
+				}
+				sent()
+				last = next
+				timer.Stop()
 			}
-			if err := caller.Alive(); err != nil {
-				return status.Error(codes.Unavailable, "the process has ended")
+			if snapshot.Bundle != nil {
+				watch.Acknowledge(snapshot.Bundle.Sequence)
 			}
-			if err := g.Send(next); err != nil {
-				return errUnavailable
-			}
-			sent()
-			last = next
-			timer.Stop()
+			watch.InForce(snapshot, keys)
 		case denied && (last != nil || time.Since(begun) >= s.denyAfter):
+			watch.InForce(snapshot, keys)
 			return errDenied
 		case denied:
 			timer.Reset(s.denyAfter - time.Since(begun))

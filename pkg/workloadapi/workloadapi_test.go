@@ -827,3 +827,54 @@ func TestEncodedOnce(t *testing.T) {
 		t.Error("encoded twice")
 	}
 }
+
+// TestV_E3_SentIsAcknowledged: a client cannot acknowledge. What was handed to its open
+// stream counts, bundles and withdrawals alike, and so does a denial; what it has
+// already counts without being sent again.
+func TestV_E3_SentIsAcknowledged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := identitytest.NewAuthority(t, "a.test")
+		x, y := a.SVID("/x"), a.SVID("/y")
+		first := a.Snapshot(1, x, y)
+		source := identitytest.NewSource(first)
+		r := newRig(t, source, Options{})
+		want := func(step string, sequences []uint64, want ...identitytest.InForce) {
+			t.Helper()
+			synctest.Wait()
+			if diff := cmp.Diff(sequences, source.Acknowledged()); diff != "" {
+				t.Errorf("%s (-want +got)\n%s", step, diff)
+			}
+			if diff := cmp.Diff(want, source.TakeInForce(), cmp.Comparer(func(a, b *identity.Snapshot) bool { return a == b })); diff != "" {
+				t.Errorf("%s (-want +got)\n%s", step, diff)
+			}
+		}
+		svids := r.svids(t.Context())
+		next(t, svids)
+		want("svids", []uint64{1}, identitytest.InForce{Snapshot: first, Carries: true})
+		bundles, err := r.client.FetchX509Bundles(withHeader(t.Context()), &workload.X509BundlesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		next(t, bundles)
+		want("bundles", []uint64{1, 1}, identitytest.InForce{Snapshot: first})
+		less := a.Snapshot(1, x)
+		source.Publish(less)
+		next(t, svids)
+		synctest.Wait()
+		if said := source.TakeInForce(); len(said) != 2 || said[0].Snapshot != less || said[1].Snapshot != less || said[0].Carries == said[1].Carries {
+			t.Errorf("said %v", said)
+		}
+		gone := &identity.Snapshot{Bundle: less.Bundle, Withdrawn: []spiffeid.ID{x.ID}, Denied: true}
+		source.Publish(gone)
+		if _, err := svids.Recv(); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("denied: %v", err)
+		}
+		synctest.Wait()
+		if said := source.TakeInForce(); len(said) != 2 || said[0].Snapshot != gone || said[0].Carries == said[1].Carries {
+			t.Errorf("said %v", said)
+		}
+		if n := len(source.Acknowledged()); n != 4 {
+			t.Errorf("%d acknowledgements: a denial brings no bundle", n)
+		}
+	})
+}

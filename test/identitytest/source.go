@@ -25,6 +25,13 @@ type Source struct {
 	opened, closed int
 	pids           map[int]bool
 	acks           []uint64
+	inForce        []InForce
+}
+
+// InForce is a call of that method of a watch.
+type InForce struct {
+	Snapshot *identity.Snapshot
+	Carries  bool
 }
 
 // NewSource returns a source that begins with a snapshot, or with none if it is nil.
@@ -56,6 +63,11 @@ func (s *Source) Subscribe(_ context.Context, p *peer.Peer) (*identity.Watch, er
 		defer s.mu.Unlock()
 		s.closed++
 		delete(s.watches, w)
+	})
+	w.OnForce(func(snapshot *identity.Snapshot, carries bool) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.inForce = append(s.inForce, InForce{snapshot, carries})
 	})
 	s.opened++
 	s.watches[w] = struct{}{}
@@ -113,6 +125,16 @@ func (s *Source) HasSubscribed(pid int) bool {
 	return s.pids[pid]
 }
 
+// TakeInForce returns what was said to be in force since it was called last, in that
+// order.
+func (s *Source) TakeInForce() []InForce {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	said := s.inForce
+	s.inForce = nil
+	return said
+}
+
 // Acknowledged returns the sequence numbers of bundles that were acknowledged, in
 // their order.
 func (s *Source) Acknowledged() []uint64 {
@@ -151,7 +173,7 @@ func (f fixedPeer) Clone() credentials.TransportCredentials { return f }
 func (fixedPeer) OverrideServerName(string) error           { return nil }
 
 // Metric returns the sum of the counters and gauges of a family whose first labels
-// have these values. A family without one fails the test.
+// have these values; of a histogram, how many values it has. A family without one fails the test.
 func Metric(t testing.TB, from prometheus.Gatherer, name string, labels ...string) float64 {
 	t.Helper()
 	families, err := from.Gather()
@@ -170,7 +192,7 @@ func Metric(t testing.TB, from prometheus.Gatherer, name string, labels ...strin
 					continue series
 				}
 			}
-			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
+			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
 			found = true
 		}
 	}

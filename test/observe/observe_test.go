@@ -121,6 +121,8 @@ func TestDashboards(t *testing.T) {
   accept_weak: true
 `)
 	proxy(t, agent.Socket)
+	ca.MustCommand(t, "quarantine", "add", "--spiffe-id", "spiffe://example.org/proxy", "--reason", "test", "--wait", "--timeout", "1m")
+	ca.MustCommand(t, "quarantine", "lift", "--spiffe-id", "spiffe://example.org/proxy")
 
 	type shown struct {
 		Title  string `json:"title"`

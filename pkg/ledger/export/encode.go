@@ -195,6 +195,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_SIGN_IN:         "Sign in to console",
 	ledgerv1.Event_EVENT_STORE_ACCEPTED:  "Accept database",
 	ledgerv1.Event_EVENT_STORE_EDITED:    "Disbelieve database",
+	ledgerv1.Event_EVENT_WITHDRAWN:       "Complete withdrawal",
 }
 
 // Title names what a record is about for people; it holds nothing of the record's.

@@ -179,9 +179,11 @@ func (x *ApplyEntriesRequest) GetPrune() bool {
 }
 
 type ApplyEntriesResponse struct {
-	state         protoimpl.MessageState         `protogen:"open.v1"`
-	Changes       []*ApplyEntriesResponse_Change `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
-	Revision      uint64                         `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	state    protoimpl.MessageState         `protogen:"open.v1"`
+	Changes  []*ApplyEntriesResponse_Change `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	Revision uint64                         `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Id of the withdrawal, if an entry was deleted.
+	Withdrawal    string `protobuf:"bytes,3,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -230,6 +232,13 @@ func (x *ApplyEntriesResponse) GetRevision() uint64 {
 	return 0
 }
 
+func (x *ApplyEntriesResponse) GetWithdrawal() string {
+	if x != nil {
+		return x.Withdrawal
+	}
+	return ""
+}
+
 type DeleteEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Names         []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
@@ -275,8 +284,10 @@ func (x *DeleteEntriesRequest) GetNames() []string {
 }
 
 type DeleteEntriesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Revision uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Id for ListWithdrawals.
+	Withdrawal    string `protobuf:"bytes,2,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -316,6 +327,13 @@ func (x *DeleteEntriesResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *DeleteEntriesResponse) GetWithdrawal() string {
+	if x != nil {
+		return x.Withdrawal
+	}
+	return ""
 }
 
 type ListEntriesRequest struct {
@@ -1305,7 +1323,9 @@ func (x *EvictNodeRequest) GetReason() string {
 }
 
 type EvictNodeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id for ListWithdrawals.
+	Withdrawal    string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1338,6 +1358,13 @@ func (x *EvictNodeResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use EvictNodeResponse.ProtoReflect.Descriptor instead.
 func (*EvictNodeResponse) Descriptor() ([]byte, []int) {
 	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *EvictNodeResponse) GetWithdrawal() string {
+	if x != nil {
+		return x.Withdrawal
+	}
+	return ""
 }
 
 type BanNodeRequest struct {
@@ -1393,7 +1420,9 @@ func (x *BanNodeRequest) GetReason() string {
 }
 
 type BanNodeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id for ListWithdrawals.
+	Withdrawal    string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1426,6 +1455,13 @@ func (x *BanNodeResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use BanNodeResponse.ProtoReflect.Descriptor instead.
 func (*BanNodeResponse) Descriptor() ([]byte, []int) {
 	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *BanNodeResponse) GetWithdrawal() string {
+	if x != nil {
+		return x.Withdrawal
+	}
+	return ""
 }
 
 type UnbanNodeRequest struct {
@@ -1642,7 +1678,9 @@ func (x *AddQuarantineRequest) GetQuarantine() *Quarantine {
 type AddQuarantineResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How many agents are being told.
-	Nodes         uint32 `protobuf:"varint,1,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	Nodes uint32 `protobuf:"varint,1,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	// Id for ListWithdrawals.
+	Withdrawal    string `protobuf:"bytes,2,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1682,6 +1720,13 @@ func (x *AddQuarantineResponse) GetNodes() uint32 {
 		return x.Nodes
 	}
 	return 0
+}
+
+func (x *AddQuarantineResponse) GetWithdrawal() string {
+	if x != nil {
+		return x.Withdrawal
+	}
+	return ""
 }
 
 type LiftQuarantineRequest struct {
@@ -1870,6 +1915,282 @@ func (x *ListQuarantinesResponse) GetLagging() []string {
 	return nil
 }
 
+type ListWithdrawalsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty for all that are remembered, the latest first.
+	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWithdrawalsRequest) Reset() {
+	*x = ListWithdrawalsRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWithdrawalsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWithdrawalsRequest) ProtoMessage() {}
+
+func (x *ListWithdrawalsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWithdrawalsRequest.ProtoReflect.Descriptor instead.
+func (*ListWithdrawalsRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ListWithdrawalsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListWithdrawalsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Withdrawals   []*Withdrawal          `protobuf:"bytes,1,rep,name=withdrawals,proto3" json:"withdrawals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListWithdrawalsResponse) Reset() {
+	*x = ListWithdrawalsResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListWithdrawalsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListWithdrawalsResponse) ProtoMessage() {}
+
+func (x *ListWithdrawalsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListWithdrawalsResponse.ProtoReflect.Descriptor instead.
+func (*ListWithdrawalsResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListWithdrawalsResponse) GetWithdrawals() []*Withdrawal {
+	if x != nil {
+		return x.Withdrawals
+	}
+	return nil
+}
+
+// Withdrawal is what is known, at one moment, of something that was taken back.
+type Withdrawal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "entry", "node" or "quarantine".
+	Cause string `protobuf:"bytes,2,opt,name=cause,proto3" json:"cause,omitempty"`
+	// Names of entries, a node's SPIFFE ID, or what is quarantined.
+	What string `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
+	// When it was in force at the CA.
+	Began *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=began,proto3" json:"began,omitempty"`
+	// "pending"; "complete" when nobody is waited for any more; "incomplete" when
+	// streams were given up that had not acknowledged it.
+	State string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
+	Ended *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=ended,proto3" json:"ended,omitempty"`
+	// Nodes that had to carry it out, and those of them that have; silent ones have
+	// an agent too old to say what its proxies did.
+	Nodes        uint32 `protobuf:"varint,7,opt,name=nodes,proto3" json:"nodes,omitempty"`
+	NodesApplied uint32 `protobuf:"varint,8,opt,name=nodes_applied,json=nodesApplied,proto3" json:"nodes_applied,omitempty"`
+	NodesSilent  uint32 `protobuf:"varint,9,opt,name=nodes_silent,json=nodesSilent,proto3" json:"nodes_silent,omitempty"`
+	// Nodes that did not, and are not waited for: their own certificate has expired,
+	// or they were evicted.
+	NodesGone uint32 `protobuf:"varint,10,opt,name=nodes_gone,json=nodesGone,proto3" json:"nodes_gone,omitempty"`
+	// Streams of proxies and workloads that carried what was withdrawn, those that
+	// have acknowledged that it is gone, and those that ended before they did.
+	Streams             uint32 `protobuf:"varint,11,opt,name=streams,proto3" json:"streams,omitempty"`
+	StreamsAcknowledged uint32 `protobuf:"varint,12,opt,name=streams_acknowledged,json=streamsAcknowledged,proto3" json:"streams_acknowledged,omitempty"`
+	StreamsEnded        uint32 `protobuf:"varint,13,opt,name=streams_ended,json=streamsEnded,proto3" json:"streams_ended,omitempty"`
+	// From began to when the CA knew that a stream had acknowledged it; within 5 %.
+	// Absent while none has.
+	P50 *durationpb.Duration `protobuf:"bytes,14,opt,name=p50,proto3" json:"p50,omitempty"`
+	P99 *durationpb.Duration `protobuf:"bytes,15,opt,name=p99,proto3" json:"p99,omitempty"`
+	Max *durationpb.Duration `protobuf:"bytes,16,opt,name=max,proto3" json:"max,omitempty"`
+	// Who is waited for, at most 100.
+	Laggards      []*Laggard `protobuf:"bytes,17,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Withdrawal) Reset() {
+	*x = Withdrawal{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Withdrawal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Withdrawal) ProtoMessage() {}
+
+func (x *Withdrawal) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Withdrawal.ProtoReflect.Descriptor instead.
+func (*Withdrawal) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *Withdrawal) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Withdrawal) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *Withdrawal) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Withdrawal) GetBegan() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Began
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Withdrawal) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetNodesApplied() uint32 {
+	if x != nil {
+		return x.NodesApplied
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetNodesSilent() uint32 {
+	if x != nil {
+		return x.NodesSilent
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetNodesGone() uint32 {
+	if x != nil {
+		return x.NodesGone
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetStreams() uint32 {
+	if x != nil {
+		return x.Streams
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetStreamsAcknowledged() uint32 {
+	if x != nil {
+		return x.StreamsAcknowledged
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetStreamsEnded() uint32 {
+	if x != nil {
+		return x.StreamsEnded
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetP50() *durationpb.Duration {
+	if x != nil {
+		return x.P50
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetP99() *durationpb.Duration {
+	if x != nil {
+		return x.P99
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetMax() *durationpb.Duration {
+	if x != nil {
+		return x.Max
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
 type GetBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1878,7 +2199,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1890,7 +2211,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1903,7 +2224,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 type GetBundleResponse struct {
@@ -1917,7 +2238,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1929,7 +2250,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1942,7 +2263,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetBundleResponse) GetTrustDomain() string {
@@ -1974,7 +2295,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1986,7 +2307,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1999,7 +2320,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 type Authority struct {
@@ -2017,7 +2338,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2350,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2363,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Authority) GetId() string {
@@ -2096,7 +2417,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2429,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2442,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
@@ -2140,7 +2461,7 @@ type RotateIntermediateRequest struct {
 
 func (x *RotateIntermediateRequest) Reset() {
 	*x = RotateIntermediateRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2152,7 +2473,7 @@ func (x *RotateIntermediateRequest) String() string {
 func (*RotateIntermediateRequest) ProtoMessage() {}
 
 func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2165,7 +2486,7 @@ func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateRequest.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RotateIntermediateRequest) GetWithin() *durationpb.Duration {
@@ -2184,7 +2505,7 @@ type RotateIntermediateResponse struct {
 
 func (x *RotateIntermediateResponse) Reset() {
 	*x = RotateIntermediateResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2196,7 +2517,7 @@ func (x *RotateIntermediateResponse) String() string {
 func (*RotateIntermediateResponse) ProtoMessage() {}
 
 func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2209,7 +2530,7 @@ func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateResponse.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RotateIntermediateResponse) GetAuthority() *Authority {
@@ -2227,7 +2548,7 @@ type GetRotationRequest struct {
 
 func (x *GetRotationRequest) Reset() {
 	*x = GetRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2239,7 +2560,7 @@ func (x *GetRotationRequest) String() string {
 func (*GetRotationRequest) ProtoMessage() {}
 
 func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2252,7 +2573,7 @@ func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationRequest.ProtoReflect.Descriptor instead.
 func (*GetRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 type GetRotationResponse struct {
@@ -2264,7 +2585,7 @@ type GetRotationResponse struct {
 
 func (x *GetRotationResponse) Reset() {
 	*x = GetRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2276,7 +2597,7 @@ func (x *GetRotationResponse) String() string {
 func (*GetRotationResponse) ProtoMessage() {}
 
 func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2289,7 +2610,7 @@ func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationResponse.ProtoReflect.Descriptor instead.
 func (*GetRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetRotationResponse) GetRotation() *Rotation {
@@ -2315,7 +2636,7 @@ type ChangeRotationRequest struct {
 
 func (x *ChangeRotationRequest) Reset() {
 	*x = ChangeRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2327,7 +2648,7 @@ func (x *ChangeRotationRequest) String() string {
 func (*ChangeRotationRequest) ProtoMessage() {}
 
 func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2340,7 +2661,7 @@ func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationRequest.ProtoReflect.Descriptor instead.
 func (*ChangeRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ChangeRotationRequest) GetVerb() string {
@@ -2373,7 +2694,7 @@ type ChangeRotationResponse struct {
 
 func (x *ChangeRotationResponse) Reset() {
 	*x = ChangeRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2385,7 +2706,7 @@ func (x *ChangeRotationResponse) String() string {
 func (*ChangeRotationResponse) ProtoMessage() {}
 
 func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2398,7 +2719,7 @@ func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationResponse.ProtoReflect.Descriptor instead.
 func (*ChangeRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ChangeRotationResponse) GetRotation() *Rotation {
@@ -2430,7 +2751,7 @@ type Rotation struct {
 
 func (x *Rotation) Reset() {
 	*x = Rotation{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2763,7 @@ func (x *Rotation) String() string {
 func (*Rotation) ProtoMessage() {}
 
 func (x *Rotation) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2776,7 @@ func (x *Rotation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
 func (*Rotation) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Rotation) GetRoots() []*Root {
@@ -2545,7 +2866,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2878,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2891,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Root) GetId() string {
@@ -2636,7 +2957,7 @@ func (x *Root) GetLiveUntil() *timestamppb.Timestamp {
 	return nil
 }
 
-// Laggard is who has not acknowledged the bundle in force.
+// Laggard is who has not acknowledged the bundle in force, or a withdrawal.
 type Laggard struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
@@ -2654,7 +2975,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2666,7 +2987,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2679,7 +3000,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Laggard) GetNodeId() string {
@@ -2733,7 +3054,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +3066,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +3079,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -2777,7 +3098,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +3110,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +3123,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -2820,7 +3141,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2832,7 +3153,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2845,7 +3166,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 type GetStatusResponse struct {
@@ -2871,7 +3192,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2883,7 +3204,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2896,7 +3217,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -3011,7 +3332,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3023,7 +3344,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3036,7 +3357,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Condition) GetName() string {
@@ -3080,7 +3401,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3092,7 +3413,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3154,7 +3475,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3166,7 +3487,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3245,7 +3566,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3257,7 +3578,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3320,19 +3641,25 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x13ApplyEntriesRequest\x120\n" +
 	"\aentries\x18\x01 \x03(\v2\x16.meshid.entry.v1.EntryR\aentries\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x14\n" +
-	"\x05prune\x18\x03 \x01(\bR\x05prune\"\x8f\x02\n" +
+	"\x05prune\x18\x03 \x01(\bR\x05prune\"\xaf\x02\n" +
 	"\x14ApplyEntriesResponse\x12F\n" +
 	"\achanges\x18\x01 \x03(\v2,.meshid.admin.v1.ApplyEntriesResponse.ChangeR\achanges\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x04R\brevision\x1a\x92\x01\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1e\n" +
+	"\n" +
+	"withdrawal\x18\x03 \x01(\tR\n" +
+	"withdrawal\x1a\x92\x01\n" +
 	"\x06Change\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12.\n" +
 	"\x06before\x18\x03 \x01(\v2\x16.meshid.entry.v1.EntryR\x06before\x12,\n" +
 	"\x05after\x18\x04 \x01(\v2\x16.meshid.entry.v1.EntryR\x05after\",\n" +
 	"\x14DeleteEntriesRequest\x12\x14\n" +
-	"\x05names\x18\x01 \x03(\tR\x05names\"3\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"S\n" +
 	"\x15DeleteEntriesResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"*\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x1e\n" +
+	"\n" +
+	"withdrawal\x18\x02 \x01(\tR\n" +
+	"withdrawal\"*\n" +
 	"\x12ListEntriesRequest\x12\x14\n" +
 	"\x05names\x18\x01 \x03(\tR\x05names\"c\n" +
 	"\x13ListEntriesResponse\x120\n" +
@@ -3421,12 +3748,18 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x05nodes\x18\x01 \x03(\v2\x15.meshid.admin.v1.NodeR\x05nodes\":\n" +
 	"\x10EvictNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x13\n" +
-	"\x11EvictNodeResponse\"8\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"3\n" +
+	"\x11EvictNodeResponse\x12\x1e\n" +
+	"\n" +
+	"withdrawal\x18\x01 \x01(\tR\n" +
+	"withdrawal\"8\n" +
 	"\x0eBanNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"\x11\n" +
-	"\x0fBanNodeResponse\"\"\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"1\n" +
+	"\x0fBanNodeResponse\x12\x1e\n" +
+	"\n" +
+	"withdrawal\x18\x01 \x01(\tR\n" +
+	"withdrawal\"\"\n" +
 	"\x10UnbanNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x13\n" +
 	"\x11UnbanNodeResponse\"\xd2\x01\n" +
@@ -3444,9 +3777,12 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x14AddQuarantineRequest\x12;\n" +
 	"\n" +
 	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
-	"quarantine\"-\n" +
+	"quarantine\"M\n" +
 	"\x15AddQuarantineResponse\x12\x14\n" +
-	"\x05nodes\x18\x01 \x01(\rR\x05nodes\"T\n" +
+	"\x05nodes\x18\x01 \x01(\rR\x05nodes\x12\x1e\n" +
+	"\n" +
+	"withdrawal\x18\x02 \x01(\tR\n" +
+	"withdrawal\"T\n" +
 	"\x15LiftQuarantineRequest\x12;\n" +
 	"\n" +
 	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
@@ -3457,7 +3793,32 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\vquarantines\x18\x01 \x03(\v2\x1b.meshid.admin.v1.QuarantineR\vquarantines\x12\x14\n" +
 	"\x05nodes\x18\x02 \x01(\rR\x05nodes\x12$\n" +
 	"\x0enodes_in_force\x18\x03 \x01(\rR\fnodesInForce\x12\x18\n" +
-	"\alagging\x18\x04 \x03(\tR\alagging\"\x12\n" +
+	"\alagging\x18\x04 \x03(\tR\alagging\"(\n" +
+	"\x16ListWithdrawalsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"X\n" +
+	"\x17ListWithdrawalsResponse\x12=\n" +
+	"\vwithdrawals\x18\x01 \x03(\v2\x1b.meshid.admin.v1.WithdrawalR\vwithdrawals\"\xec\x04\n" +
+	"\n" +
+	"Withdrawal\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05cause\x18\x02 \x01(\tR\x05cause\x12\x12\n" +
+	"\x04what\x18\x03 \x01(\tR\x04what\x120\n" +
+	"\x05began\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05began\x12\x14\n" +
+	"\x05state\x18\x05 \x01(\tR\x05state\x120\n" +
+	"\x05ended\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x12\x14\n" +
+	"\x05nodes\x18\a \x01(\rR\x05nodes\x12#\n" +
+	"\rnodes_applied\x18\b \x01(\rR\fnodesApplied\x12!\n" +
+	"\fnodes_silent\x18\t \x01(\rR\vnodesSilent\x12\x1d\n" +
+	"\n" +
+	"nodes_gone\x18\n" +
+	" \x01(\rR\tnodesGone\x12\x18\n" +
+	"\astreams\x18\v \x01(\rR\astreams\x121\n" +
+	"\x14streams_acknowledged\x18\f \x01(\rR\x13streamsAcknowledged\x12#\n" +
+	"\rstreams_ended\x18\r \x01(\rR\fstreamsEnded\x12+\n" +
+	"\x03p50\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\x03p50\x12+\n" +
+	"\x03p99\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\x03p99\x12+\n" +
+	"\x03max\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03max\x124\n" +
+	"\blaggards\x18\x11 \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\x12\n" +
 	"\x10GetBundleRequest\"h\n" +
 	"\x11GetBundleResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
@@ -3543,7 +3904,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xb9\x10\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\x9f\x11\n" +
 	"\fAdminService\x12[\n" +
 	"\fApplyEntries\x12$.meshid.admin.v1.ApplyEntriesRequest\x1a%.meshid.admin.v1.ApplyEntriesResponse\x12^\n" +
 	"\rDeleteEntries\x12%.meshid.admin.v1.DeleteEntriesRequest\x1a&.meshid.admin.v1.DeleteEntriesResponse\x12X\n" +
@@ -3560,7 +3921,8 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\tUnbanNode\x12!.meshid.admin.v1.UnbanNodeRequest\x1a\".meshid.admin.v1.UnbanNodeResponse\x12^\n" +
 	"\rAddQuarantine\x12%.meshid.admin.v1.AddQuarantineRequest\x1a&.meshid.admin.v1.AddQuarantineResponse\x12a\n" +
 	"\x0eLiftQuarantine\x12&.meshid.admin.v1.LiftQuarantineRequest\x1a'.meshid.admin.v1.LiftQuarantineResponse\x12d\n" +
-	"\x0fListQuarantines\x12'.meshid.admin.v1.ListQuarantinesRequest\x1a(.meshid.admin.v1.ListQuarantinesResponse\x12R\n" +
+	"\x0fListQuarantines\x12'.meshid.admin.v1.ListQuarantinesRequest\x1a(.meshid.admin.v1.ListQuarantinesResponse\x12d\n" +
+	"\x0fListWithdrawals\x12'.meshid.admin.v1.ListWithdrawalsRequest\x1a(.meshid.admin.v1.ListWithdrawalsResponse\x12R\n" +
 	"\tGetBundle\x12!.meshid.admin.v1.GetBundleRequest\x1a\".meshid.admin.v1.GetBundleResponse\x12d\n" +
 	"\x0fListAuthorities\x12'.meshid.admin.v1.ListAuthoritiesRequest\x1a(.meshid.admin.v1.ListAuthoritiesResponse\x12m\n" +
 	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12X\n" +
@@ -3583,7 +3945,7 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
 	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
@@ -3619,134 +3981,146 @@ var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*LiftQuarantineResponse)(nil),      // 31: meshid.admin.v1.LiftQuarantineResponse
 	(*ListQuarantinesRequest)(nil),      // 32: meshid.admin.v1.ListQuarantinesRequest
 	(*ListQuarantinesResponse)(nil),     // 33: meshid.admin.v1.ListQuarantinesResponse
-	(*GetBundleRequest)(nil),            // 34: meshid.admin.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),           // 35: meshid.admin.v1.GetBundleResponse
-	(*ListAuthoritiesRequest)(nil),      // 36: meshid.admin.v1.ListAuthoritiesRequest
-	(*Authority)(nil),                   // 37: meshid.admin.v1.Authority
-	(*ListAuthoritiesResponse)(nil),     // 38: meshid.admin.v1.ListAuthoritiesResponse
-	(*RotateIntermediateRequest)(nil),   // 39: meshid.admin.v1.RotateIntermediateRequest
-	(*RotateIntermediateResponse)(nil),  // 40: meshid.admin.v1.RotateIntermediateResponse
-	(*GetRotationRequest)(nil),          // 41: meshid.admin.v1.GetRotationRequest
-	(*GetRotationResponse)(nil),         // 42: meshid.admin.v1.GetRotationResponse
-	(*ChangeRotationRequest)(nil),       // 43: meshid.admin.v1.ChangeRotationRequest
-	(*ChangeRotationResponse)(nil),      // 44: meshid.admin.v1.ChangeRotationResponse
-	(*Rotation)(nil),                    // 45: meshid.admin.v1.Rotation
-	(*Root)(nil),                        // 46: meshid.admin.v1.Root
-	(*Laggard)(nil),                     // 47: meshid.admin.v1.Laggard
-	(*RenewSVIDsRequest)(nil),           // 48: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 49: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 50: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 51: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 52: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 53: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 54: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 55: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 56: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 57: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 58: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 59: google.protobuf.Duration
-	(*v1.Entry)(nil),                    // 60: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 61: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 62: meshid.attributes.v1.Workload
+	(*ListWithdrawalsRequest)(nil),      // 34: meshid.admin.v1.ListWithdrawalsRequest
+	(*ListWithdrawalsResponse)(nil),     // 35: meshid.admin.v1.ListWithdrawalsResponse
+	(*Withdrawal)(nil),                  // 36: meshid.admin.v1.Withdrawal
+	(*GetBundleRequest)(nil),            // 37: meshid.admin.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),           // 38: meshid.admin.v1.GetBundleResponse
+	(*ListAuthoritiesRequest)(nil),      // 39: meshid.admin.v1.ListAuthoritiesRequest
+	(*Authority)(nil),                   // 40: meshid.admin.v1.Authority
+	(*ListAuthoritiesResponse)(nil),     // 41: meshid.admin.v1.ListAuthoritiesResponse
+	(*RotateIntermediateRequest)(nil),   // 42: meshid.admin.v1.RotateIntermediateRequest
+	(*RotateIntermediateResponse)(nil),  // 43: meshid.admin.v1.RotateIntermediateResponse
+	(*GetRotationRequest)(nil),          // 44: meshid.admin.v1.GetRotationRequest
+	(*GetRotationResponse)(nil),         // 45: meshid.admin.v1.GetRotationResponse
+	(*ChangeRotationRequest)(nil),       // 46: meshid.admin.v1.ChangeRotationRequest
+	(*ChangeRotationResponse)(nil),      // 47: meshid.admin.v1.ChangeRotationResponse
+	(*Rotation)(nil),                    // 48: meshid.admin.v1.Rotation
+	(*Root)(nil),                        // 49: meshid.admin.v1.Root
+	(*Laggard)(nil),                     // 50: meshid.admin.v1.Laggard
+	(*RenewSVIDsRequest)(nil),           // 51: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 52: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 53: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 54: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 55: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 56: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 57: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 58: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 59: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 60: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 61: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 62: google.protobuf.Duration
+	(*v1.Entry)(nil),                    // 63: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 64: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 65: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	58, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
-	59, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
-	60, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	53, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	60, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	61, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	62, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	54, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	61, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	62, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	59, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	55, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	58, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	56, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	61, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	58, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	58, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	59, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	61, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	62, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	63, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	56, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	63, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	64, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	65, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	57, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	64, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	65, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	62, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	58, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	61, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	59, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	64, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	61, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	61, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	62, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
 	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	58, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
+	61, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
 	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 21: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 22: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
-	58, // 23: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	58, // 24: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	37, // 25: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	59, // 26: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	37, // 27: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	45, // 28: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	45, // 29: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	46, // 30: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	47, // 31: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	58, // 32: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	58, // 33: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	58, // 34: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	58, // 35: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	58, // 36: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	59, // 37: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	58, // 38: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	52, // 39: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	59, // 40: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	58, // 41: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	60, // 42: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	60, // 43: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	58, // 44: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	57, // 45: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 46: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 47: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 48: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 49: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 50: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 51: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 52: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 53: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 54: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 55: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 56: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 57: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 58: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 59: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 60: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 61: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	36, // 62: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	39, // 63: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	41, // 64: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	43, // 65: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	48, // 66: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 67: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	50, // 68: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 69: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 70: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 71: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 72: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 73: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 74: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 75: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 76: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 77: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 78: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 79: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 80: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 81: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 82: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 83: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 84: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	38, // 85: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	40, // 86: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	42, // 87: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	44, // 88: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	49, // 89: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 90: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	51, // 91: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	69, // [69:92] is the sub-list for method output_type
-	46, // [46:69] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	36, // 23: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
+	61, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
+	61, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
+	62, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
+	62, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
+	62, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
+	50, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
+	61, // 30: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	61, // 31: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	40, // 32: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	62, // 33: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	40, // 34: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	48, // 35: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	48, // 36: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 37: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	50, // 38: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	61, // 39: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	61, // 40: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	61, // 41: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	61, // 42: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	61, // 43: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	62, // 44: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	61, // 45: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	55, // 46: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	62, // 47: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	61, // 48: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	63, // 49: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	63, // 50: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	61, // 51: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	60, // 52: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 53: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 54: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 55: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 56: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 57: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 58: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 59: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 60: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 61: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 62: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 63: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 64: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 65: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 66: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 67: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 68: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 69: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 70: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	42, // 71: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	44, // 72: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	46, // 73: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	51, // 74: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 75: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	53, // 76: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 77: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 78: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 79: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 80: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 81: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 82: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 83: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 84: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 85: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 86: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 87: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 88: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 89: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 90: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 91: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 92: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 93: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 94: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	43, // 95: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	45, // 96: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	47, // 97: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	52, // 98: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 99: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	54, // 100: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	77, // [77:101] is the sub-list for method output_type
+	53, // [53:77] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -3766,7 +4140,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   58,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,6 +36,7 @@ const (
 	AdminService_AddQuarantine_FullMethodName      = "/meshid.admin.v1.AdminService/AddQuarantine"
 	AdminService_LiftQuarantine_FullMethodName     = "/meshid.admin.v1.AdminService/LiftQuarantine"
 	AdminService_ListQuarantines_FullMethodName    = "/meshid.admin.v1.AdminService/ListQuarantines"
+	AdminService_ListWithdrawals_FullMethodName    = "/meshid.admin.v1.AdminService/ListWithdrawals"
 	AdminService_GetBundle_FullMethodName          = "/meshid.admin.v1.AdminService/GetBundle"
 	AdminService_ListAuthorities_FullMethodName    = "/meshid.admin.v1.AdminService/ListAuthorities"
 	AdminService_RotateIntermediate_FullMethodName = "/meshid.admin.v1.AdminService/RotateIntermediate"
@@ -74,6 +75,9 @@ type AdminServiceClient interface {
 	LiftQuarantine(ctx context.Context, in *LiftQuarantineRequest, opts ...grpc.CallOption) (*LiftQuarantineResponse, error)
 	// ListQuarantines says also on how many nodes they are in force.
 	ListQuarantines(ctx context.Context, in *ListQuarantinesRequest, opts ...grpc.CallOption) (*ListQuarantinesResponse, error)
+	// ListWithdrawals says how far what was withdrawn is out of use: entries deleted,
+	// nodes evicted or banned, quarantines added since this CA started.
+	ListWithdrawals(ctx context.Context, in *ListWithdrawalsRequest, opts ...grpc.CallOption) (*ListWithdrawalsResponse, error)
 	GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error)
 	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
 	// RotateIntermediate replaces the intermediate now and has the agents renew
@@ -250,6 +254,16 @@ func (c *adminServiceClient) ListQuarantines(ctx context.Context, in *ListQuaran
 	return out, nil
 }
 
+func (c *adminServiceClient) ListWithdrawals(ctx context.Context, in *ListWithdrawalsRequest, opts ...grpc.CallOption) (*ListWithdrawalsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListWithdrawalsResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListWithdrawals_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetBundleResponse)
@@ -358,6 +372,9 @@ type AdminServiceServer interface {
 	LiftQuarantine(context.Context, *LiftQuarantineRequest) (*LiftQuarantineResponse, error)
 	// ListQuarantines says also on how many nodes they are in force.
 	ListQuarantines(context.Context, *ListQuarantinesRequest) (*ListQuarantinesResponse, error)
+	// ListWithdrawals says how far what was withdrawn is out of use: entries deleted,
+	// nodes evicted or banned, quarantines added since this CA started.
+	ListWithdrawals(context.Context, *ListWithdrawalsRequest) (*ListWithdrawalsResponse, error)
 	GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error)
 	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
 	// RotateIntermediate replaces the intermediate now and has the agents renew
@@ -428,6 +445,9 @@ func (UnimplementedAdminServiceServer) LiftQuarantine(context.Context, *LiftQuar
 }
 func (UnimplementedAdminServiceServer) ListQuarantines(context.Context, *ListQuarantinesRequest) (*ListQuarantinesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListQuarantines not implemented")
+}
+func (UnimplementedAdminServiceServer) ListWithdrawals(context.Context, *ListWithdrawalsRequest) (*ListWithdrawalsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListWithdrawals not implemented")
 }
 func (UnimplementedAdminServiceServer) GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetBundle not implemented")
@@ -744,6 +764,24 @@ func _AdminService_ListQuarantines_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListWithdrawals_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListWithdrawalsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListWithdrawals(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListWithdrawals_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListWithdrawals(ctx, req.(*ListWithdrawalsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_GetBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetBundleRequest)
 	if err := dec(in); err != nil {
@@ -954,6 +992,10 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListQuarantines",
 			Handler:    _AdminService_ListQuarantines_Handler,
+		},
+		{
+			MethodName: "ListWithdrawals",
+			Handler:    _AdminService_ListWithdrawals_Handler,
 		},
 		{
 			MethodName: "GetBundle",

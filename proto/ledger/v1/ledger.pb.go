@@ -93,6 +93,11 @@ const (
 	// What the database says of a node or a quarantine is not what was recorded, and
 	// is not believed: node or quarantine says what is in force instead.
 	Event_EVENT_STORE_EDITED Event = 26
+	// What was withdrawn (an entry deleted, a node evicted or banned, a quarantine
+	// added) is out of use: every proxy that carried it has acknowledged that it is
+	// gone. Detail says how many and how fast, took how long the last one took. With
+	// the outcome error, some are no longer waited for that had not.
+	Event_EVENT_WITHDRAWN Event = 27
 )
 
 // Enum value maps for Event.
@@ -124,6 +129,7 @@ var (
 		24: "EVENT_SIGN_IN",
 		25: "EVENT_STORE_ACCEPTED",
 		26: "EVENT_STORE_EDITED",
+		27: "EVENT_WITHDRAWN",
 	}
 	Event_value = map[string]int32{
 		"EVENT_UNSPECIFIED":     0,
@@ -152,6 +158,7 @@ var (
 		"EVENT_SIGN_IN":         24,
 		"EVENT_STORE_ACCEPTED":  25,
 		"EVENT_STORE_EDITED":    26,
+		"EVENT_WITHDRAWN":       27,
 	}
 )
 
@@ -1822,7 +1829,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xb5\x04\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xca\x04\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1850,7 +1857,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x0eEVENT_ARCHIVED\x10\x17\x12\x11\n" +
 	"\rEVENT_SIGN_IN\x10\x18\x12\x18\n" +
 	"\x14EVENT_STORE_ACCEPTED\x10\x19\x12\x16\n" +
-	"\x12EVENT_STORE_EDITED\x10\x1a*_\n" +
+	"\x12EVENT_STORE_EDITED\x10\x1a\x12\x13\n" +
+	"\x0fEVENT_WITHDRAWN\x10\x1b*_\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n" +

@@ -31,6 +31,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Cause is what took identities from workloads.
+type Cause int32
+
+const (
+	Cause_CAUSE_UNSPECIFIED Cause = 0
+	// Entries were deleted or changed; counted in revisions.
+	Cause_CAUSE_ENTRIES Cause = 1
+	// Identities, keys or certificates were quarantined; counted in the sequence of
+	// Quarantines.
+	Cause_CAUSE_QUARANTINE Cause = 2
+	// The node was evicted or banned; not counted.
+	Cause_CAUSE_EVICTION Cause = 3
+)
+
+// Enum value maps for Cause.
+var (
+	Cause_name = map[int32]string{
+		0: "CAUSE_UNSPECIFIED",
+		1: "CAUSE_ENTRIES",
+		2: "CAUSE_QUARANTINE",
+		3: "CAUSE_EVICTION",
+	}
+	Cause_value = map[string]int32{
+		"CAUSE_UNSPECIFIED": 0,
+		"CAUSE_ENTRIES":     1,
+		"CAUSE_QUARANTINE":  2,
+		"CAUSE_EVICTION":    3,
+	}
+)
+
+func (x Cause) Enum() *Cause {
+	p := new(Cause)
+	*p = x
+	return p
+}
+
+func (x Cause) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Cause) Descriptor() protoreflect.EnumDescriptor {
+	return file_proto_node_v1_node_proto_enumTypes[0].Descriptor()
+}
+
+func (Cause) Type() protoreflect.EnumType {
+	return &file_proto_node_v1_node_proto_enumTypes[0]
+}
+
+func (x Cause) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Cause.Descriptor instead.
+func (Cause) EnumDescriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{0}
+}
+
 type IssueKind int32
 
 const (
@@ -67,11 +124,11 @@ func (x IssueKind) String() string {
 }
 
 func (IssueKind) Descriptor() protoreflect.EnumDescriptor {
-	return file_proto_node_v1_node_proto_enumTypes[0].Descriptor()
+	return file_proto_node_v1_node_proto_enumTypes[1].Descriptor()
 }
 
 func (IssueKind) Type() protoreflect.EnumType {
-	return &file_proto_node_v1_node_proto_enumTypes[0]
+	return &file_proto_node_v1_node_proto_enumTypes[1]
 }
 
 func (x IssueKind) Number() protoreflect.EnumNumber {
@@ -80,7 +137,7 @@ func (x IssueKind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use IssueKind.Descriptor instead.
 func (IssueKind) EnumDescriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{0}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{1}
 }
 
 // Reason is why an item was refused.
@@ -135,11 +192,11 @@ func (x Reason) String() string {
 }
 
 func (Reason) Descriptor() protoreflect.EnumDescriptor {
-	return file_proto_node_v1_node_proto_enumTypes[1].Descriptor()
+	return file_proto_node_v1_node_proto_enumTypes[2].Descriptor()
 }
 
 func (Reason) Type() protoreflect.EnumType {
-	return &file_proto_node_v1_node_proto_enumTypes[1]
+	return &file_proto_node_v1_node_proto_enumTypes[2]
 }
 
 func (x Reason) Number() protoreflect.EnumNumber {
@@ -148,7 +205,7 @@ func (x Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Reason.Descriptor instead.
 func (Reason) EnumDescriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{2}
 }
 
 type AttestRequest struct {
@@ -618,6 +675,7 @@ type SyncRequest struct {
 	//	*SyncRequest_BundleAcks
 	//	*SyncRequest_InstancesEnded
 	//	*SyncRequest_Inspected
+	//	*SyncRequest_Withdrawing
 	Message       isSyncRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -705,6 +763,15 @@ func (x *SyncRequest) GetInspected() *Inspected {
 	return nil
 }
 
+func (x *SyncRequest) GetWithdrawing() *Withdrawing {
+	if x != nil {
+		if x, ok := x.Message.(*SyncRequest_Withdrawing); ok {
+			return x.Withdrawing
+		}
+	}
+	return nil
+}
+
 type isSyncRequest_Message interface {
 	isSyncRequest_Message()
 }
@@ -730,6 +797,10 @@ type SyncRequest_Inspected struct {
 	Inspected *Inspected `protobuf:"bytes,5,opt,name=inspected,proto3,oneof"`
 }
 
+type SyncRequest_Withdrawing struct {
+	Withdrawing *Withdrawing `protobuf:"bytes,6,opt,name=withdrawing,proto3,oneof"`
+}
+
 func (*SyncRequest_Hello) isSyncRequest_Message() {}
 
 func (*SyncRequest_Applied) isSyncRequest_Message() {}
@@ -739,6 +810,8 @@ func (*SyncRequest_BundleAcks) isSyncRequest_Message() {}
 func (*SyncRequest_InstancesEnded) isSyncRequest_Message() {}
 
 func (*SyncRequest_Inspected) isSyncRequest_Message() {}
+
+func (*SyncRequest_Withdrawing) isSyncRequest_Message() {}
 
 // Hello opens the stream and resumes from what the agent has.
 type Hello struct {
@@ -754,6 +827,8 @@ type Hello struct {
 	Rotated uint64 `protobuf:"varint,5,opt,name=rotated,proto3" json:"rotated,omitempty"`
 	// Sequence of the last Quarantines that was carried out; 0 for none.
 	QuarantineSequence uint64 `protobuf:"varint,6,opt,name=quarantine_sequence,json=quarantineSequence,proto3" json:"quarantine_sequence,omitempty"`
+	// Set by agents that know Welcome, and send Withdrawing to a CA that wants it.
+	ReportsWithdrawals bool `protobuf:"varint,7,opt,name=reports_withdrawals,json=reportsWithdrawals,proto3" json:"reports_withdrawals,omitempty"`
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -828,6 +903,13 @@ func (x *Hello) GetQuarantineSequence() uint64 {
 		return x.QuarantineSequence
 	}
 	return 0
+}
+
+func (x *Hello) GetReportsWithdrawals() bool {
+	if x != nil {
+		return x.ReportsWithdrawals
+	}
+	return false
 }
 
 // Applied says what is in force in the agent.
@@ -1001,10 +1083,11 @@ func (x *BundleAcks) GetCounted() bool {
 	return false
 }
 
-// Laggard is a stream whose proxy has not put the bundle into force.
+// Laggard is a stream whose proxy has not put the bundle into force, or still has
+// what was taken from it.
 type Laggard struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The identity that it is served, or its process where it has none.
+	// The identity that it is served, or was, or its process where it has none.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Sequence of the last bundle that it has acknowledged.
 	Acknowledged  uint64                 `protobuf:"varint,2,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
@@ -1118,6 +1201,106 @@ func (x *Held) GetSvids() uint32 {
 	return 0
 }
 
+// Withdrawing says how far what one change took from workloads is out of use at
+// the streams that carried it. It is sent before the Applied that says that the
+// change is in force, if it took anything, and again when the numbers change.
+type Withdrawing struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Cause Cause                  `protobuf:"varint,1,opt,name=cause,proto3,enum=meshid.node.v1.Cause" json:"cause,omitempty"`
+	// The change brought the agent from one state to another: all that was withdrawn
+	// in between, if several changes came as one.
+	After uint64 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"`
+	Until uint64 `protobuf:"varint,3,opt,name=until,proto3" json:"until,omitempty"`
+	// Streams that carried what was taken; of them, those that have acknowledged that
+	// it is gone, and those that ended before they did.
+	Streams      uint32 `protobuf:"varint,4,opt,name=streams,proto3" json:"streams,omitempty"`
+	Acknowledged uint32 `protobuf:"varint,5,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	Ended        uint32 `protobuf:"varint,6,opt,name=ended,proto3" json:"ended,omitempty"`
+	// Streams that have done neither, at most 16. Their field acknowledged is not used.
+	Laggards      []*Laggard `protobuf:"bytes,7,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Withdrawing) Reset() {
+	*x = Withdrawing{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Withdrawing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Withdrawing) ProtoMessage() {}
+
+func (x *Withdrawing) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Withdrawing.ProtoReflect.Descriptor instead.
+func (*Withdrawing) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Withdrawing) GetCause() Cause {
+	if x != nil {
+		return x.Cause
+	}
+	return Cause_CAUSE_UNSPECIFIED
+}
+
+func (x *Withdrawing) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *Withdrawing) GetUntil() uint64 {
+	if x != nil {
+		return x.Until
+	}
+	return 0
+}
+
+func (x *Withdrawing) GetStreams() uint32 {
+	if x != nil {
+		return x.Streams
+	}
+	return 0
+}
+
+func (x *Withdrawing) GetAcknowledged() uint32 {
+	if x != nil {
+		return x.Acknowledged
+	}
+	return 0
+}
+
+func (x *Withdrawing) GetEnded() uint32 {
+	if x != nil {
+		return x.Ended
+	}
+	return 0
+}
+
+func (x *Withdrawing) GetLaggards() []*Laggard {
+	if x != nil {
+		return x.Laggards
+	}
+	return nil
+}
+
 // InstancesEnded says that keys were dropped since their instance ended.
 type InstancesEnded struct {
 	state         protoimpl.MessageState     `protogen:"open.v1"`
@@ -1128,7 +1311,7 @@ type InstancesEnded struct {
 
 func (x *InstancesEnded) Reset() {
 	*x = InstancesEnded{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1323,7 @@ func (x *InstancesEnded) String() string {
 func (*InstancesEnded) ProtoMessage() {}
 
 func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1336,7 @@ func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded.ProtoReflect.Descriptor instead.
 func (*InstancesEnded) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *InstancesEnded) GetInstances() []*InstancesEnded_Instance {
@@ -1176,7 +1359,7 @@ type Inspected struct {
 
 func (x *Inspected) Reset() {
 	*x = Inspected{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1371,7 @@ func (x *Inspected) String() string {
 func (*Inspected) ProtoMessage() {}
 
 func (x *Inspected) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1384,7 @@ func (x *Inspected) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspected.ProtoReflect.Descriptor instead.
 func (*Inspected) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Inspected) GetRequest() uint64 {
@@ -1244,6 +1427,7 @@ type SyncResponse struct {
 	//	*SyncResponse_Inspect
 	//	*SyncResponse_Clock
 	//	*SyncResponse_Quarantines
+	//	*SyncResponse_Welcome
 	Message       isSyncResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1251,7 +1435,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1447,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1460,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -1358,6 +1542,15 @@ func (x *SyncResponse) GetQuarantines() *Quarantines {
 	return nil
 }
 
+func (x *SyncResponse) GetWelcome() *Welcome {
+	if x != nil {
+		if x, ok := x.Message.(*SyncResponse_Welcome); ok {
+			return x.Welcome
+		}
+	}
+	return nil
+}
+
 type isSyncResponse_Message interface {
 	isSyncResponse_Message()
 }
@@ -1394,6 +1587,10 @@ type SyncResponse_Quarantines struct {
 	Quarantines *Quarantines `protobuf:"bytes,8,opt,name=quarantines,proto3,oneof"`
 }
 
+type SyncResponse_Welcome struct {
+	Welcome *Welcome `protobuf:"bytes,9,opt,name=welcome,proto3,oneof"`
+}
+
 func (*SyncResponse_Snapshot) isSyncResponse_Message() {}
 
 func (*SyncResponse_Delta) isSyncResponse_Message() {}
@@ -1410,6 +1607,56 @@ func (*SyncResponse_Clock) isSyncResponse_Message() {}
 
 func (*SyncResponse_Quarantines) isSyncResponse_Message() {}
 
+func (*SyncResponse_Welcome) isSyncResponse_Message() {}
+
+// Welcome answers the Hello of an agent that knows it, before anything else but
+// Evicted.
+type Welcome struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The CA wants Withdrawing. After Evicted it then leaves the stream open until the
+	// agent closes it: for Withdrawing alone, and not for long.
+	ReportsWithdrawals bool `protobuf:"varint,1,opt,name=reports_withdrawals,json=reportsWithdrawals,proto3" json:"reports_withdrawals,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *Welcome) Reset() {
+	*x = Welcome{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Welcome) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Welcome) ProtoMessage() {}
+
+func (x *Welcome) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
+func (*Welcome) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *Welcome) GetReportsWithdrawals() bool {
+	if x != nil {
+		return x.ReportsWithdrawals
+	}
+	return false
+}
+
 // Clock answers an Applied with sent, so that the agent learns how far the two
 // clocks are apart, to half of the time that the answer took.
 type Clock struct {
@@ -1424,7 +1671,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1683,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1696,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Clock) GetSent() *timestamppb.Timestamp {
@@ -1484,7 +1731,7 @@ type Quarantines struct {
 
 func (x *Quarantines) Reset() {
 	*x = Quarantines{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1743,7 @@ func (x *Quarantines) String() string {
 func (*Quarantines) ProtoMessage() {}
 
 func (x *Quarantines) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1756,7 @@ func (x *Quarantines) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantines.ProtoReflect.Descriptor instead.
 func (*Quarantines) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Quarantines) GetSequence() uint64 {
@@ -1556,7 +1803,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1815,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1828,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Snapshot) GetEpoch() string {
@@ -1626,7 +1873,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1638,7 +1885,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1651,7 +1898,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Delta) GetFromRevision() uint64 {
@@ -1694,7 +1941,7 @@ type Evicted struct {
 
 func (x *Evicted) Reset() {
 	*x = Evicted{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1706,7 +1953,7 @@ func (x *Evicted) String() string {
 func (*Evicted) ProtoMessage() {}
 
 func (x *Evicted) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1719,7 +1966,7 @@ func (x *Evicted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evicted.ProtoReflect.Descriptor instead.
 func (*Evicted) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Evicted) GetBanned() bool {
@@ -1752,7 +1999,7 @@ type Rotate struct {
 
 func (x *Rotate) Reset() {
 	*x = Rotate{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +2011,7 @@ func (x *Rotate) String() string {
 func (*Rotate) ProtoMessage() {}
 
 func (x *Rotate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +2024,7 @@ func (x *Rotate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotate.ProtoReflect.Descriptor instead.
 func (*Rotate) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Rotate) GetAuthority() string {
@@ -1812,7 +2059,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +2071,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +2084,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Inspect) GetRequest() uint64 {
@@ -1864,7 +2111,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2123,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2136,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *IssueRequest) GetItems() []*IssueItem {
@@ -1919,7 +2166,7 @@ type IssueItem struct {
 
 func (x *IssueItem) Reset() {
 	*x = IssueItem{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1931,7 +2178,7 @@ func (x *IssueItem) String() string {
 func (*IssueItem) ProtoMessage() {}
 
 func (x *IssueItem) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1944,7 +2191,7 @@ func (x *IssueItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueItem.ProtoReflect.Descriptor instead.
 func (*IssueItem) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IssueItem) GetEntry() string {
@@ -2005,7 +2252,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2017,7 +2264,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2030,7 +2277,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IssueResponse) GetResults() []*IssueResult {
@@ -2053,7 +2300,7 @@ type IssueResult struct {
 
 func (x *IssueResult) Reset() {
 	*x = IssueResult{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2312,7 @@ func (x *IssueResult) String() string {
 func (*IssueResult) ProtoMessage() {}
 
 func (x *IssueResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2325,7 @@ func (x *IssueResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
 func (*IssueResult) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *IssueResult) GetResult() isIssueResult_Result {
@@ -2134,7 +2381,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2393,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +2406,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2195,7 +2442,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2454,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2467,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Refusal) GetReason() Reason {
@@ -2255,7 +2502,7 @@ type InstancesEnded_Instance struct {
 
 func (x *InstancesEnded_Instance) Reset() {
 	*x = InstancesEnded_Instance{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2267,7 +2514,7 @@ func (x *InstancesEnded_Instance) String() string {
 func (*InstancesEnded_Instance) ProtoMessage() {}
 
 func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2280,7 +2527,7 @@ func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded_Instance.ProtoReflect.Descriptor instead.
 func (*InstancesEnded_Instance) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13, 0}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14, 0}
 }
 
 func (x *InstancesEnded_Instance) GetInstance() string {
@@ -2327,22 +2574,24 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x14\n" +
-	"\x05roots\x18\x03 \x03(\fR\x05roots\"\xc1\x02\n" +
+	"\x05roots\x18\x03 \x03(\fR\x05roots\"\x82\x03\n" +
 	"\vSyncRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.meshid.node.v1.HelloH\x00R\x05hello\x123\n" +
 	"\aapplied\x18\x02 \x01(\v2\x17.meshid.node.v1.AppliedH\x00R\aapplied\x12=\n" +
 	"\vbundle_acks\x18\x03 \x01(\v2\x1a.meshid.node.v1.BundleAcksH\x00R\n" +
 	"bundleAcks\x12I\n" +
 	"\x0finstances_ended\x18\x04 \x01(\v2\x1e.meshid.node.v1.InstancesEndedH\x00R\x0einstancesEnded\x129\n" +
-	"\tinspected\x18\x05 \x01(\v2\x19.meshid.node.v1.InspectedH\x00R\tinspectedB\t\n" +
-	"\amessage\"\xd2\x01\n" +
+	"\tinspected\x18\x05 \x01(\v2\x19.meshid.node.v1.InspectedH\x00R\tinspected\x12?\n" +
+	"\vwithdrawing\x18\x06 \x01(\v2\x1b.meshid.node.v1.WithdrawingH\x00R\vwithdrawingB\t\n" +
+	"\amessage\"\x83\x02\n" +
 	"\x05Hello\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\brevision\x18\x03 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x04 \x01(\x04R\x0ebundleSequence\x12\x18\n" +
 	"\arotated\x18\x05 \x01(\x04R\arotated\x12/\n" +
-	"\x13quarantine_sequence\x18\x06 \x01(\x04R\x12quarantineSequence\"\xe9\x01\n" +
+	"\x13quarantine_sequence\x18\x06 \x01(\x04R\x12quarantineSequence\x12/\n" +
+	"\x13reports_withdrawals\x18\a \x01(\bR\x12reportsWithdrawals\"\xe9\x01\n" +
 	"\aApplied\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12.\n" +
@@ -2364,7 +2613,15 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"0\n" +
 	"\x04Held\x12\x12\n" +
 	"\x04root\x18\x01 \x01(\tR\x04root\x12\x14\n" +
-	"\x05svids\x18\x02 \x01(\rR\x05svids\"\x99\x01\n" +
+	"\x05svids\x18\x02 \x01(\rR\x05svids\"\xef\x01\n" +
+	"\vWithdrawing\x12+\n" +
+	"\x05cause\x18\x01 \x01(\x0e2\x15.meshid.node.v1.CauseR\x05cause\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x14\n" +
+	"\x05until\x18\x03 \x01(\x04R\x05until\x12\x18\n" +
+	"\astreams\x18\x04 \x01(\rR\astreams\x12\"\n" +
+	"\facknowledged\x18\x05 \x01(\rR\facknowledged\x12\x14\n" +
+	"\x05ended\x18\x06 \x01(\rR\x05ended\x123\n" +
+	"\blaggards\x18\a \x03(\v2\x17.meshid.node.v1.LaggardR\blaggards\"\x99\x01\n" +
 	"\x0eInstancesEnded\x12E\n" +
 	"\tinstances\x18\x01 \x03(\v2'.meshid.node.v1.InstancesEnded.InstanceR\tinstances\x1a@\n" +
 	"\bInstance\x12\x1a\n" +
@@ -2374,7 +2631,7 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\arequest\x18\x01 \x01(\x04R\arequest\x12:\n" +
 	"\bworkload\x18\x02 \x01(\v2\x1e.meshid.attributes.v1.WorkloadR\bworkload\x12\x1a\n" +
 	"\binstance\x18\x03 \x01(\tR\binstance\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\xbe\x03\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"\xf3\x03\n" +
 	"\fSyncResponse\x126\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x18.meshid.node.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x05delta\x18\x02 \x01(\v2\x15.meshid.node.v1.DeltaH\x00R\x05delta\x120\n" +
@@ -2383,8 +2640,11 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06rotate\x18\x05 \x01(\v2\x16.meshid.node.v1.RotateH\x00R\x06rotate\x123\n" +
 	"\ainspect\x18\x06 \x01(\v2\x17.meshid.node.v1.InspectH\x00R\ainspect\x12-\n" +
 	"\x05clock\x18\a \x01(\v2\x15.meshid.node.v1.ClockH\x00R\x05clock\x12?\n" +
-	"\vquarantines\x18\b \x01(\v2\x1b.meshid.node.v1.QuarantinesH\x00R\vquarantinesB\t\n" +
-	"\amessage\"o\n" +
+	"\vquarantines\x18\b \x01(\v2\x1b.meshid.node.v1.QuarantinesH\x00R\vquarantines\x123\n" +
+	"\awelcome\x18\t \x01(\v2\x17.meshid.node.v1.WelcomeH\x00R\awelcomeB\t\n" +
+	"\amessage\":\n" +
+	"\aWelcome\x12/\n" +
+	"\x13reports_withdrawals\x18\x01 \x01(\bR\x12reportsWithdrawals\"o\n" +
 	"\x05Clock\x12.\n" +
 	"\x04sent\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x126\n" +
 	"\breceived\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\x8c\x01\n" +
@@ -2439,7 +2699,12 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06reason\x18\x01 \x01(\x0e2\x16.meshid.node.v1.ReasonR\x06reason\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12:\n" +
 	"\vretry_after\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryAfter*n\n" +
+	"retryAfter*[\n" +
+	"\x05Cause\x12\x15\n" +
+	"\x11CAUSE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rCAUSE_ENTRIES\x10\x01\x12\x14\n" +
+	"\x10CAUSE_QUARANTINE\x10\x02\x12\x12\n" +
+	"\x0eCAUSE_EVICTION\x10\x03*n\n" +
 	"\tIssueKind\x12\x1a\n" +
 	"\x16ISSUE_KIND_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10ISSUE_KIND_FIRST\x10\x01\x12\x16\n" +
@@ -2472,103 +2737,110 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_proto_node_v1_node_proto_rawDescData
 }
 
-var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_proto_node_v1_node_proto_goTypes = []any{
-	(IssueKind)(0),                  // 0: meshid.node.v1.IssueKind
-	(Reason)(0),                     // 1: meshid.node.v1.Reason
-	(*AttestRequest)(nil),           // 2: meshid.node.v1.AttestRequest
-	(*AttestStart)(nil),             // 3: meshid.node.v1.AttestStart
-	(*AttestResponse)(nil),          // 4: meshid.node.v1.AttestResponse
-	(*AgentIdentity)(nil),           // 5: meshid.node.v1.AgentIdentity
-	(*RenewRequest)(nil),            // 6: meshid.node.v1.RenewRequest
-	(*RenewResponse)(nil),           // 7: meshid.node.v1.RenewResponse
-	(*Bundle)(nil),                  // 8: meshid.node.v1.Bundle
-	(*SyncRequest)(nil),             // 9: meshid.node.v1.SyncRequest
-	(*Hello)(nil),                   // 10: meshid.node.v1.Hello
-	(*Applied)(nil),                 // 11: meshid.node.v1.Applied
-	(*BundleAcks)(nil),              // 12: meshid.node.v1.BundleAcks
-	(*Laggard)(nil),                 // 13: meshid.node.v1.Laggard
-	(*Held)(nil),                    // 14: meshid.node.v1.Held
-	(*InstancesEnded)(nil),          // 15: meshid.node.v1.InstancesEnded
-	(*Inspected)(nil),               // 16: meshid.node.v1.Inspected
-	(*SyncResponse)(nil),            // 17: meshid.node.v1.SyncResponse
-	(*Clock)(nil),                   // 18: meshid.node.v1.Clock
-	(*Quarantines)(nil),             // 19: meshid.node.v1.Quarantines
-	(*Snapshot)(nil),                // 20: meshid.node.v1.Snapshot
-	(*Delta)(nil),                   // 21: meshid.node.v1.Delta
-	(*Evicted)(nil),                 // 22: meshid.node.v1.Evicted
-	(*Rotate)(nil),                  // 23: meshid.node.v1.Rotate
-	(*Inspect)(nil),                 // 24: meshid.node.v1.Inspect
-	(*IssueRequest)(nil),            // 25: meshid.node.v1.IssueRequest
-	(*IssueItem)(nil),               // 26: meshid.node.v1.IssueItem
-	(*IssueResponse)(nil),           // 27: meshid.node.v1.IssueResponse
-	(*IssueResult)(nil),             // 28: meshid.node.v1.IssueResult
-	(*IssuedSVID)(nil),              // 29: meshid.node.v1.IssuedSVID
-	(*Refusal)(nil),                 // 30: meshid.node.v1.Refusal
-	(*InstancesEnded_Instance)(nil), // 31: meshid.node.v1.InstancesEnded.Instance
-	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
-	(*v1.Workload)(nil),             // 34: meshid.attributes.v1.Workload
-	(*v11.Entry)(nil),               // 35: meshid.entry.v1.Entry
-	(*v1.Node)(nil),                 // 36: meshid.attributes.v1.Node
-	(*v1.Process)(nil),              // 37: meshid.attributes.v1.Process
+	(Cause)(0),                      // 0: meshid.node.v1.Cause
+	(IssueKind)(0),                  // 1: meshid.node.v1.IssueKind
+	(Reason)(0),                     // 2: meshid.node.v1.Reason
+	(*AttestRequest)(nil),           // 3: meshid.node.v1.AttestRequest
+	(*AttestStart)(nil),             // 4: meshid.node.v1.AttestStart
+	(*AttestResponse)(nil),          // 5: meshid.node.v1.AttestResponse
+	(*AgentIdentity)(nil),           // 6: meshid.node.v1.AgentIdentity
+	(*RenewRequest)(nil),            // 7: meshid.node.v1.RenewRequest
+	(*RenewResponse)(nil),           // 8: meshid.node.v1.RenewResponse
+	(*Bundle)(nil),                  // 9: meshid.node.v1.Bundle
+	(*SyncRequest)(nil),             // 10: meshid.node.v1.SyncRequest
+	(*Hello)(nil),                   // 11: meshid.node.v1.Hello
+	(*Applied)(nil),                 // 12: meshid.node.v1.Applied
+	(*BundleAcks)(nil),              // 13: meshid.node.v1.BundleAcks
+	(*Laggard)(nil),                 // 14: meshid.node.v1.Laggard
+	(*Held)(nil),                    // 15: meshid.node.v1.Held
+	(*Withdrawing)(nil),             // 16: meshid.node.v1.Withdrawing
+	(*InstancesEnded)(nil),          // 17: meshid.node.v1.InstancesEnded
+	(*Inspected)(nil),               // 18: meshid.node.v1.Inspected
+	(*SyncResponse)(nil),            // 19: meshid.node.v1.SyncResponse
+	(*Welcome)(nil),                 // 20: meshid.node.v1.Welcome
+	(*Clock)(nil),                   // 21: meshid.node.v1.Clock
+	(*Quarantines)(nil),             // 22: meshid.node.v1.Quarantines
+	(*Snapshot)(nil),                // 23: meshid.node.v1.Snapshot
+	(*Delta)(nil),                   // 24: meshid.node.v1.Delta
+	(*Evicted)(nil),                 // 25: meshid.node.v1.Evicted
+	(*Rotate)(nil),                  // 26: meshid.node.v1.Rotate
+	(*Inspect)(nil),                 // 27: meshid.node.v1.Inspect
+	(*IssueRequest)(nil),            // 28: meshid.node.v1.IssueRequest
+	(*IssueItem)(nil),               // 29: meshid.node.v1.IssueItem
+	(*IssueResponse)(nil),           // 30: meshid.node.v1.IssueResponse
+	(*IssueResult)(nil),             // 31: meshid.node.v1.IssueResult
+	(*IssuedSVID)(nil),              // 32: meshid.node.v1.IssuedSVID
+	(*Refusal)(nil),                 // 33: meshid.node.v1.Refusal
+	(*InstancesEnded_Instance)(nil), // 34: meshid.node.v1.InstancesEnded.Instance
+	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 36: google.protobuf.Duration
+	(*v1.Workload)(nil),             // 37: meshid.attributes.v1.Workload
+	(*v11.Entry)(nil),               // 38: meshid.entry.v1.Entry
+	(*v1.Node)(nil),                 // 39: meshid.attributes.v1.Node
+	(*v1.Process)(nil),              // 40: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
-	3,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
-	5,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
-	8,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
-	32, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
-	5,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
-	10, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
-	11, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
-	12, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
-	15, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
-	16, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
-	32, // 10: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
-	33, // 11: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
-	13, // 12: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
-	14, // 13: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
-	32, // 14: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	31, // 15: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
-	34, // 16: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
-	20, // 17: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
-	21, // 18: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
-	8,  // 19: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
-	22, // 20: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
-	23, // 21: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
-	24, // 22: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
-	18, // 23: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
-	19, // 24: meshid.node.v1.SyncResponse.quarantines:type_name -> meshid.node.v1.Quarantines
-	32, // 25: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
-	32, // 26: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
-	35, // 27: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
-	36, // 28: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
-	35, // 29: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
-	33, // 30: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
-	26, // 31: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
-	34, // 32: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
-	0,  // 33: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	37, // 34: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
-	28, // 35: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	29, // 36: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	30, // 37: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	32, // 38: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	1,  // 39: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	33, // 40: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	2,  // 41: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	6,  // 42: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	9,  // 43: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	25, // 44: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	4,  // 45: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	7,  // 46: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	17, // 47: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	27, // 48: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	45, // [45:49] is the sub-list for method output_type
-	41, // [41:45] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	4,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
+	6,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
+	9,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
+	35, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
+	6,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
+	11, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
+	12, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
+	13, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
+	17, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
+	18, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
+	16, // 10: meshid.node.v1.SyncRequest.withdrawing:type_name -> meshid.node.v1.Withdrawing
+	35, // 11: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
+	36, // 12: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
+	14, // 13: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
+	15, // 14: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
+	35, // 15: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	0,  // 16: meshid.node.v1.Withdrawing.cause:type_name -> meshid.node.v1.Cause
+	14, // 17: meshid.node.v1.Withdrawing.laggards:type_name -> meshid.node.v1.Laggard
+	34, // 18: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
+	37, // 19: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
+	23, // 20: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
+	24, // 21: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
+	9,  // 22: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
+	25, // 23: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
+	26, // 24: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
+	27, // 25: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
+	21, // 26: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
+	22, // 27: meshid.node.v1.SyncResponse.quarantines:type_name -> meshid.node.v1.Quarantines
+	20, // 28: meshid.node.v1.SyncResponse.welcome:type_name -> meshid.node.v1.Welcome
+	35, // 29: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
+	35, // 30: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
+	38, // 31: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
+	39, // 32: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
+	38, // 33: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
+	36, // 34: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
+	29, // 35: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
+	37, // 36: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
+	1,  // 37: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
+	40, // 38: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	31, // 39: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	32, // 40: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	33, // 41: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	35, // 42: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	2,  // 43: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	36, // 44: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	3,  // 45: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	7,  // 46: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	10, // 47: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	28, // 48: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	5,  // 49: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	8,  // 50: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	19, // 51: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	30, // 52: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	49, // [49:53] is the sub-list for method output_type
+	45, // [45:49] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
@@ -2590,8 +2862,9 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncRequest_BundleAcks)(nil),
 		(*SyncRequest_InstancesEnded)(nil),
 		(*SyncRequest_Inspected)(nil),
+		(*SyncRequest_Withdrawing)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[15].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[16].OneofWrappers = []any{
 		(*SyncResponse_Snapshot)(nil),
 		(*SyncResponse_Delta)(nil),
 		(*SyncResponse_Bundle)(nil),
@@ -2600,8 +2873,9 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncResponse_Inspect)(nil),
 		(*SyncResponse_Clock)(nil),
 		(*SyncResponse_Quarantines)(nil),
+		(*SyncResponse_Welcome)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[26].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[28].OneofWrappers = []any{
 		(*IssueResult_Svid)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
@@ -2610,8 +2884,8 @@ func file_proto_node_v1_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   30,
+			NumEnums:      3,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
