@@ -1,20 +1,13 @@
 // Package docker answers "which container is this process in, and what does the
 // Docker engine say of it?"
 //
-// The path of one answer, in the order of this package's files:
+// Package container finds the container of a process, and confirms it: what this
+// package adds is what the engine says.
 //
-//  1. cgroup.go: the process's cgroup paths are read. Container ids in them are
-//     candidates and no more: any user to whom a cgroup is delegated, and each
-//     container that may write its own, can make a cgroup with another
-//     container's id as its name.
-//  2. index.go: each candidate is looked up in an index of the engine's running
-//     containers, which follow.go keeps from the engine's event stream, so that
-//     usually nobody is asked. An unknown one costs one call to the engine.
-//  3. container.go: a candidate is confirmed if the process is in or below the
-//     cgroup that the runtime made for the container: that of the container's
-//     init process, whose pid comes from the engine, and which is held as a
-//     pidfd. Of several that are confirmed, the outermost is meant: what is
-//     inside of a container's cgroup is the container's own making.
+//  1. load.go: the engine is asked for a container that is not known yet: its init
+//     process and its facts.
+//  2. follow.go: the index is kept from the engine's event stream, so that usually
+//     nobody is asked.
 //
 // The engine's facts about a container do not change while it runs (but its
 // name, which the event stream tells), so an index that cannot reach the engine
@@ -28,7 +21,6 @@ package docker
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 
@@ -36,7 +28,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
-	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
 // Name is the attestor's name.
@@ -54,8 +46,9 @@ type Config struct {
 // Attestor attests containers. It is safe for concurrent use.
 type Attestor struct {
 	engine    *engine
-	index     *index
-	processes processes
+	index     *container.Index
+	processes container.Processes
+	slots     chan struct{} // one for each container that is being asked for
 	logger    *slog.Logger
 	metrics   *metrics
 }
@@ -72,11 +65,12 @@ func New(c Config, logger *slog.Logger, reg prometheus.Registerer) (*Attestor, e
 	}
 	a := &Attestor{
 		engine:    newEngine(c.Socket, m),
-		processes: kernel{},
+		processes: container.Kernel{},
+		slots:     make(chan struct{}, maxLoads),
 		logger:    logger,
 		metrics:   m,
 	}
-	a.index = newIndex(a.load, m)
+	a.index = container.NewIndex(a.load, m.containers)
 	return a, nil
 }
 
@@ -87,68 +81,19 @@ func (*Attestor) Name() string { return Name }
 // has returned before.
 func (a *Attestor) Close() error {
 	a.engine.close()
-	return a.index.close()
+	return a.index.Close()
 }
 
 // Attest returns the facts about p's container, or attest.ErrNotMine if p is in
 // none of this engine's. The facts must not be modified.
 func (a *Attestor) Attest(ctx context.Context, p *peer.Peer) (*attest.Facts, error) {
-	text, err := a.processes.cgroup(p)
+	memberships, err := container.Read(a.processes, p)
 	if err != nil {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
-	memberships, err := parseCgroups(text)
+	c, err := a.index.Find(ctx, p, memberships)
 	if err != nil {
-		return nil, fmt.Errorf("docker: read /proc/%d/cgroup: %w", p.PID, err)
-	}
-	ids, err := candidates(memberships)
-	if err != nil {
-		return nil, fmt.Errorf("docker: process %d: %w", p.PID, err)
-	}
-	c, err := a.confirm(ctx, ids, memberships)
-	if err != nil {
-		return nil, fmt.Errorf("docker: process %d: %w", p.PID, err)
-	}
-	// What was read is the process's, and the container's, only if both live.
-	if err := errors.Join(p.Alive(), c.alive()); err != nil {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
-	return &attest.Facts{
-		Workload: &attributesv1.Workload{Docker: c.facts},
-		Instance: c.instance(),
-		Rank:     attest.RankContainer,
-	}, nil
+	return &attest.Facts{Workload: c.Workload, Instance: c.Instance, Rank: attest.RankContainer}, nil
 }
-
-// confirm returns the outermost of the candidates that is confirmed.
-func (a *Attestor) confirm(ctx context.Context, ids []string, memberships map[string]string) (*container, error) {
-	var outermost *container
-	var refused string
-	for _, id := range ids {
-		c, err := a.index.get(ctx, id)
-		switch {
-		case errors.Is(err, errNoContainer):
-			continue // of another runtime, or invented
-		case err != nil:
-			return nil, fmt.Errorf("container %s: %w", short(id), err)
-		case !c.holds(memberships):
-			refused = id
-			continue
-		case outermost == nil || c.around(outermost):
-			outermost = c
-		case !outermost.around(c):
-			return nil, fmt.Errorf("is in the cgroups of two containers, %s and %s", short(outermost.id), short(c.id))
-		}
-	}
-	switch {
-	case outermost != nil:
-		return outermost, nil
-	case refused != "":
-		return nil, fmt.Errorf("its cgroup is named after container %s, but it is not in that container's cgroup", short(refused))
-	default:
-		return nil, attest.ErrNotMine
-	}
-}
-
-// short is the form of an id that people know.
-func short(id string) string { return id[:min(12, len(id))] }

@@ -22,6 +22,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 )
 
@@ -206,7 +207,7 @@ func TestV_D4_TooManyNames(t *testing.T) {
 	if _, err := w.attestor.Attest(t.Context(), p); err == nil || errors.Is(err, attest.ErrNotMine) {
 		t.Errorf("error %v", err)
 	}
-	if n := w.engine.count("inspect"); n > maxCandidates {
+	if n := w.engine.count("inspect"); n > 16 {
 		t.Errorf("asked the engine %d times", n)
 	}
 }
@@ -223,14 +224,6 @@ func TestUnknownIDs(t *testing.T) {
 	if n := w.engine.count("inspect"); n != 1 {
 		t.Errorf("asked the engine %d times", n)
 	}
-	for n := range 3 * maxAbsent {
-		w.attestor.index.mu.Lock()
-		w.attestor.index.remember(id(fmt.Sprint(n)))
-		w.attestor.index.mu.Unlock()
-	}
-	if n := len(w.attestor.index.absent); n > maxAbsent {
-		t.Errorf("%d ids remembered", n)
-	}
 }
 
 // The engine finds containers by name and by the beginning of their id too.
@@ -238,11 +231,11 @@ func TestEngineAnswersWithAnother(t *testing.T) {
 	w := newWorld(t)
 	w.container("A", v2("/docker/"+id("A")), nil)
 	w.engine.set(func() { w.engine.containers[id("alias")] = w.engine.containers[id("A")] })
-	if _, err := w.attestor.engine.inspectContainer(t.Context(), id("alias")); !errors.Is(err, errNoContainer) {
+	if _, err := w.attestor.engine.inspectContainer(t.Context(), id("alias")); !errors.Is(err, container.ErrNotFound) {
 		t.Errorf("error %v", err)
 	}
 	for _, name := range []string{"", "web", id("A")[:12], "../images/x", id("A") + "/json?x=", strings.ToUpper(id("Z"))} {
-		if _, err := w.attestor.engine.inspectContainer(t.Context(), name); err == nil || errors.Is(err, errNoContainer) {
+		if _, err := w.attestor.engine.inspectContainer(t.Context(), name); err == nil || errors.Is(err, container.ErrNotFound) {
 			t.Errorf("%q: error %v", name, err)
 		}
 	}
@@ -381,14 +374,14 @@ func TestV_D13_EngineAnswersNonsense(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w.engine.set(func() { w.engine.raw["/containers/"+id("A")+"/json"] = raw })
-			w.attestor.index.forget(id("A"))
+			w.attestor.index.Forget(id("A"))
 			if f, err := w.attestor.Attest(t.Context(), init); err == nil {
 				t.Errorf("facts %v", f)
 			}
 		})
 	}
 	w.engine.stop()
-	w.attestor.index.forget(id("A"))
+	w.attestor.index.Forget(id("A"))
 	if f, err := w.attestor.Attest(t.Context(), init); !errors.Is(err, errUnreachable) {
 		t.Errorf("engine gone: facts %v, error %v", f, err)
 	}
@@ -413,47 +406,14 @@ func TestV_D14_ContainerEnds(t *testing.T) {
 	if f, err := w.attestor.Attest(t.Context(), p); !errors.Is(err, attest.ErrNotMine) {
 		t.Errorf("facts %v, error %v", f, err)
 	}
-	if n := len(w.attestor.index.all()); n != 0 {
+	if n := len(w.attestor.index.All()); n != 0 {
 		t.Errorf("%d containers in the index", n)
 	}
 	// Started again: another run under the same id.
 	w.container("A", v2("/docker/"+id("A")), nil)
-	w.attestor.index.forget(id("A")) // the event does it
+	w.attestor.index.Forget(id("A")) // the event does it
 	if _, err := w.attestor.Attest(t.Context(), p); err != nil {
 		t.Error(err)
-	}
-}
-
-// The engine may say that a container runs when its pid is another's already.
-func TestV_D1_InitProcess(t *testing.T) {
-	p, _ := sleeper(t)
-	now := time.Now()
-	k := kernel{}
-	if _, err := k.open(id("A"), p.PID, now.Add(-time.Hour)); err == nil || !strings.Contains(err.Error(), "not its init process") {
-		t.Errorf("a process that is younger than the container: %v", err)
-	}
-	init, err := k.open(id("A"), p.PID, now.Add(time.Second))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(init.memberships) == 0 {
-		t.Error("no cgroups")
-	}
-	if err := init.process.Close(); err != nil {
-		t.Error(err)
-	}
-	if _, err := k.open(id("A"), 1<<22+5, now); !errors.Is(err, peer.ErrGone) {
-		t.Errorf("a process that is not there: %v", err)
-	}
-	if hasShim(os.Getpid(), id("A")) {
-		t.Error("the test is taken for a shim")
-	}
-
-	boot := time.Unix(1000, 0)
-	for ticks, want := range map[uint64]bool{0: true, 100: true, 1000: true, 1200: true, 1201: false, 1 << 60: false} {
-		if got := startedBy(ticks, boot, time.Unix(1010, 0)); got != want {
-			t.Errorf("%d ticks: %v", ticks, got)
-		}
 	}
 }
 
@@ -655,7 +615,7 @@ func TestV_I8_Churn(t *testing.T) {
 			t.Errorf("%s: %d starts without an end", instance, left)
 		}
 	}
-	if c := len(w.attestor.index.all()); c != 0 {
+	if c := len(w.attestor.index.All()); c != 0 {
 		t.Errorf("%d containers in the index", c)
 	}
 	if c := testutil.ToFloat64(w.attestor.metrics.containers); c != 0 {
@@ -690,7 +650,7 @@ func TestV_D17_Descriptors(t *testing.T) {
 		if _, err := w.attestor.Attest(t.Context(), bad); err == nil {
 			t.Fatal("attested")
 		}
-		if _, err := w.attestor.index.refresh(t.Context(), id("A")); err != nil {
+		if _, err := w.attestor.index.Refresh(t.Context(), id("A")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -710,7 +670,7 @@ func TestNew(t *testing.T) {
 	if err := a.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := a.index.get(t.Context(), id("A")); err == nil {
+	if _, err := a.index.Get(t.Context(), id("A")); err == nil {
 		t.Error("a closed attestor finds a container")
 	}
 }
@@ -749,62 +709,6 @@ func TestEventTooLong(t *testing.T) {
 	}
 }
 
-func TestParseCgroups(t *testing.T) {
-	got, err := parseCgroups([]byte("12:cpu,cpuacct:/a:b c/\\x\n1:name=systemd:/\n0::/x (deleted)\n"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(map[string]string{"cpu,cpuacct": "/a:b c/\\x", "name=systemd": "/", "": "/x (deleted)"}, got); diff != "" {
-		t.Error(diff)
-	}
-	if m, err := parseCgroups(nil); err != nil || len(m) != 0 {
-		t.Errorf("empty: %v, %v", m, err)
-	}
-	for _, text := range []string{"0::/", "x\n", "1:x\n", "0::\n", "0::x\n", "0::/a\n0::/b\n", "1:cpu:/a\n2:cpu:/b\n", "0:cpu:/a\n", "1::/a\n", "\n", strings.Repeat("1:x:/\n", 2)} {
-		if m, err := parseCgroups([]byte(text)); err == nil {
-			t.Errorf("%q: %v", text, m)
-		}
-	}
-	var many strings.Builder
-	for n := range maxHierarchies + 1 {
-		fmt.Fprintf(&many, "%d:c%d:/\n", n+1, n)
-	}
-	if _, err := parseCgroups([]byte(many.String())); err == nil {
-		t.Error("too many hierarchies are accepted")
-	}
-}
-
-func FuzzCgroup(f *testing.F) {
-	victim := id("B")
-	f.Add(v2("/docker/" + victim))
-	f.Add(v1("/docker/" + id("A") + "/docker-" + victim + ".scope"))
-	f.Add("0::/../x\n")
-	c := &container{id: victim, roots: map[string]string{"": "/docker/" + victim}}
-	f.Fuzz(func(t *testing.T, text string) {
-		m, err := parseCgroups([]byte(text))
-		if err != nil {
-			return
-		}
-		ids, err := candidates(m)
-		if err != nil {
-			return
-		}
-		for _, id := range ids {
-			if !isID(id) || !strings.Contains(text, id) {
-				t.Errorf("candidate %q", id)
-			}
-			for _, path := range m {
-				if root, ok := rootOf(id, path); ok && (!below(path, root) || !strings.Contains(root, id)) {
-					t.Errorf("root %q of %q", root, path)
-				}
-			}
-		}
-		if path := m[""]; c.holds(m) && path != "/docker/"+victim && !strings.HasPrefix(path, "/docker/"+victim+"/") {
-			t.Errorf("%q is in the container", path)
-		}
-	})
-}
-
 func FuzzInspect(f *testing.F) {
 	f.Add([]byte(`{"Id":"x","State":{"Running":true,"Pid":1,"StartedAt":"2026-01-02T03:04:05.6Z"},"Config":{"Labels":{"a":"b"}}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -826,7 +730,7 @@ func FuzzInspect(f *testing.F) {
 func FuzzEvent(f *testing.F) {
 	f.Add([]byte(`{"Type":"container","Action":"start","Actor":{"ID":"` + id("A") + `"}}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, ok, err := parseEvent(b); ok && (err != nil || !isID(c.id)) {
+		if c, ok, err := parseEvent(b); ok && (err != nil || !container.IsID(c.id)) {
 			t.Errorf("%v, %v", c, err)
 		}
 	})
@@ -851,11 +755,11 @@ func cpu(b *testing.B, f func()) {
 // realCgroup also reads the peer's real cgroup file, for the cost of it.
 type realCgroup struct{ *fakeProcesses }
 
-func (r realCgroup) cgroup(p *peer.Peer) ([]byte, error) {
-	if _, err := (kernel{}).cgroup(p); err != nil {
+func (r realCgroup) Cgroup(p *peer.Peer) ([]byte, error) {
+	if _, err := (container.Kernel{}).Cgroup(p); err != nil {
 		return nil, err
 	}
-	return r.fakeProcesses.cgroup(p)
+	return r.fakeProcesses.Cgroup(p)
 }
 
 func BenchmarkAttestWarm(b *testing.B) {
@@ -870,19 +774,6 @@ func BenchmarkAttestWarm(b *testing.B) {
 			b.Fatal(err)
 		}
 	})
-}
-
-func BenchmarkParseCgroup(b *testing.B) {
-	text := []byte(v1("/docker/" + id("A")))
-	for b.Loop() {
-		m, err := parseCgroups(text)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, err := candidates(m); err != nil {
-			b.Fatal(err)
-		}
-	}
 }
 
 var _ interface {

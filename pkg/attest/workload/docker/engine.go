@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
 const (
@@ -32,10 +34,6 @@ const (
 	// maxImages bounds the images whose labels are remembered.
 	maxImages = 512
 )
-
-// errNoContainer says that the engine has no such container, or that it does not
-// run.
-var errNoContainer = errors.New("the engine runs no such container")
 
 // errUnreachable says that the engine did not answer, or not sensibly. It may be
 // asked again.
@@ -96,9 +94,9 @@ type inspected struct {
 	} `json:"State"`
 }
 
-// inspectContainer returns a container that runs, or errNoContainer.
+// inspectContainer returns a container that runs, or container.ErrNotFound.
 func (e *engine) inspectContainer(ctx context.Context, id string) (*inspected, error) {
-	if !isID(id) {
+	if !container.IsID(id) {
 		return nil, fmt.Errorf("inspect container %q: not a container id", id)
 	}
 	var c inspected
@@ -107,9 +105,9 @@ func (e *engine) inspectContainer(ctx context.Context, id string) (*inspected, e
 	}
 	switch {
 	case c.ID != id: // the engine also finds a container by its name
-		return nil, errNoContainer
+		return nil, container.ErrNotFound
 	case !c.State.Running || c.State.Pid <= 0:
-		return nil, errNoContainer
+		return nil, container.ErrNotFound
 	}
 	return &c, checkLabels(c.Config.Labels)
 }
@@ -146,7 +144,7 @@ func (e *engine) inspectImage(ctx context.Context, id string) (map[string]string
 		} `json:"Config"`
 	}
 	err := e.call(ctx, callInspectImage, "/images/"+url.PathEscape(id)+"/json", nil, &i)
-	if errors.Is(err, errNoContainer) {
+	if errors.Is(err, container.ErrNotFound) {
 		return nil, fmt.Errorf("image %s was removed, so the image's labels cannot be told from the container's: restart the container from an image that exists", id)
 	}
 	if err != nil {
@@ -165,7 +163,7 @@ func (e *engine) running(ctx context.Context) ([]string, error) {
 	}
 	ids := make([]string, 0, len(list))
 	for _, c := range list {
-		if !isID(c.ID) {
+		if !container.IsID(c.ID) {
 			return nil, fmt.Errorf("list containers: %q is not a container id", c.ID)
 		}
 		ids = append(ids, c.ID)
@@ -180,7 +178,7 @@ func (e *engine) call(ctx context.Context, c call, path string, query url.Values
 	defer cancel()
 	body, err := e.get(ctx, path, query)
 	switch {
-	case errors.Is(err, errNoContainer):
+	case errors.Is(err, container.ErrNotFound):
 		return fmt.Errorf("%s: %w", c, err)
 	case err != nil:
 		return fmt.Errorf("%s: %w: %w", c, errUnreachable, err)
@@ -219,7 +217,7 @@ func (e *engine) get(ctx context.Context, path string, query url.Values) (io.Rea
 	case http.StatusOK:
 		return resp.Body, nil
 	case http.StatusNotFound:
-		err = errNoContainer
+		err = container.ErrNotFound
 	default:
 		err = fmt.Errorf("the engine answers %s", resp.Status)
 	}
@@ -297,7 +295,7 @@ func parseEvent(line []byte) (c change, ok bool, err error) {
 	if err := json.Unmarshal(line, &e); err != nil {
 		return change{}, false, fmt.Errorf("read events: %w", err)
 	}
-	if e.Type != "container" || !isID(e.Actor.ID) {
+	if e.Type != "container" || !container.IsID(e.Actor.ID) {
 		return change{}, false, nil
 	}
 	switch e.Action {

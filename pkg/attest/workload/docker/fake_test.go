@@ -19,6 +19,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
 // id makes a container id.
@@ -271,7 +272,7 @@ func (f *fakeProcesses) text(pid int) (string, error) {
 	return text, nil
 }
 
-func (f *fakeProcesses) cgroup(p *peer.Peer) ([]byte, error) {
+func (f *fakeProcesses) Cgroup(p *peer.Peer) ([]byte, error) {
 	if err := p.Alive(); err != nil {
 		return nil, err
 	}
@@ -279,7 +280,7 @@ func (f *fakeProcesses) cgroup(p *peer.Peer) ([]byte, error) {
 	return []byte(text), err
 }
 
-func (f *fakeProcesses) open(_ string, pid int, _ time.Time) (*initProcess, error) {
+func (f *fakeProcesses) Open(pid int, _ time.Time, _ ...string) (*container.Init, error) {
 	p, err := peer.Open(pid)
 	if err != nil {
 		return nil, err
@@ -288,11 +289,11 @@ func (f *fakeProcesses) open(_ string, pid int, _ time.Time) (*initProcess, erro
 	if err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
-	m, err := parseCgroups([]byte(text))
+	m, err := container.ParseMemberships([]byte(text))
 	if err != nil {
 		return nil, errors.Join(err, p.Close())
 	}
-	return &initProcess{process: p, memberships: m}, nil
+	return &container.Init{Process: p, Memberships: m}, nil
 }
 
 // world is an attestor, its engine and its processes.

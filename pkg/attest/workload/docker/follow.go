@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/meshid/meshid/pkg/attest"
-	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
 const (
@@ -26,31 +26,17 @@ const (
 // follower is one call of Watch. Its goroutine owns all fields.
 type follower struct {
 	*Attestor
-	event func(attest.InstanceEvent)
-	// announced are the runs that were reported and have not ended, by id.
-	announced map[string]*announced
-	// deaths tells of init processes that have ended.
-	deaths chan *announced
-	wg     sync.WaitGroup // the goroutines that send on deaths
-}
-
-// announced is a run of a container that was reported.
-type announced struct {
-	c    *container
-	stop context.CancelFunc // ends the goroutine that waits for its end
+	announcer *container.Announcer
+	wg        sync.WaitGroup // the goroutine that reads the event stream
 }
 
 // Watch implements attest.InstanceWatcher. A container has ended if its init
 // process has, or if the engine lists its containers without it. It returns nil
 // when ctx ends.
 func (a *Attestor) Watch(ctx context.Context, event func(attest.InstanceEvent)) error {
-	f := &follower{
-		Attestor:  a,
-		event:     event,
-		announced: make(map[string]*announced),
-		deaths:    make(chan *announced),
-	}
-	defer f.close()
+	f := &follower{Attestor: a, announcer: container.NewAnnouncer(a.index, event)}
+	defer f.wg.Wait()
+	defer f.announcer.Close()
 	var pause time.Duration
 	lost := false
 	for {
@@ -72,14 +58,6 @@ func (a *Attestor) Watch(ctx context.Context, event func(attest.InstanceEvent)) 
 	}
 }
 
-// close ends the goroutines.
-func (f *follower) close() {
-	for _, n := range f.announced {
-		n.stop()
-	}
-	f.wg.Wait()
-}
-
 // wait waits, and hears of deaths meanwhile.
 func (f *follower) wait(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
@@ -90,8 +68,8 @@ func (f *follower) wait(ctx context.Context, d time.Duration) error {
 			return ctx.Err()
 		case <-t.C:
 			return nil
-		case n := <-f.deaths:
-			f.ended(n)
+		case n := <-f.announcer.Deaths():
+			f.announcer.Ended(n)
 		}
 	}
 }
@@ -129,13 +107,13 @@ func (f *follower) follow(ctx context.Context) (connected bool, err error) {
 	}
 	f.metrics.connected.Set(1)
 	defer f.metrics.connected.Set(0)
-	f.logger.InfoContext(ctx, "following the docker engine", "containers", len(f.announced))
+	f.logger.InfoContext(ctx, "following the docker engine", "containers", len(f.announcer.All()))
 	for {
 		select {
 		case <-ctx.Done():
 			return true, ctx.Err()
-		case n := <-f.deaths:
-			f.ended(n)
+		case n := <-f.announcer.Deaths():
+			f.announcer.Ended(n)
 		case c, ok := <-changes:
 			if !ok {
 				return true, streamErr
@@ -149,7 +127,7 @@ func (f *follower) follow(ctx context.Context) (connected bool, err error) {
 
 // list makes the index what the engine says that runs.
 func (f *follower) list(ctx context.Context) error {
-	before := f.index.all()
+	before := f.index.All()
 	ids, err := f.engine.running(ctx)
 	if err != nil {
 		return err
@@ -160,22 +138,22 @@ func (f *follower) list(ctx context.Context) error {
 	}
 	for id, c := range before {
 		if !running[id] {
-			f.index.remove(c)
+			f.index.Remove(c)
 		}
 	}
-	for id, n := range f.announced {
+	for id, n := range f.announcer.All() {
 		if !running[id] {
-			f.ended(n)
+			f.announcer.Ended(n)
 		}
 	}
 
 	var mu sync.Mutex // guards found
-	var found []*container
+	var found []*container.Container
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxLoads)
 	for _, id := range ids {
 		g.Go(func() error {
-			c, err := f.look(gctx, id, f.index.refresh) // its name may have changed
+			c, err := f.look(gctx, id, f.index.Refresh) // its name may have changed
 			if err != nil || c == nil {
 				return err
 			}
@@ -189,7 +167,7 @@ func (f *follower) list(ctx context.Context) error {
 		return err
 	}
 	for _, c := range found {
-		f.started(ctx, c)
+		f.announcer.Started(ctx, c)
 	}
 	return nil
 }
@@ -197,13 +175,13 @@ func (f *follower) list(ctx context.Context) error {
 // look finds a container with get, which is the index's. One that ended meanwhile
 // is nil, and so is one that cannot be attested for a reason of its own: that is
 // logged, and must not stop the others.
-func (f *follower) look(ctx context.Context, id string, get func(context.Context, string) (*container, error)) (*container, error) {
-	f.index.forget(id)
+func (f *follower) look(ctx context.Context, id string, get func(context.Context, string) (*container.Container, error)) (*container.Container, error) {
+	f.index.Forget(id)
 	c, err := get(ctx, id)
 	switch {
 	case err == nil:
 		return c, nil
-	case errors.Is(err, errNoContainer), errors.Is(err, errEnded):
+	case errors.Is(err, container.ErrNotFound), errors.Is(err, container.ErrEnded):
 		return nil, nil //nolint:nilnil // documented
 	case errors.Is(err, errUnreachable), ctx.Err() != nil:
 		return nil, err
@@ -215,10 +193,10 @@ func (f *follower) look(ctx context.Context, id string, get func(context.Context
 
 // apply follows one event.
 func (f *follower) apply(ctx context.Context, c change) error {
-	get := f.index.refresh
+	get := f.index.Refresh
 	switch c.action {
 	case actionStart:
-		get = f.index.get // a run that is known and lives is the one that was started
+		get = f.index.Get // a run that is known and lives is the one that was started
 		fallthrough
 	case actionRename:
 		found, err := f.look(ctx, c.id, get)
@@ -226,64 +204,17 @@ func (f *follower) apply(ctx context.Context, c change) error {
 			return fmt.Errorf("after event %s: %w", c.action, err)
 		}
 		if found != nil {
-			f.started(ctx, found)
+			f.announcer.Started(ctx, found)
 		}
 		return nil
 	case actionDie, actionDestroy:
 		// It may be an old event of a container that has been started again,
 		// so the init process decides.
-		if n := f.announced[c.id]; n != nil && n.c.alive() != nil {
-			f.ended(n)
+		if n := f.announcer.All()[c.id]; n != nil && n.Container.Alive() != nil {
+			f.announcer.Ended(n)
 		}
 		return nil
 	default:
 		return nil
 	}
-}
-
-// started reports c, unless it was reported just so.
-func (f *follower) started(ctx context.Context, c *container) {
-	if n := f.announced[c.id]; n != nil {
-		switch {
-		case n.c == c:
-			return
-		case n.c.init == c.init: // the same run with another name
-			n.c = c
-			f.report(c)
-			return
-		default: // started again, and its end was not heard of yet
-			f.ended(n)
-		}
-	}
-	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	n := &announced{c: c, stop: stop}
-	f.announced[c.id] = n
-	f.wg.Go(func() {
-		select {
-		case <-c.init.process.Done():
-		case <-ctx.Done():
-			return
-		}
-		select {
-		case f.deaths <- n:
-		case <-ctx.Done():
-		}
-	})
-	f.report(c)
-}
-
-// report says that c is there.
-func (f *follower) report(c *container) {
-	f.event(attest.InstanceEvent{Instance: c.instance(), Workload: &attributesv1.Workload{Docker: c.facts}})
-}
-
-// ended reports the end of n, once.
-func (f *follower) ended(n *announced) {
-	n.stop()
-	if f.announced[n.c.id] != n {
-		return
-	}
-	delete(f.announced, n.c.id)
-	f.index.remove(n.c)
-	f.event(attest.InstanceEvent{Instance: n.c.instance(), Ended: true})
 }

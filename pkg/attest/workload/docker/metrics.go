@@ -4,6 +4,8 @@ import (
 	"errors"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
 // call names a call to the engine.
@@ -56,7 +58,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 // called counts a call. That there is no such container is an answer.
 func (m *metrics) called(c call, err error) {
 	outcome := outcomeOK
-	if err != nil && !errors.Is(err, errNoContainer) {
+	if err != nil && !errors.Is(err, container.ErrNotFound) {
 		outcome = outcomeError
 	}
 	m.calls.WithLabelValues(string(c), outcome).Inc()

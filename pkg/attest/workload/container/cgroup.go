@@ -1,4 +1,4 @@
-package docker
+package container
 
 import (
 	"errors"
@@ -9,18 +9,21 @@ import (
 const (
 	// idLength of a container id, in hexadecimal digits.
 	idLength = 64
-	// maxCandidates bounds what a process can make us ask the engine.
+	// maxCandidates bounds what a process can make us ask the runtime.
 	maxCandidates = 16
 	// maxHierarchies: the kernel has 14 controllers and a few named hierarchies.
 	maxHierarchies = 64
 )
 
-// parseCgroups reads /proc/<pid>/cgroup: lines "number:controllers:path". It
-// returns the path in each hierarchy, by its controllers; cgroup v2 has none, so
-// its key is "". A path is as seen from this program's cgroup namespace, and
-// holds no line feed, which the kernel refuses, but may hold colons.
-func parseCgroups(text []byte) (map[string]string, error) {
-	memberships := make(map[string]string)
+// Memberships are a process's cgroup paths, by the controllers of the hierarchy;
+// cgroup v2 has none, so its key is "". A path is as seen from this program's
+// cgroup namespace: one that lies outside of it begins with "/..".
+type Memberships map[string]string
+
+// ParseMemberships reads /proc/<pid>/cgroup: lines "number:controllers:path". A
+// path holds no line feed, which the kernel refuses, but may hold colons.
+func ParseMemberships(text []byte) (Memberships, error) {
+	memberships := make(Memberships)
 	for line := range strings.Lines(string(text)) {
 		line, ok := strings.CutSuffix(line, "\n")
 		if !ok {
@@ -51,15 +54,15 @@ func parseCgroups(text []byte) (map[string]string, error) {
 	return memberships, nil
 }
 
-// candidates returns each container id that stands in a path, once. All parts of
+// Candidates returns each container id that stands in a path, once. All parts of
 // all paths count: the cgroupfs driver makes ".../<id>", the systemd driver
 // ".../docker-<id>.scope", and a container can make more below its own.
-func candidates(memberships map[string]string) ([]string, error) {
+func (m Memberships) Candidates() ([]string, error) {
 	var ids []string
 	seen := make(map[string]bool)
-	for _, path := range memberships {
+	for _, path := range m {
 		for segment := range strings.SplitSeq(path, "/") {
-			id, ok := idIn(segment)
+			id, ok := IDIn(segment)
 			if !ok || seen[id] {
 				continue
 			}
@@ -73,8 +76,8 @@ func candidates(memberships map[string]string) ([]string, error) {
 	return ids, nil
 }
 
-// idIn returns the first run of exactly 64 hexadecimal digits in a path segment.
-func idIn(segment string) (string, bool) {
+// IDIn returns the first run of exactly 64 hexadecimal digits in a path segment.
+func IDIn(segment string) (string, bool) {
 	run := 0
 	for i := 0; i <= len(segment); i++ {
 		if i < len(segment) && isHex(segment[i]) {
@@ -91,9 +94,9 @@ func idIn(segment string) (string, bool) {
 
 func isHex(c byte) bool { return c >= '0' && c <= '9' || c >= 'a' && c <= 'f' }
 
-// isID says whether s is a container id, such that it can stand in a URL.
-func isID(s string) bool {
-	id, ok := idIn(s)
+// IsID says whether s is a container id, such that it can stand in a URL.
+func IsID(s string) bool {
+	id, ok := IDIn(s)
 	return ok && id == s
 }
 
@@ -104,7 +107,7 @@ func rootOf(id, path string) (string, bool) {
 	end := 0
 	for segment := range strings.SplitSeq(path, "/") {
 		end += len(segment)
-		if found, ok := idIn(segment); ok && found == id {
+		if found, ok := IDIn(segment); ok && found == id {
 			return path[:end], true
 		}
 		end++ // the slash
