@@ -91,6 +91,8 @@ type workloadAttestation struct {
 	Unix config.Section `yaml:"unix"`
 	// Container of the process. Settings: socket, of the Docker engine.
 	Docker config.Section `yaml:"docker"`
+	// Pod and container of the process; see docs/kubernetes.md.
+	K8s config.Section `yaml:"k8s" settings:"pkg/attest/workload/k8s"`
 }
 
 // validated is what `node-agent run` works with.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/node/x509pop"
 	"github.com/meshid/meshid/pkg/attest/workload/docker"
+	"github.com/meshid/meshid/pkg/attest/workload/k8s"
 	"github.com/meshid/meshid/pkg/attest/workload/unix"
 	"github.com/meshid/meshid/pkg/csi"
 )
@@ -106,6 +108,21 @@ func workloadAttestors(w workloadAttestation, logger *slog.Logger, r prometheus.
 		return nil, err
 	}
 	all := []attest.WorkloadAttestor{unixAttestor}
+	// Before docker: if both know a container, it is the pod's.
+	if w.K8s.Present() {
+		var c k8s.Config
+		if err := w.K8s.Decode(&c); err != nil {
+			return nil, err
+		}
+		a, err := k8s.New(c, logger, r)
+		if bad, ok := errors.AsType[*k8s.SettingError](err); ok {
+			return nil, w.K8s.Errorf(bad.Setting, "%s", bad.Message)
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, a)
+	}
 	if w.Docker.Present() {
 		var c docker.Config
 		if err := w.Docker.Decode(&c); err != nil {

@@ -226,7 +226,7 @@ socket: %[2]s/workload/agent.sock
 admin_socket: %[2]s/agent-admin.sock
 metrics_listen: '%[3]s'
 node_attestation: {join_token: {token_file: %[2]s/token}}
-workload_attestation: {docker: {socket: %[2]s/no-docker.sock}}
+workload_attestation: {docker: {socket: %[2]s/no-docker.sock}, k8s: {runtime_socket: %[2]s/no-cri.sock}}
 csi: {node_name: docs, kubelet_dir: %[2]s/kubelet}
 `, listen, dir, agentMetrics)),
 	}

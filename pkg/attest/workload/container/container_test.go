@@ -39,7 +39,9 @@ func sleeper(t testing.TB) (*peer.Peer, func()) {
 	return p, end
 }
 
-func newSize() prometheus.Gauge { return prometheus.NewGauge(prometheus.GaugeOpts{Name: "containers", Help: "Containers in the index."}) }
+func newSize() prometheus.Gauge {
+	return prometheus.NewGauge(prometheus.GaugeOpts{Name: "containers", Help: "Containers in the index."})
+}
 
 // What is remembered of ids that nobody knows is bounded.
 func TestAbsentIsBounded(t *testing.T) {

@@ -1,0 +1,104 @@
+package k8s
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/meshid/meshid/internal/backoff"
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+)
+
+// maxWait bounds how long a container is waited for on behalf of one who has no
+// deadline himself.
+const maxWait = 2 * time.Second
+
+// startBackoff is between questions about a container that is being started.
+var startBackoff = backoff.Policy{Base: 10 * time.Millisecond, Max: 500 * time.Millisecond}
+
+// load asks the runtime for a container, the kubelet for its pod, and the kernel for
+// its init process.
+func (a *Attestor) load(ctx context.Context, id string) (*container.Container, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.wait)
+	defer cancel()
+	r, err := a.started(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	p, err := a.pods.await(ctx, r.podUID, r.container)
+	if err != nil {
+		return nil, err
+	}
+	facts, err := facts(id, r, p)
+	if err != nil {
+		return nil, err
+	}
+	if owner, ok := a.pods.owner(id); ok && owner != p.uid {
+		return nil, fmt.Errorf("the container runtime says that it is of pod %s, the kubelet that it is of pod %s", p.uid, owner)
+	}
+	init, err := a.processes.Open(r.pid, r.startedAt, id, r.sandbox)
+	switch {
+	case errors.Is(err, peer.ErrGone):
+		return nil, fmt.Errorf("%w, or this agent does not see it: it needs the host's PID namespace (hostPID: true)", container.ErrEnded)
+	case err != nil:
+		return nil, err
+	}
+	c, err := container.New(id, Name+":"+id, facts, init)
+	if err != nil {
+		err = fmt.Errorf("%w, or this agent does not have the host's PID namespace (hostPID: true)", err)
+	} else if uid, ok := podAround(c.Roots()); ok && uid != p.uid {
+		err = fmt.Errorf("the container runtime says that it is of pod %s, its cgroup is in that of pod %s", p.uid, uid)
+	}
+	if err != nil {
+		return nil, errors.Join(err, init.Process.Close())
+	}
+	return c, nil
+}
+
+// started asks for a container, again and again while it is being started.
+func (a *Attestor) started(ctx context.Context, id string) (*running, error) {
+	tries := backoff.New(startBackoff)
+	for {
+		r, err := a.runtime.container(ctx, id)
+		if !errors.Is(err, errCreated) {
+			return r, err
+		}
+		if backoff.Wait(ctx, tries.Next()) != nil {
+			return nil, err
+		}
+	}
+}
+
+// facts are what is attested of a container.
+func facts(id string, r *running, p *pod) (*attributesv1.Workload, error) {
+	inPod, ok := p.containers[r.container]
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("pod %s/%s has no container %s", p.namespace, p.name, r.container)
+	case p.namespace != r.namespace || p.name != r.podName:
+		return nil, fmt.Errorf("the container runtime says that it is of pod %s/%s, the kubelet calls that pod %s/%s", r.namespace, r.podName, p.namespace, p.name)
+	case p.refused != "":
+		return nil, fmt.Errorf("pod %s/%s %s", p.namespace, p.name, p.refused)
+	case p.over():
+		return nil, fmt.Errorf("pod %s/%s has ended (phase %s)", p.namespace, p.name, p.phase)
+	}
+	return &attributesv1.Workload{K8S: &attributesv1.Kubernetes{
+		Namespace: p.namespace, ServiceAccount: p.serviceAccount, PodName: p.name, PodUid: p.uid, Labels: p.labels,
+		OwnerKind: p.owner.Kind, OwnerName: p.owner.Name, OwnerUid: p.owner.UID,
+		Container: r.container, ContainerId: id, Image: r.reference(inPod), ImageDigest: r.digest,
+	}}, nil
+}
+
+// again returns the facts of a known container by what the kubelet says of its pod
+// now: what belongs to the run of the container stays.
+func again(old *attributesv1.Workload, p *pod) *attributesv1.Workload {
+	k := old.GetK8S()
+	return &attributesv1.Workload{K8S: &attributesv1.Kubernetes{
+		Namespace: p.namespace, ServiceAccount: p.serviceAccount, PodName: p.name, PodUid: p.uid, Labels: p.labels,
+		OwnerKind: p.owner.Kind, OwnerName: p.owner.Name, OwnerUid: p.owner.UID,
+		Container: k.GetContainer(), ContainerId: k.GetContainerId(), Image: k.GetImage(), ImageDigest: k.GetImageDigest(),
+	}}
+}
