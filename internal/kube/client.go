@@ -292,8 +292,31 @@ func (c *Client) call(ctx context.Context, verb string, r *rest.Request, p Path,
 
 // context has what client-go logs go to our logger, and not to stderr.
 func (c *Client) context(ctx context.Context) context.Context {
-	return klog.NewContext(ctx, logr.FromSlogHandler(c.logger.Handler()))
+	return klog.NewContext(ctx, logr.FromSlogHandler(details{c.logger.Handler()}))
 }
+
+// details logs whatever it is given as a detail: what client-go takes for an error is
+// returned to us as well, and is tried again or reported.
+type details struct{ slog.Handler }
+
+// Enabled implements slog.Handler.
+func (d details) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelDebug && d.Handler.Enabled(ctx, slog.LevelDebug)
+}
+
+// Handle implements slog.Handler.
+func (d details) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = slog.LevelDebug
+	return d.Handler.Handle(ctx, r)
+}
+
+// WithAttrs implements slog.Handler.
+func (d details) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return details{d.Handler.WithAttrs(attrs)}
+}
+
+// WithGroup implements slog.Handler.
+func (d details) WithGroup(name string) slog.Handler { return details{d.Handler.WithGroup(name)} }
 
 // warnings logs what the API server warns of, such as an old version of an API.
 type warnings struct{ logger *slog.Logger }
