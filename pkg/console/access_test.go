@@ -112,6 +112,74 @@ func TestV_J1_NameOfAnother(t *testing.T) {
 	}
 }
 
+// No other site reads an answer, and none gets one for being on the same machine.
+func TestV_J1_NoOtherOrigin(t *testing.T) {
+	c := testConsole(t, &world{text: "secret-name"}, func(c *Config) { c.Names = []string{host, "localhost", "127.0.0.1"} })
+	known, local := newBrowser(t, c).signIn(), newBrowser(t, c)
+	known.change = func(r *http.Request) { r.Header.Set("Origin", "https://evil.example") }
+	local.change = func(r *http.Request) { r.Host, r.RemoteAddr = "localhost:8444", "127.0.0.1:4711" }
+	for _, path := range append(pagePaths, loginPath, "/console/events") {
+		if path != "/console/events" { // which does not end
+			for name := range known.get(path).Header {
+				if strings.HasPrefix(name, "Access-Control-") {
+					t.Errorf("%s: %s", path, name)
+				}
+			}
+		}
+		if resp := known.do(http.MethodOptions, path, nil); resp.Code < 400 {
+			t.Errorf("OPTIONS %s: %d", path, resp.Code)
+		}
+		if resp := local.get(path); resp.Code == http.StatusOK && path != loginPath || strings.Contains(resp.Body, "secret-name") {
+			t.Errorf("%s from the same machine: %d", path, resp.Code)
+		}
+	}
+}
+
+// Nothing changes anything, and nothing but the way in answers strangers, whatever the
+// method and the path.
+func TestV_J2_NothingForStrangers(t *testing.T) {
+	c := testConsole(t, &world{text: "secret-name"})
+	paths := append([]string{
+		"/", "/console", "/metrics", "/healthz", "/debug/pprof/", "/debug/vars", "/shutdown", "/quit", "/reload", "/-/quit", "/api/v1/nodes",
+		"/console/debug/pprof/", "/console/../debug/pprof/", "/console/logout", loginPath, loginPath + "/link", loginPath + "/oidc", loginPath + "/callback", "/console/events",
+	}, pagePaths...)
+	for _, who := range []*browser{newBrowser(t, c), newBrowser(t, c).signIn()} {
+		stranger := len(who.cookies) == 0
+		for _, path := range paths {
+			for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodTrace, "DEBUG"} {
+				reads := method == http.MethodGet || method == http.MethodHead
+				if !stranger && (reads || path == "/console/logout" && method == http.MethodPost) {
+					continue
+				}
+				resp := who.do(method, path, nil)
+				if ok := resp.Code < 300; ok != (reads && path == loginPath) || stranger && strings.Contains(resp.Body, "secret-name") {
+					t.Errorf("%s %s: %d", method, path, resp.Code)
+				}
+			}
+		}
+	}
+}
+
+// Sessions and links are found by the hash of what the browser brings: the time that
+// takes tells nothing of those that there are, nor does the memory.
+func TestV_J9_SecretsAreFoundByTheirHash(t *testing.T) {
+	c := testConsole(t, &world{text: "x"})
+	link := token(t, c)
+	if _, ok := c.links.all[sha256.Sum256([]byte(link))]; !ok || len(c.links.all) != 1 {
+		t.Errorf("links are kept as %v", c.links.all)
+	}
+	b := newBrowser(t, c).signIn()
+	session := b.cookies[sessionCookie]
+	if _, ok := c.sessions.all[sha256.Sum256([]byte(session))]; !ok || len(c.sessions.all) != 1 {
+		t.Errorf("sessions are kept as %v", c.sessions.all)
+	}
+	for _, secret := range []string{link, session} {
+		if len(secret) < 26 || strings.Contains(fmt.Sprint(c.links.all, c.sessions.all), secret) {
+			t.Error("the secret is short, or kept")
+		}
+	}
+}
+
 func TestLocal(t *testing.T) {
 	for _, elsewhere := range []string{
 		"", "/", "//evil.example", "https://evil.example/console/", "/console", "/consolex/", `/console/\evil`, "/console//evil.example", "/console/login",

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/url"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -80,6 +81,50 @@ func call(ctx context.Context, t *testing.T, conn *grpc.ClientConn, full string,
 
 // Every method that is served is in the table of roles, and each role gets what
 // the table says and nothing else. The list is taken from the descriptors.
+// Whoever may administer the CA cannot say where its ledger is written, nor whether:
+// no request names a file, a folder, an address or a sink, but for the folder that old
+// records are archived to, which is for the admin socket only (TestArchiveRefuses) and
+// takes nothing away that is not there as well.
+func TestV_J5_TheAPIConfiguresNoLedger(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	place := regexp.MustCompile(`(?i)(path|file|folder|dir|url|uri|address|endpoint|sink|export|journal|log|audit|ledger|witness|mode|strict|async|disable|enable)`)
+	found := make(map[string]bool)
+	for _, m := range servedMethods(t, h.server.AdminGRPC()) {
+		seen := make(map[protoreflect.FullName]bool)
+		var look func(m protoreflect.MessageDescriptor)
+		look = func(m protoreflect.MessageDescriptor) {
+			if seen[m.FullName()] {
+				return
+			}
+			seen[m.FullName()] = true
+			for i := range m.Fields().Len() {
+				f := m.Fields().Get(i)
+				if place.MatchString(string(f.Name())) {
+					found[string(f.FullName())] = true
+				}
+				if f.Message() != nil {
+					look(f.Message())
+				}
+			}
+		}
+		look(m.Input())
+	}
+	// A filter of records, a rule's, facts of a process and of a machine that a rule is
+	// explained with: none of them is a place.
+	harmless := map[string]bool{
+		"meshid.admin.v1.ArchiveRequest.folder": true,
+	}
+	for name := range found {
+		if !harmless[name] && !strings.HasPrefix(name, "meshid.attributes.") {
+			t.Errorf("%s: an administrator says where, or whether", name)
+		}
+	}
+	if !found["meshid.admin.v1.ArchiveRequest.folder"] {
+		t.Error("what is known to name a place was not found")
+	}
+}
+
 func TestV_J7_J11_EveryMethodEveryRole(t *testing.T) {
 	h := newHouse(t)
 	h.apply(shopEntry("web"), &entryv1.Entry{

@@ -259,7 +259,7 @@ func TestRefusalSummaries(t *testing.T) {
 }
 
 // With a ledger that cannot write, nothing leaves the CA.
-func TestFault_F12_LedgerFails(t *testing.T) {
+func TestV_J5_F12_NothingWithoutARecord(t *testing.T) {
 	h := newHouse(t)
 	h.apply(shopEntry("web"))
 	a := h.join("n1", nil)

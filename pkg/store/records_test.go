@@ -227,7 +227,7 @@ func TestFind(t *testing.T) {
 }
 
 // Whatever is in a filter is a value, and finds what has this value: nothing.
-func TestFindInjection(t *testing.T) {
+func TestV_L4_FiltersAreValues(t *testing.T) {
 	dir := t.TempDir()
 	j := testJournal(t, filepath.Join(dir, "ledger"), history(epoch)...)
 	r := testRecords(t, filepath.Join(dir, "records.db"), j, 3)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -54,6 +55,53 @@ func stored(t *testing.T) (string, *memory, *Token) {
 		Labels: map[string]string{"rack": "b4"}, ExpiresAt: time.Now().Add(time.Hour),
 	}
 	return secret, &memory{tokens: map[[32]byte]*Token{sum: tok}, used: map[[32]byte]bool{}}, tok
+}
+
+// lookUps are Tokens that know none, and note what is looked for.
+type lookUps struct{ sums [][32]byte }
+
+func (l *lookUps) ConsumeToken(_ context.Context, sum [32]byte, _ time.Time) (*Token, error) {
+	l.sums = append(l.sums, sum)
+	return nil, ErrUnknown
+}
+
+// A token is looked for by its SHA-256, and by nothing else: a guess that is right in
+// all but one byte takes the same way as any other, and looks for something that has
+// nothing in common with what is stored.
+func TestV_J9_TokensAreFoundByTheirHash(t *testing.T) {
+	t.Parallel()
+	secret, sum, err := NewToken()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := parse(secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &lookUps{}
+	v := NewVerifier(l)
+	for i := range size {
+		guess := slices.Clone(raw)
+		guess[i] ^= 1
+		for _, token := range [][]byte{guess, raw} {
+			_, err := v.Verify(t.Context(), attest.Claim{Evidence: encode(token)}, nil)
+			if !errors.Is(err, attest.ErrRefused) || !errors.Is(err, ErrUnknown) {
+				t.Fatal(err)
+			}
+		}
+		if n := len(l.sums); n != 2*(i+1) || l.sums[n-2] != sha256.Sum256(guess) || l.sums[n-1] != sum {
+			t.Fatalf("with byte %d wrong %d look-ups were made, the last for %x", i, n, l.sums[n-2:])
+		}
+		same := 0
+		for j, b := range l.sums[len(l.sums)-2] {
+			if b == sum[j] {
+				same++
+			}
+		}
+		if same > 8 {
+			t.Errorf("with byte %d wrong, %d bytes of what is looked for are right", i, same)
+		}
+	}
 }
 
 func TestConformance(t *testing.T) {
