@@ -130,6 +130,8 @@ type upstreamSettings struct {
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
 	// A step-ca; see docs/upstream/stepca.md.
 	StepCA config.Section `yaml:"stepca" settings:"pkg/ca/upstream/stepca"`
+	// A PKI mount of HashiCorp Vault or OpenBao; see docs/upstream/vault.md.
+	Vault config.Section `yaml:"vault" settings:"pkg/ca/upstream/vault"`
 }
 
 // witnessSettings is one witness.

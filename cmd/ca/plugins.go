@@ -14,6 +14,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
+	"github.com/meshid/meshid/pkg/ca/upstream/vault"
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/export"
@@ -62,6 +63,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 		{"disk", u.Disk, openUpstream(disk.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
+		{"vault", u.Vault, openUpstream(vault.New)},
 	}
 }
 

@@ -3,6 +3,7 @@ package upstream
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -11,6 +12,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,8 +34,22 @@ type REST struct {
 	Said func(body []byte) string
 }
 
+// StatusError is an answer whose status says that the call failed.
+type StatusError struct {
+	// Code is the HTTP status, and Said what the body says of it.
+	Code       int
+	Said       string
+	name, path string
+}
+
+// Error says who answered what.
+func (e *StatusError) Error() string {
+	return fmt.Sprintf("%s answers %s with status %d: %q", e.name, e.path, e.Code, e.Said)
+}
+
 // Call sends in as JSON, or nothing if it is nil, and decodes the answer into out,
-// if that is not nil. Errors are as those of CA.Mint.
+// if that is not nil. Errors are as those of CA.Mint; they wrap a *StatusError if
+// there was an answer.
 func (c *REST) Call(ctx context.Context, method, url string, header http.Header, in, out any) error {
 	var body io.Reader
 	if in != nil {
@@ -89,7 +105,7 @@ func (c *REST) refused(answer *http.Response, body []byte) error {
 	if len(text) > maxSaid {
 		text = strings.ToValidUTF8(text[:maxSaid], "") + "…"
 	}
-	err := fmt.Errorf("%s answers %s with status %d: %q", c.Name, answer.Request.URL.Path, answer.StatusCode, text)
+	err := &StatusError{Code: answer.StatusCode, Said: text, name: c.Name, path: answer.Request.URL.Path}
 	switch code := answer.StatusCode; {
 	case code == http.StatusTooManyRequests:
 		return &RateLimitError{RetryAfter: retryAfter(answer.Header.Get("Retry-After"), time.Now()), Err: err}
@@ -112,6 +128,59 @@ func retryAfter(value string, now time.Time) time.Duration {
 		return max(0, at.Sub(now))
 	}
 	return 0
+}
+
+// Client returns a client for one server, which shows pair if that is not nil. The
+// server's certificate must be issued by a CA in the PEM file serverCA, or by one of
+// the system's if serverCA is empty. done ends its connections.
+func Client(serverCA string, pair *tls.Certificate) (client *http.Client, done func(), err error) {
+	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	if serverCA != "" {
+		trusted, err := ReadCertificates(serverCA)
+		if err != nil {
+			return nil, nil, fmt.Errorf("server_ca: %w", err)
+		}
+		t.RootCAs = x509.NewCertPool()
+		for _, c := range trusted {
+			t.RootCAs.AddCert(c)
+		}
+	}
+	if pair != nil {
+		t.Certificates = []tls.Certificate{*pair}
+	}
+	transport := &http.Transport{TLSClientConfig: t, Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 1 << 16}
+	return &http.Client{Transport: transport}, transport.CloseIdleConnections, nil
+}
+
+// Arrange makes an answer of an intermediate and the certificates that a CA named
+// beside it, in any order: those that sign themselves are its roots, and of the
+// others those that lead to one are the chain. What leads nowhere is left for
+// Request.Verify to refuse.
+func Arrange(signed *x509.Certificate, others []*x509.Certificate) *Minted {
+	m := &Minted{Chain: []*x509.Certificate{signed}}
+	var rest []*x509.Certificate
+	for _, c := range others {
+		switch {
+		case c.Equal(signed):
+		case bytes.Equal(c.RawIssuer, c.RawSubject) && c.CheckSignatureFrom(c) == nil:
+			m.Roots = append(m.Roots, c)
+		default:
+			rest = append(rest, c)
+		}
+	}
+	issues := func(c *x509.Certificate) bool {
+		last := m.Chain[len(m.Chain)-1]
+		return bytes.Equal(c.RawSubject, last.RawIssuer) && last.CheckSignatureFrom(c) == nil
+	}
+	for !slices.ContainsFunc(m.Roots, issues) {
+		i := slices.IndexFunc(rest, issues)
+		if i < 0 {
+			break
+		}
+		m.Chain = append(m.Chain, rest[i])
+		rest = slices.Delete(rest, i, i+1)
+	}
+	return m
 }
 
 // ParseChain reads PEM certificates in the order in which they stand, most at the

@@ -129,3 +129,44 @@ func TestCheckRoot(t *testing.T) {
 		t.Errorf("a weak key: %v", err)
 	}
 }
+
+// Certificates come in any order, repeated, and with a cross-signed issuer that leads
+// to another root.
+func TestArrange(t *testing.T) {
+	a, old := upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.NewAuthority(t, upstreamtest.Good)
+	chain, _ := upstreamtest.NewAuthority(t, upstreamtest.Good).Answer(request(t, upstream.Capabilities{}, time.Hour).CSR, time.Hour)
+	der, err := x509.CreateCertificate(rand.Reader, a.Root, old.Root, a.RootKey.Public(), old.RootKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cross, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := request(t, upstream.Capabilities{}, time.Hour)
+	signed, _ := a.Answer(r.CSR, time.Hour)
+	for _, c := range []struct {
+		name         string
+		others       []*x509.Certificate
+		chain, roots int
+	}{
+		{"in order", []*x509.Certificate{a.Issuer, a.Root}, 2, 1},
+		{"turned around, repeated", []*x509.Certificate{a.Root, a.Issuer, signed[0]}, 2, 1},
+		{"cross-signed beside its root", []*x509.Certificate{cross, a.Root, old.Root, a.Issuer}, 2, 2},
+		{"cross-signed without its root", []*x509.Certificate{old.Root, cross, a.Issuer}, 3, 1},
+		{"with a stranger", []*x509.Certificate{chain[1], a.Root, a.Issuer}, 2, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := upstream.Arrange(signed[0], c.others)
+			if len(m.Chain) != c.chain || len(m.Roots) != c.roots {
+				t.Errorf("%d in the chain and %d roots, want %d and %d", len(m.Chain), len(m.Roots), c.chain, c.roots)
+			}
+			if v, err := r.Verify(time.Now(), m); err != nil || len(v.Chain) != c.chain {
+				t.Errorf("it does not verify: %v", err)
+			}
+		})
+	}
+	if m := upstream.Arrange(signed[0], nil); len(m.Chain) != 1 || len(m.Roots) != 0 {
+		t.Errorf("alone: %d, %d", len(m.Chain), len(m.Roots))
+	}
+}
