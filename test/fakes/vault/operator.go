@@ -11,13 +11,21 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
-// Operator runs the command `vault` with its arguments, as far as operators of an
-// upstream CA need it, against the server that VAULT_ADDR, VAULT_CACERT,
-// VAULT_TOKEN and VAULT_NAMESPACE name. What it prints is written to out.
-func Operator(ctx context.Context, args []string, out io.Writer) error {
+// Operator is somebody who uses the command `vault`, as far as operators of an
+// upstream CA need it.
+type Operator struct {
+	// Dir is the folder in which files are.
+	Dir string
+	// Getenv returns VAULT_ADDR, VAULT_CACERT, VAULT_TOKEN and VAULT_NAMESPACE.
+	Getenv func(string) string
+}
+
+// Run runs the command with its arguments. What it prints is written to out.
+func (o *Operator) Run(ctx context.Context, args []string, out io.Writer) error {
 	flags := map[string]string{}
 	var words []string
 	for _, a := range args {
@@ -31,11 +39,11 @@ func Operator(ctx context.Context, args []string, out io.Writer) error {
 		}
 		words = append(words, a)
 	}
-	method, path, body, err := translate(words, flags)
+	method, path, body, err := o.translate(words, flags)
 	if err != nil {
 		return err
 	}
-	answer, err := request(ctx, method, path, body, flags["wrap-ttl"])
+	answer, err := o.request(ctx, method, path, body, flags["wrap-ttl"])
 	if err != nil {
 		return err
 	}
@@ -61,11 +69,11 @@ func Operator(ctx context.Context, args []string, out io.Writer) error {
 }
 
 // translate turns a command into a call of the API.
-func translate(words []string, flags map[string]string) (method, path string, body map[string]any, err error) {
+func (o *Operator) translate(words []string, flags map[string]string) (method, path string, body map[string]any, err error) {
 	two := strings.Join(words[:min(2, len(words))], " ")
 	switch {
 	case two == "policy write" && len(words) == 4:
-		text, err := os.ReadFile(words[3])
+		text, err := os.ReadFile(filepath.Join(o.Dir, words[3]))
 		return http.MethodPut, "sys/policies/acl/" + words[2], map[string]any{"policy": string(text)}, err
 	case two == "secrets enable" && len(words) == 3:
 		return http.MethodPost, "sys/mounts/" + words[2], map[string]any{"type": words[2]}, nil
@@ -91,7 +99,7 @@ func translate(words []string, flags map[string]string) (method, path string, bo
 				return "", "", nil, fmt.Errorf("%q is not NAME=VALUE", w)
 			}
 			if file, ok := strings.CutPrefix(value, "@"); ok {
-				text, err := os.ReadFile(file)
+				text, err := os.ReadFile(filepath.Join(o.Dir, file))
 				if err != nil {
 					return "", "", nil, err
 				}
@@ -107,8 +115,8 @@ func translate(words []string, flags map[string]string) (method, path string, bo
 	return "", "", nil, fmt.Errorf("this fake has no command %q", two)
 }
 
-func request(ctx context.Context, method, path string, body map[string]any, wrapTTL string) (map[string]any, error) {
-	trusted, err := os.ReadFile(os.Getenv("VAULT_CACERT")) //nolint:gosec // as the original
+func (o *Operator) request(ctx context.Context, method, path string, body map[string]any, wrapTTL string) (map[string]any, error) {
+	trusted, err := os.ReadFile(o.Getenv("VAULT_CACERT"))
 	if err != nil {
 		return nil, err
 	}
@@ -118,19 +126,19 @@ func request(ctx context.Context, method, path string, body map[string]any, wrap
 	if err != nil {
 		return nil, err
 	}
-	r, err := http.NewRequestWithContext(ctx, method, os.Getenv("VAULT_ADDR")+"/v1/"+strings.Trim(path, "/"), bytes.NewReader(encoded)) //nolint:gosec // as the original
+	r, err := http.NewRequestWithContext(ctx, method, o.Getenv("VAULT_ADDR")+"/v1/"+strings.Trim(path, "/"), bytes.NewReader(encoded))
 	if err != nil {
 		return nil, err
 	}
 	for name, value := range map[string]string{
-		"X-Vault-Request": "true", "X-Vault-Token": os.Getenv("VAULT_TOKEN"), "X-Vault-Namespace": os.Getenv("VAULT_NAMESPACE"), "X-Vault-Wrap-TTL": wrapTTL,
+		"X-Vault-Request": "true", "X-Vault-Token": o.Getenv("VAULT_TOKEN"), "X-Vault-Namespace": o.Getenv("VAULT_NAMESPACE"), "X-Vault-Wrap-TTL": wrapTTL,
 	} {
 		if value != "" {
 			r.Header.Set(name, value)
 		}
 	}
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, DisableKeepAlives: true}}
-	answer, err := client.Do(r) //nolint:gosec // as the original
+	answer, err := client.Do(r)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package vault
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -28,7 +29,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asOperator) == "" {
 		os.Exit(m.Run()) //nolint:forbidigo // TestMain is this package's main
 	}
-	if err := fake.Operator(context.Background(), os.Args[1:], os.Stdout); err != nil {
+	operator := &fake.Operator{Dir: ".", Getenv: os.Getenv}
+	if err := operator.Run(context.Background(), os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(2) //nolint:forbidigo // TestMain is this package's main
 	}
@@ -64,7 +66,7 @@ func read(t *testing.T, path string) string {
 
 var fence = regexp.MustCompile("(?ms)^```(\\w+)([^\\n]*)\\n(.*?)^```$")
 
-// newPlace executes the page's commands against a new server.
+// newPlace has done on a new server what the page says.
 func newPlace(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) *place {
 	t.Helper()
 	p := &place{Server: fake.New(t, a, b), dir: t.TempDir()}
@@ -87,23 +89,38 @@ func newPlace(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority)
 	return p
 }
 
-// operate runs a script of commands in the folder, and returns what they print.
+// environment is what the command `vault` has.
+func (p *place) environment() map[string]string {
+	return map[string]string{"VAULT_ADDR": p.URL, "VAULT_CACERT": p.dir + "/server-ca.pem", "VAULT_TOKEN": p.Root}
+}
+
+// operate runs the commands of a script in the folder, and returns what they print:
+// one in a line, or in (umask 077; …), with its output to a file, or not.
 func (p *place) operate(t *testing.T, script string) string {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
+	var printed strings.Builder
+	operator := &fake.Operator{Dir: p.dir, Getenv: func(name string) string { return p.environment()[name] }}
+	for line := range strings.Lines(strings.ReplaceAll(script, "\\\n", "")) {
+		line = strings.TrimSpace(line)
+		if inner, ok := strings.CutPrefix(line, "(umask 077; "); ok {
+			line = strings.TrimSuffix(inner, ")")
+		}
+		command, file, redirected := strings.Cut(line, " >")
+		words := strings.Fields(command)
+		if len(words) == 0 || words[0] != "vault" {
+			t.Fatalf("%q is no command of vault", line)
+		}
+		var out bytes.Buffer
+		if err := operator.Run(minute(t), words[1:], &out); err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		if redirected {
+			write(t, filepath.Join(p.dir, file), out.Bytes())
+		} else {
+			printed.Write(out.Bytes())
+		}
 	}
-	cmd := exec.Command("bash", "-e", "-c", "vault() { "+asOperator+`=1 "$VAULT_PROGRAM" "$@"; }`+"\n"+script)
-	cmd.Dir = p.dir
-	cmd.Env = append(os.Environ(), "VAULT_PROGRAM="+self, "VAULT_ADDR="+p.URL, "VAULT_CACERT="+p.dir+"/server-ca.pem", "VAULT_TOKEN="+p.Root)
-	out, err := cmd.Output()
-	if err != nil {
-		exit := &exec.ExitError{}
-		_ = errors.As(err, &exit)
-		t.Fatalf("%s: %v\n%s", script, err, exit.Stderr)
-	}
-	return string(out)
+	return printed.String()
 }
 
 // config is one of those in the page, for this server.
@@ -160,6 +177,35 @@ func good(t *testing.T) *place {
 	return newPlace(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 }
 
+// The page's commands run in a shell as they stand there.
+func TestPage(t *testing.T) {
+	p := good(t)
+	again := &place{Server: fake.New(t, upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.Good), dir: p.dir}
+	write(t, p.dir+"/server-ca.pem", again.CA)
+	script := asOperator + "=1\nexport " + asOperator + "\n" + `vault() { "$VAULT_PROGRAM" "$@"; }` + "\nvault secrets enable pki\n"
+	for _, m := range fence.FindAllStringSubmatch(p.page, -1) {
+		if m[1] == "sh" {
+			script += m[3]
+		}
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(minute(t), "bash", "-e", "-c", script)
+	cmd.Dir, cmd.Env = p.dir, append(os.Environ(), "VAULT_PROGRAM="+self)
+	for name, value := range again.environment() {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	again.page = p.page
+	if err := mint(t, open(t, again.config(t, "approle.yaml"))); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestConformance is with each method, set up as the page says.
 func TestConformance(t *testing.T) {
 	for _, name := range []string{"ca.yaml", "approle.yaml", "kubernetes.yaml", "certificate.yaml"} {
@@ -169,10 +215,11 @@ func TestConformance(t *testing.T) {
 			write(t, p.dir+"/other.hcl", []byte(`path "pki/cert/*" { capabilities = ["read"] }`))
 			upstreamtest.Run(t, upstreamtest.Kind{Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 				t.Helper()
+				p.Become(a, upstreamtest.Good)
+				p.operate(t, "vault policy write meshid meshid.hcl")
 				switch b { //nolint:exhaustive // the others are answers
 				case upstreamtest.Denied:
 					p.operate(t, "vault policy write meshid other.hcl")
-					t.Cleanup(func() { p.operate(t, "vault policy write meshid meshid.hcl") })
 				case upstreamtest.Gone:
 					gone := good(t)
 					gone.Close()
@@ -493,7 +540,7 @@ func TestUnavailable(t *testing.T) {
 func TestIssuer(t *testing.T) {
 	p := good(t)
 	write(t, p.dir+"/issuer.hcl", []byte(`path "pki/issuer/mesh/sign-intermediate" { capabilities = ["update"] }`))
-	p.operate(t, "vault write pki/config/issuers default=mesh; vault policy write meshid issuer.hcl")
+	p.operate(t, "vault write pki/config/issuers default=mesh\nvault policy write meshid issuer.hcl")
 	c := p.config(t, "kubernetes.yaml")
 	c.Issuer = "mesh"
 	ca := open(t, c)
