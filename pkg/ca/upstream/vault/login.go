@@ -25,6 +25,7 @@ const (
 
 // lease is a token and how long it lives.
 type lease struct {
+	number    int // of the login
 	token     string
 	life      time.Duration // when it was new; 0 if it does not end
 	ends      time.Time     // wall time
@@ -56,8 +57,9 @@ func (l lease) dueIn(now time.Time) time.Duration {
 
 // session is the token in use.
 type session struct {
-	lock  chan struct{} // has room for whoever may use what follows; held during logins, so that nothing is used up twice
-	lease lease
+	lock   chan struct{} // has room for whoever may use what follows; held during logins, so that nothing is used up twice
+	lease  lease
+	logins int
 }
 
 func newSession() session { return session{lock: make(chan struct{}, 1)} }
@@ -144,38 +146,35 @@ func oneLine(path string, data []byte) (string, error) {
 // withToken makes a call with a token. One that is not valid any more is replaced,
 // once. A valid one that may not make the call is not: logins can be numbered.
 func (v *CA) withToken(ctx context.Context, c *connection, call func(token string) error) error {
-	token, fresh, err := v.token(ctx, c, "")
+	l, fresh, err := v.current(ctx, c, 0)
 	if err != nil {
 		return err
 	}
-	err = call(token)
+	err = call(l.token)
 	status, ok := errors.AsType[*upstream.StatusError](err)
-	if !ok || status.Code != http.StatusForbidden || fresh || v.call(ctx, c, http.MethodGet, lookupSelf, token, nil, nil) == nil {
+	if !ok || status.Code != http.StatusForbidden || fresh || v.call(ctx, c, http.MethodGet, lookupSelf, l.token, nil, nil) == nil {
 		return err
 	}
-	again, _, failed := v.token(ctx, c, token)
-	if failed != nil {
-		return fmt.Errorf("the token is refused, and so is a new one: %w", failed)
+	if l, _, err = v.current(ctx, c, l.number); err != nil {
+		return fmt.Errorf("the token is refused, and so is a new one: %w", err)
 	}
-	if again == token {
-		return err
-	}
-	return call(again)
+	return call(l.token)
 }
 
-// token returns one that lives and is not refused, and whether it is new.
-func (v *CA) token(ctx context.Context, c *connection, refused string) (token string, fresh bool, err error) {
+// current returns a token that lives and has not the number of a refused one, and
+// whether it is new.
+func (v *CA) current(ctx context.Context, c *connection, refused int) (l lease, fresh bool, err error) {
 	if err := v.session.acquire(ctx); err != nil {
-		return "", false, err
+		return lease{}, false, err
 	}
 	defer v.session.release()
-	if l := v.session.lease; l.usable(now()) && l.token != refused {
-		return l.token, false, nil
+	if l := v.session.lease; l.usable(now()) && l.number != refused {
+		return l, false, nil
 	}
 	if err := v.loginLocked(ctx, c); err != nil {
-		return "", false, err
+		return lease{}, false, err
 	}
-	return v.session.lease.token, true, nil
+	return v.session.lease, true, nil
 }
 
 // loginLocked replaces the token. The session is held.
@@ -188,6 +187,8 @@ func (v *CA) loginLocked(ctx context.Context, c *connection) error {
 		}
 		return err
 	}
+	v.session.logins++
+	l.number = v.session.logins
 	v.session.lease = l
 	return nil
 }
@@ -234,7 +235,7 @@ func (v *CA) renewLocked(ctx context.Context, c *connection) (bool, error) {
 	case l.life < old.life/2:
 		return false, nil
 	}
-	l.life = max(l.life, old.life)
+	l.life, l.number = max(l.life, old.life), old.number
 	v.session.lease = l
 	return true, nil
 }
