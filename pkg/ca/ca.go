@@ -110,6 +110,8 @@ type Config struct {
 	// means DefaultBackdate. An X.509-SVID is never backdated by more than a
 	// quarter of its life.
 	Backdate time.Duration
+	// DNSNames are in the CA's own X.509-SVID, for clients that know the CA by a name.
+	DNSNames []string
 	// NameConstraints has intermediates permit URIs of the trust domain only
 	// (X509-SVID §4.2). Off by default: verifiers that do not implement URI
 	// constraints, rustls among them, must refuse the whole chain.
@@ -186,6 +188,9 @@ func (cfg Config) check() error {
 		return fmt.Errorf("intermediate's life %s: the root's life of %s must be at least twice as long", cfg.IntermediateLife, cfg.RootLife)
 	case cfg.Backdate < 0 || cfg.Backdate > maxBackdate:
 		return fmt.Errorf("backdate %s: write 0s (the default) to %s", cfg.Backdate, maxBackdate)
+	}
+	if err := checkDNSNames(cfg.DNSNames); err != nil {
+		return fmt.Errorf("dns names of the authority: %w", err)
 	}
 	return nil
 }

@@ -610,7 +610,7 @@ func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
 		kind = ledgerv1.Kind_KIND_FIRST
 	}
 	s := c.state.Load()
-	signed, err := c.sign(now, &Request{ID: id, Key: pub, TTL: c.cfg.MaxTTL, Record: &ledgerv1.Record{
+	signed, err := c.sign(now, &Request{ID: id, DNSNames: c.cfg.DNSNames, Key: pub, TTL: c.cfg.MaxTTL, Record: &ledgerv1.Record{
 		Event: ledgerv1.Event_EVENT_ISSUE, Kind: kind, Instance: "ca", VerifiedBy: "ca",
 	}}, true)
 	if err != nil {

@@ -221,7 +221,7 @@ func (c *entryCompiler) staticID(text, example string) {
 		c.fail(field, fmt.Sprintf("its trust domain is %q and this CA's is %q", id.TrustDomain().Name(), c.td.Name()), "entries are for the CA's own trust domain only")
 	case id.Path() == "":
 		c.fail(field, "it has no path", example)
-	case reserved(id.Path()):
+	case Reserved(id.Path()):
 		c.fail(field, "the path "+ReservedPath+" is reserved for the system's own identities", "choose another first segment")
 	default:
 		c.entry.staticID = id
@@ -433,7 +433,7 @@ func (e *Entry) renderID(f *Facts) (spiffeid.ID, *renderError) {
 	switch {
 	case err != nil:
 		return spiffeid.ID{}, &renderError{field: e.id.field, why: err}
-	case reserved(id.Path()):
+	case Reserved(id.Path()):
 		return spiffeid.ID{}, &renderError{field: e.id.field, why: errors.New("the path " + ReservedPath + " is reserved for the system's own identities")}
 	case !strings.HasPrefix(id.String(), e.idText):
 		return spiffeid.ID{}, &renderError{field: e.id.field, why: errors.New("it does not begin as its template does")}

@@ -162,8 +162,8 @@ func CAID(td spiffeid.TrustDomain) spiffeid.ID {
 	return id
 }
 
-// reserved reports whether a path is the system's own.
-func reserved(path string) bool {
+// Reserved reports whether a SPIFFE ID's path is the system's own.
+func Reserved(path string) bool {
 	return path+"/" == ReservedPath || strings.HasPrefix(path, ReservedPath)
 }
 

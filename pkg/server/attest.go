@@ -38,7 +38,7 @@ func (n *nodeService) Attest(stream grpc.BidiStreamingServer[nodev1.AttestReques
 	if err != nil {
 		return err
 	}
-	release, ok := n.s.attests.take(host(c.address))
+	release, ok := n.s.attests.Take(host(c.address))
 	if !ok {
 		n.s.metrics.attestations.WithLabelValues(n.s.methodLabel(""), "overload").Inc()
 		return fail(kindOverload, "too many attestations at the same time: try again", nil)

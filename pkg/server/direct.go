@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/identity"
@@ -121,6 +122,35 @@ func (s *Server) IssueDirect(ctx context.Context, d *Direct) (*DirectSVID, error
 	svid := res.GetResults()[0].GetSvid()
 	roots, _ := s.cfg.CA.Bundle()
 	return &DirectSVID{Chain: svid.GetChain(), Roots: roots}, nil
+}
+
+// Reasons of a refusal before IssueDirect.
+const (
+	// DirectCredentials: what the caller shows does not prove who it is.
+	DirectCredentials = reasonAttestation
+	// DirectPlacement: the caller may not ask for the workload, or the workload does not
+	// run there.
+	DirectPlacement = reasonPlacement
+	// DirectRequest: what is asked for is malformed.
+	DirectRequest = reasonCSR
+)
+
+// RefuseDirect records that whoever would have called IssueDirect refused it for one of
+// the reasons above. What is not known of d is zero. Like all refusals, those of one
+// node, or of one address while the node is not known, are counted instead of recorded
+// if they are too many.
+func (s *Server) RefuseDirect(ctx context.Context, d *Direct, reason, detail string) {
+	c := &caller{requestID: newRequestID(), address: d.Address, actor: d.Actor, began: time.Now()}
+	r := s.newRecord(c, ledgerv1.Event_EVENT_ISSUE)
+	r.Outcome, r.Reason, r.Detail, r.VerifiedBy = ledgerv1.Outcome_OUTCOME_REFUSED, reason, truncate(detail), "ca"
+	r.SpiffeId, r.Instance, r.Workload, r.Attestors = truncate(d.SPIFFEID), d.Instance, d.Workload, attestorsOf(d.Workload)
+	source, foreign := host(d.Address), true
+	r.Node = &ledgerv1.NodeRef{Address: d.Address, Attributes: d.Node}
+	if id, err := identity.NodeID(s.cfg.TrustDomain, d.Node.GetMethod(), d.Node.GetId()); err == nil {
+		source, foreign, r.Node.Id = id.String(), false, id.String()
+	}
+	s.metrics.refused.WithLabelValues(reason).Inc()
+	s.refuse(ctx, source, foreign, r)
 }
 
 // bannedAs reports whether a node with this id is banned, by whichever method it was

@@ -63,9 +63,9 @@ func (t *tasks) wait() {
 	<-t.idle
 }
 
-// places bounds how many callers that nobody knows yet are served at the same
+// Places bounds how many callers that nobody knows yet are served at the same
 // time; one address gets a quarter of them at most.
-type places struct {
+type Places struct {
 	max int
 
 	mu     sync.Mutex // guards what follows
@@ -73,10 +73,11 @@ type places struct {
 	byHost map[string]int
 }
 
-func newPlaces(n int) *places { return &places{max: n, byHost: make(map[string]int)} }
+// NewPlaces returns n places.
+func NewPlaces(n int) *Places { return &Places{max: n, byHost: make(map[string]int)} }
 
-// take takes a place, if there is one; release gives it back.
-func (p *places) take(from string) (release func(), ok bool) {
+// Take takes a place, if there is one; release gives it back.
+func (p *Places) Take(from string) (release func(), ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.taken >= p.max || p.byHost[from] >= max(1, p.max/4) {

@@ -207,7 +207,7 @@ type Server struct {
 	conns     *connections
 	verifiers map[string]attest.NodeVerifier
 	refusals  *refusalLog
-	attests   *places // attestations that go on
+	attests   *Places // attestations that go on
 	tasks     *tasks
 	bundles   bundleCache
 	started   time.Time
@@ -253,12 +253,12 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:       cfg,
 		log:       cfg.Logger,
-		conns:     newConnections(cfg.Limits),
+		conns:     newConnections(cfg.Limits.Handshakes, cfg.Limits.Anonymous, anonymousLife),
 		verifiers: make(map[string]attest.NodeVerifier, len(cfg.Verifiers)),
 		refusals:  newRefusalLog(),
 		started:   time.Now(),
 		workers:   make(chan struct{}, runtime.GOMAXPROCS(0)),
-		attests:   newPlaces(cfg.Limits.Attestations),
+		attests:   NewPlaces(cfg.Limits.Attestations),
 		tasks:     newTasks(),
 		bundleCh:  make(chan struct{}, 1),
 		clones:    make(map[string]bool),

@@ -52,7 +52,9 @@ const (
 // only, client certificates verified against the bundle of the moment, and every
 // call through the authorization table. The caller serves and stops it.
 func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
-	g := s.newGRPC(&tlsCredentials{s: s, base: s.tlsConfig()}, opts)
+	g := s.newGRPC(&tlsCredentials{
+		s: s, base: s.tlsConfig(), conns: s.conns, counted: func(outcome string) { s.metrics.handshakes.WithLabelValues(outcome).Inc() },
+	}, opts)
 	nodev1.RegisterNodeServiceServer(g, s.NodeService())
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
 	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
@@ -227,24 +229,27 @@ type tlsInfo struct {
 // AuthType implements credentials.AuthInfo.
 func (*tlsInfo) AuthType() string { return "tls" }
 
-// tlsCredentials makes the TLS handshakes of the agents' listener, bounded in
-// time and number.
+// tlsCredentials makes the TLS handshakes of a listener, bounded in time and
+// number.
 type tlsCredentials struct {
-	s    *Server
-	base *tls.Config
+	s     *Server
+	base  *tls.Config
+	conns *connections
+	// counted counts how handshakes end.
+	counted func(outcome string)
 }
 
 func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	release, ok := t.s.conns.handshakes.take(host(raw.RemoteAddr().String()))
+	release, ok := t.conns.handshakes.Take(host(raw.RemoteAddr().String()))
 	if !ok {
-		t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+		t.counted("overload")
 		return nil, nil, errors.Join(errors.New("too many handshakes at the same time"), raw.Close())
 	}
 	defer release()
 	conn := tls.Server(raw, t.base)
 	// gRPC gives no context; it has set a deadline for the handshake (ConnectionTimeout).
 	if err := conn.Handshake(); err != nil { //nolint:noctx // see above
-		t.s.metrics.handshakes.WithLabelValues("failed").Inc()
+		t.counted("failed")
 		return nil, nil, errors.Join(err, raw.Close())
 	}
 	state := conn.ConnectionState()
@@ -253,25 +258,25 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 		err = errors.New("client did not negotiate HTTP/2")
 	}
 	if err != nil {
-		t.s.metrics.handshakes.WithLabelValues("failed").Inc()
+		t.counted("failed")
 		return nil, nil, errors.Join(err, conn.Close())
 	}
 	info := &tlsInfo{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, id: id}
 	if id.IsZero() {
-		anonymous, ok := t.s.conns.admitAnonymous(conn)
+		anonymous, ok := t.conns.admitAnonymous(conn)
 		if !ok {
-			t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+			t.counted("overload")
 			return nil, nil, errors.Join(errors.New("too many connections without a client certificate"), raw.Close())
 		}
-		t.s.metrics.handshakes.WithLabelValues("ok").Inc()
+		t.counted("ok")
 		return anonymous, info, nil
 	}
-	tracked, ok := t.s.conns.track(id.String(), conn)
+	tracked, ok := t.conns.track(id.String(), conn)
 	if !ok {
-		t.s.metrics.handshakes.WithLabelValues("overload").Inc()
+		t.counted("overload")
 		return nil, nil, errors.Join(fmt.Errorf("%s has too many connections", id), raw.Close())
 	}
-	t.s.metrics.handshakes.WithLabelValues("ok").Inc()
+	t.counted("ok")
 	leaf := state.VerifiedChains[0][0]
 	key := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
 	info.serial, info.key, info.notAfter = leaf.SerialNumber.Bytes(), key[:], leaf.NotAfter
@@ -287,7 +292,8 @@ func (*tlsCredentials) Info() credentials.ProtocolInfo {
 }
 
 func (t *tlsCredentials) Clone() credentials.TransportCredentials {
-	return &tlsCredentials{s: t.s, base: t.base}
+	clone := *t
+	return &clone
 }
 
 func (*tlsCredentials) OverrideServerName(string) error { return nil }
@@ -296,33 +302,39 @@ func (*tlsCredentials) OverrideServerName(string) error { return nil }
 // client certificate, which it bounds, and the authenticated connections by
 // SPIFFE ID, so that those of an evicted node can be closed.
 type connections struct {
-	handshakes *places
-	anonymous  *places
+	handshakes *Places
+	anonymous  *Places
+	// anonymousLife is how long a connection without a client certificate lasts; zero
+	// means as long as it is used.
+	anonymousLife time.Duration
 
 	mu   sync.Mutex // guards what follows
 	byID map[string]map[*trackedConn]struct{}
 }
 
-func newConnections(l Limits) *connections {
+func newConnections(handshakes, anonymous int, anonymousLife time.Duration) *connections {
 	return &connections{
-		handshakes: newPlaces(l.Handshakes),
-		anonymous:  newPlaces(l.Anonymous),
-		byID:       make(map[string]map[*trackedConn]struct{}),
+		handshakes:    NewPlaces(handshakes),
+		anonymous:     NewPlaces(anonymous),
+		anonymousLife: anonymousLife,
+		byID:          make(map[string]map[*trackedConn]struct{}),
 	}
 }
 
 // admitAnonymous takes a place for a connection without a client certificate,
-// which anybody can make, and closes it after anonymousLife.
+// which anybody can make, and closes it when its life ends.
 func (c *connections) admitAnonymous(conn *tls.Conn) (net.Conn, bool) {
-	release, ok := c.anonymous.take(host(conn.RemoteAddr().String()))
+	release, ok := c.anonymous.Take(host(conn.RemoteAddr().String()))
 	if !ok {
 		return nil, false
 	}
 	a := &anonymousConn{Conn: conn, release: sync.OnceFunc(release)}
-	a.end = time.AfterFunc(anonymousLife, func() {
-		a.release()
-		_ = conn.NetConn().Close() // as abort does: it is being thrown away
-	})
+	if c.anonymousLife > 0 {
+		a.end = time.AfterFunc(c.anonymousLife, func() {
+			a.release()
+			_ = conn.NetConn().Close() // as abort does: it is being thrown away
+		})
+	}
 	return a, true
 }
 
@@ -330,12 +342,14 @@ func (c *connections) admitAnonymous(conn *tls.Conn) (net.Conn, bool) {
 type anonymousConn struct {
 	net.Conn
 	release func()
-	end     *time.Timer
+	end     *time.Timer // nil if it has no end
 }
 
 // Close closes the connection.
 func (a *anonymousConn) Close() error {
-	a.end.Stop()
+	if a.end != nil {
+		a.end.Stop()
+	}
 	a.release()
 	return a.Conn.Close()
 }

@@ -12,7 +12,7 @@ import (
 // in number and in time.
 func TestV_T2_AnonymousConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newConnections(Limits{Handshakes: 8, Anonymous: 8})
+		c := newConnections(8, 8, anonymousLife)
 		admit := func() (net.Conn, net.Conn, bool) {
 			ours, theirs := net.Pipe()
 			conn, ok := c.admitAnonymous(tls.Server(ours, &tls.Config{}))
@@ -47,7 +47,7 @@ func TestV_T2_AnonymousConnections(t *testing.T) {
 
 // The holder of one X.509-SVID does not get all connections.
 func TestV_T2_ConnectionsOfOneNode(t *testing.T) {
-	c := newConnections(Limits{})
+	c := newConnections(1, 1, anonymousLife)
 	var last net.Conn
 	for range maxConnsPerID {
 		ours, _ := net.Pipe()

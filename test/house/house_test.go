@@ -68,6 +68,7 @@ var arrows = []struct {
 	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
 	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/ledger/search", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
 	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/ca/rotation", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
+	{"pkg/istio", []string{"pkg/server", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/console", []string{"pkg/ledger", "pkg/ledger/search", "proto/**", "internal/*"}},
 	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	// Level 4.
