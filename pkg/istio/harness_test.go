@@ -87,7 +87,7 @@ func newMesh(t testing.TB, options ...func(*Config, *server.Config)) *mesh {
 	must(err)
 	m.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: td, Instance: "test", Keys: keys.File(filepath.Join(dir, "keys")), Store: m.store, Ledger: m.journal,
-		DNSNames: []string{caName},
+		DNSNames: []string{caName, "istiod.istio-system.svc"},
 		OnChange: func() {
 			if m.server != nil {
 				m.server.BundleChanged()
@@ -153,7 +153,7 @@ func newMesh(t testing.TB, options ...func(*Config, *server.Config)) *mesh {
 
 func shortDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "istio")
+	dir, err := os.MkdirTemp("", "istio") //nolint:usetesting // t.TempDir is too long a path for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
