@@ -8,12 +8,12 @@ FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
 
 .DEFAULT_GOAL := all
-.PHONY: all help build build-pkcs11 build-cloudkms release vet quick up demo test race lint fuzz crash bench e2e generate install clean
+.PHONY: all help build build-pkcs11 build-cloudkms release vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
 
 all: build vet quick ## build, vet, and run the tests that need nothing installed
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build ca and node-agent into bin/
 	go build -o bin/ ./cmd/ca ./cmd/node-agent
@@ -30,13 +30,9 @@ vet: ## go vet
 quick: ## go test, without what needs Docker or Envoy
 	go test ./...
 
-up: build bin/shop bin/demo ## a mesh of Docker containers with real Envoys, until Ctrl-C
+up demo: build bin/shop bin/demo ## a mesh of Docker containers with real Envoys, until Ctrl-C; with a story, which ends with figures
 	scripts/install-envoy && scripts/install-docker
-	$(ROOT) bin/demo up
-
-demo: build bin/shop bin/demo ## the same with a story: scaling, rotations, crashes; ends with figures
-	scripts/install-envoy && scripts/install-docker
-	$(ROOT) bin/demo story
+	$(ROOT) bin/demo $(if $(filter up,$@),up,story)
 
 bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
@@ -53,6 +49,10 @@ race: ## go test -race, without what needs Docker or Envoy
 
 e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
 	$(ROOT) env REQUIRE_ALL=1 go test -race -v -timeout 20m ./test/...
+
+cluster-test: ## the tests in whole Kubernetes clusters: real nodes, real pods
+	scripts/install-envoy && scripts/install-kubernetes
+	$(ROOT) env REQUIRE_ALL=1 MESHID_CLUSTER=1 go test -race -count=1 -p 1 -timeout 30m -run Cluster $$(grep -rl --include='*_test.go' 'StartCluster(' test | xargs -n 1 dirname | sort -u | sed 's:^:./:')
 
 lint: ## golangci-lint, with the rules of .golangci.yml
 	scripts/install-tools golangci-lint && bin/golangci-lint run --allow-parallel-runners ./...

@@ -76,7 +76,7 @@ type place struct {
 // StartAPIServer starts an API server for one test. args are more of its flags.
 func StartAPIServer(t testing.TB, args ...string) *APIServer {
 	t.Helper()
-	s := newAPIServer(t)
+	s := newAPIServer(t, "")
 	t.Cleanup(func() {
 		s.stop()
 		if s.Server != nil && (t.Failed() || os.Getenv("MESHID_LOGS") != "") {
@@ -103,7 +103,7 @@ func Shared(t testing.TB) *APIServer {
 		t.Fatal("the API server that tests share did not start: see the first test that failed")
 	}
 	if shared.server == nil {
-		s := newAPIServer(t)
+		s := newAPIServer(t, "")
 		shared.failed = true // until it runs
 		defer func() {
 			if shared.failed {
@@ -127,13 +127,16 @@ func Main(m *testing.M) int {
 	return code
 }
 
-// newAPIServer makes the folder and the certificates; stop removes them.
-func newAPIServer(t testing.TB) *APIServer {
+// newAPIServer writes the certificates into a folder that stop removes; a new one if
+// it has no name.
+func newAPIServer(t testing.TB, dir string) *APIServer {
 	t.Helper()
-	s := &APIServer{programs: require.Kubernetes(t)}
-	var err error
-	if s.dir, err = os.MkdirTemp("", "meshid-kube-"); err != nil { //nolint:usetesting // a server that is shared outlives the test
-		t.Fatal(err)
+	s := &APIServer{programs: require.Kubernetes(t), dir: dir}
+	if dir == "" {
+		var err error
+		if s.dir, err = os.MkdirTemp("", "meshid-kube-"); err != nil { //nolint:usetesting // a server that is shared outlives the test
+			t.Fatal(err)
+		}
 	}
 	s.authority = newAuthority(t)
 	s.CAFile = writeFile(t, filepath.Join(s.dir, "ca.crt"), certificatePEM(s.authority.certificate))
@@ -251,16 +254,21 @@ func (s *APIServer) Apply(t testing.TB, manifests string) {
 
 func (s *APIServer) kubectl(t testing.TB, stdin string, args ...string) (string, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	env := []string{"env", "KUBECONFIG=" + s.Kubeconfig, "KUBECACHEDIR=" + filepath.Join(s.dir, "kubectl"), s.program("kubectl")}
+	return execute(t.Context(), stdin, append(env, args...)...)
+}
+
+// execute runs a program and returns what it prints.
+func execute(ctx context.Context, stdin string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.program("kubectl"), args...) //nolint:gosec // the arguments are the test's
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig, "KUBECACHEDIR="+filepath.Join(s.dir, "kubectl"))
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...) //nolint:gosec // the arguments are the test's
 	cmd.Stdin = strings.NewReader(stdin)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+		err = fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
 	return string(out), err
 }

@@ -189,17 +189,20 @@ func (p *Process) Stop(t testing.TB) error {
 	}
 }
 
-// Await calls done until it returns nil.
+// Await calls done until it returns nil: every 5 ms, after 200 times every 50 ms.
 func Await(t testing.TB, what string, done func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	for {
+	for tries := 1; ; tries++ {
 		err := done(ctx)
 		if err == nil {
 			return
+		}
+		if tries == 200 {
+			tick.Reset(50 * time.Millisecond) // what takes so long needs the processor itself
 		}
 		select {
 		case <-ctx.Done():
