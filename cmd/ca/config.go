@@ -122,6 +122,8 @@ type upstreamSettings struct {
 	// `openssl x509 -fingerprint -sha256` prints it. Without any, those that its
 	// first answer names are, and the log says which.
 	RootsSHA256 []string `yaml:"roots_sha256"`
+	// An AWS Private CA; see docs/upstream/awspca.md.
+	AWSPCA config.Section `yaml:"awspca" settings:"pkg/ca/upstream/awspca"`
 	// A CA whose certificate and key are files. Settings: certificate, the PEM file
 	// of the CA's certificate and of those between it and the root; key, the PEM
 	// file of its private key, mode 0600; roots, the PEM file of the roots above it.

@@ -11,6 +11,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/node/x509pop"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/upstream"
+	"github.com/meshid/meshid/pkg/ca/upstream/awspca"
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
@@ -60,6 +61,7 @@ type upstreamKind struct {
 // upstreamKinds is the table of upstream CAs: one line a kind.
 func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 	return []upstreamKind{
+		{"awspca", u.AWSPCA, openUpstream(awspca.New)},
 		{"disk", u.Disk, openUpstream(disk.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},

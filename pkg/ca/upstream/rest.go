@@ -63,10 +63,10 @@ func (c *REST) Call(ctx context.Context, method, url string, header http.Header,
 	if err != nil {
 		return fmt.Errorf("make a request to %s: %w", c.Name, err)
 	}
-	maps.Copy(r.Header, header)
 	if in != nil {
 		r.Header.Set("Content-Type", "application/json")
 	}
+	maps.Copy(r.Header, header)
 	client := *c.Client
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	answer, err := client.Do(r)
