@@ -128,6 +128,8 @@ type upstreamSettings struct {
 	// of the CA's certificate and of those between it and the root; key, the PEM
 	// file of its private key, mode 0600; roots, the PEM file of the roots above it.
 	Disk config.Section `yaml:"disk"`
+	// A CA in EJBCA; see docs/upstream/ejbca.md.
+	EJBCA config.Section `yaml:"ejbca" settings:"pkg/ca/upstream/ejbca"`
 	// A process of your own that stands for a CA; see docs/upstream/external.md.
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
 	// A step-ca; see docs/upstream/stepca.md.

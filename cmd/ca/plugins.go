@@ -13,6 +13,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/awspca"
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
+	"github.com/meshid/meshid/pkg/ca/upstream/ejbca"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
 	"github.com/meshid/meshid/pkg/ca/upstream/vault"
@@ -63,6 +64,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 	return []upstreamKind{
 		{"awspca", u.AWSPCA, openUpstream(awspca.New)},
 		{"disk", u.Disk, openUpstream(disk.New)},
+		{"ejbca", u.EJBCA, openUpstream(ejbca.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
 		{"vault", u.Vault, openUpstream(vault.New)},

@@ -561,9 +561,12 @@ func TestIssuer(t *testing.T) {
 
 // A mount that was given an intermediate without its root.
 func TestRoots(t *testing.T) {
-	a := upstreamtest.NewAuthority(t, upstreamtest.Good)
+	a := upstreamtest.NewAuthority(t, upstreamtest.NoRoot)
 	p := newPlace(t, upstreamtest.NoRoot, a)
 	c := p.config(t, "kubernetes.yaml")
+	if err := mint(t, open(t, c)); err == nil {
+		t.Error("an answer without a root was accepted")
+	}
 	if err := lookAt(t, open(t, c)); err == nil || !strings.Contains(err.Error(), "set roots") {
 		t.Errorf("got %v", err)
 	}
