@@ -594,6 +594,7 @@ func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 			v.CustomValidatorConfig, v.TrustedCa = nil, inline(rootPEM)
 		}), false},
 		{"pooled roots besides", validation(func(v *tlsv3.CertificateValidationContext) { v.TrustedCa = inline(rootPEM) }), false},
+		{"revocation lists", validation(func(v *tlsv3.CertificateValidationContext) { v.Crl = inline([]byte("-----BEGIN X509 CRL-----\n")) }), false},
 		{"expired allowed", validation(func(v *tlsv3.CertificateValidationContext) { v.AllowExpiredCertificate = true }), false},
 		{"untrusted accepted", validation(func(v *tlsv3.CertificateValidationContext) {
 			v.TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED

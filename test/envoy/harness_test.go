@@ -151,6 +151,8 @@ type config struct {
 	// Identities make it the proxy of a whole node: paths, without the first slash,
 	// of the SPIFFE IDs that it serves. Of the above it has what concerns the agent.
 	Identities []string
+	// Bootstrap, if not empty, is the whole bootstrap; then nothing else counts.
+	Bootstrap string
 }
 
 // proxy is a running Envoy.
@@ -207,6 +209,10 @@ func (c config) render(t testing.TB, dir string) string {
 	var b bytes.Buffer
 	if err := parsed.ExecuteTemplate(&b, bootstrap, c); err != nil {
 		t.Fatal(err)
+	}
+	if c.Bootstrap != "" {
+		b.Reset()
+		b.WriteString(c.Bootstrap)
 	}
 	path := filepath.Join(dir, "envoy.yaml")
 	if err := os.WriteFile(path, b.Bytes(), 0o600); err != nil {
