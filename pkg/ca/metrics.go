@@ -54,7 +54,7 @@ type metrics struct {
 	rootNotAfter, intermediateNotAfter, ownNotAfter prometheus.Gauge
 
 	retiring, sequence, converged prometheus.Gauge
-	rootStates                    *prometheus.GaugeVec
+	rootStates, holders, held     *prometheus.GaugeVec // by state of the root
 
 	upstreamOK, upstreamFailed prometheus.Counter
 	upstreamDuration           prometheus.Histogram
@@ -122,9 +122,17 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Help: "Roots in the trust bundle by state; tainted ones count as that only. More than one series above 0 means that a rotation is under way.",
 		}, []string{"state"}),
 	}
+	m.holders = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "meshid_ca_bundle_trust_holders",
+		Help: "Live nodes with X.509-SVIDs that chain to a root in this state, by what their agents say, and those that have not said.",
+	}, []string{"state"})
+	m.held = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "meshid_ca_root_svids",
+		Help: "X.509-SVIDs of live nodes that chain to a root in this state, by what their agents say.",
+	}, []string{"state"})
 	var err error
 	for _, collector := range []prometheus.Collector{
-		signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
+		m.holders, m.held, signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
 		upstreams, m.upstreamDuration, m.upstreamSuccess,
 	} {
 		err = errors.Join(err, reg.Register(collector))
@@ -140,7 +148,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m.upstreamOK, m.upstreamFailed = upstreams.WithLabelValues("success"), upstreams.WithLabelValues("failure")
 	m.rootNotAfter, m.intermediateNotAfter = notAfter.WithLabelValues(RoleRoot), notAfter.WithLabelValues(RoleIntermediate)
 	for _, name := range rootStates {
-		m.rootStates.WithLabelValues(name)
+		for _, vec := range []*prometheus.GaugeVec{m.rootStates, m.holders, m.held} {
+			vec.WithLabelValues(name)
+		}
 	}
 	m.converged.Set(1)
 	m.ownNotAfter = notAfter.WithLabelValues("server")
@@ -174,7 +184,23 @@ func (m *metrics) observeUpstream(start time.Time, err error) {
 	m.upstreamSuccess.SetToCurrentTime()
 }
 
-func (m *metrics) observeFleet(in rotation.Inputs, sequence uint64) {
+func (m *metrics) observeFleet(in rotation.Inputs, s *state) {
+	holders, held := make(map[string]int), make(map[string]int)
+	for _, r := range s.roots {
+		for _, n := range in.Nodes {
+			if !n.Live(in.Now) {
+				continue
+			}
+			if !n.Counted || n.Held[r.id] > 0 {
+				holders[r.shown()]++
+			}
+			held[r.shown()] += int(n.Held[r.id])
+		}
+	}
+	for _, name := range rootStates {
+		m.holders.WithLabelValues(name).Set(float64(holders[name]))
+		m.held.WithLabelValues(name).Set(float64(held[name]))
+	}
 	live := 0
 	for _, n := range in.Nodes {
 		if n.Live(in.Now) {
@@ -185,7 +211,7 @@ func (m *metrics) observeFleet(in rotation.Inputs, sequence uint64) {
 		m.converged.Set(1)
 		return
 	}
-	m.converged.Set(1 - float64(len(rotation.Waiting(in, sequence)))/float64(live))
+	m.converged.Set(1 - float64(len(rotation.Waiting(in, s.trust.Sequence)))/float64(live))
 }
 
 func seconds(t time.Time) float64 { return float64(t.Unix()) }

@@ -151,7 +151,7 @@ func (c *CA) inputs(ctx context.Context, now time.Time, s *state) (rotation.Inpu
 		}
 		in.Drained[r.id] = c.drained[r.id]
 	}
-	c.metrics.observeFleet(in, s.trust.Sequence)
+	c.metrics.observeFleet(in, s)
 	return in, nil
 }
 

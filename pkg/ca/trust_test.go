@@ -11,10 +11,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // fleet is one node, which acknowledges what the test says.
@@ -564,4 +567,39 @@ func TestV_L8_RestoredStore(t *testing.T) {
 			t.Error("a step was taken on a restored store")
 		}
 	})
+}
+
+// The metrics say how many nodes still hold something of a root of each state: a node
+// that has not counted may, one that is gone does not.
+func TestHoldersMetrics(t *testing.T) {
+	t.Parallel()
+	reg := prometheus.NewRegistry()
+	m, err := newMetrics(reg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	s := &state{roots: []*root{{id: "new", state: StateActive}, {id: "old", state: StateRetiring}, {id: "bad", state: StateRetiring, tainted: true}}}
+	in := rotation.Inputs{Now: now, Nodes: []rotation.Node{
+		{ID: "a", Connected: true, Counted: true, Held: map[string]uint32{"new": 2, "old": 3}},
+		{ID: "b", Connected: true, Counted: true, Held: map[string]uint32{"new": 1}},
+		{ID: "away", Lease: now.Add(time.Hour)},
+		{ID: "gone", Lease: now.Add(-time.Hour), Held: map[string]uint32{"bad": 9}},
+	}}
+	check := func(when string, want map[string][2]float64) {
+		t.Helper()
+		for state, n := range want {
+			holders := identitytest.Metric(t, reg, "meshid_ca_bundle_trust_holders", state)
+			if svids := identitytest.Metric(t, reg, "meshid_ca_root_svids", state); holders != n[0] || svids != n[1] {
+				t.Errorf("%s: %v nodes hold %v X.509-SVIDs of a root that is %s, want %v", when, holders, svids, state, n)
+			}
+		}
+	}
+	check("at the start", map[string][2]float64{StateActive: {}, StateRetiring: {}, StateTainted: {}, StatePrepared: {}})
+	m.observeFleet(in, s)
+	check("with two old roots", map[string][2]float64{StateActive: {3, 3}, StateRetiring: {2, 3}, StateTainted: {1, 0}, StatePrepared: {}})
+	in.Nodes[0].Held, in.Nodes[2] = map[string]uint32{"new": 5}, in.Nodes[3]
+	s.roots = s.roots[:2]
+	m.observeFleet(in, s)
+	check("when they were let go", map[string][2]float64{StateActive: {2, 6}, StateRetiring: {}, StateTainted: {}})
 }

@@ -6,11 +6,18 @@ package observe
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"math/big"
 	"net/http"
 	"net/url"
 	"os"
@@ -107,12 +114,13 @@ func TestNames(t *testing.T) {
 func TestDashboards(t *testing.T) {
 	t.Parallel()
 	require.Root(t)
-	ca := local.StartCA(t, local.CAOptions{})
+	ca := local.StartCA(t, local.CAOptions{Config: upstreamOnDisk(t)})
 	agent := ca.StartAgent(t, "node-1", local.AgentOptions{})
 	servers := map[string]string{
 		"classic": startPrometheus(t, ca.Metrics, agent.Metrics),
 		"native":  startPrometheus(t, ca.Metrics, agent.Metrics, "--enable-feature=native-histograms"),
 	}
+	ca.MustCommand(t, "authority", "rotate") // the upstream CA is asked while they look
 	ca.Apply(t, `
 - name: proxy
   spiffe_id: spiffe://example.org/proxy
@@ -149,6 +157,36 @@ func TestDashboards(t *testing.T) {
 			}
 		}
 	}
+}
+
+// upstreamOnDisk makes an upstream CA in files, and returns its settings.
+func upstreamOnDisk(t *testing.T) string {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "upstream"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * 365 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	paths := make(map[string]string)
+	for kind, der := range map[string][]byte{"CERTIFICATE": cert, "PRIVATE KEY": secret} {
+		paths[kind] = filepath.Join(dir, strings.ReplaceAll(kind, " ", "-")+".pem")
+		if err := os.WriteFile(paths[kind], pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return fmt.Sprintf("upstream: {disk: {certificate: %q, key: %q}}\n", paths["CERTIFICATE"], paths["PRIVATE KEY"])
 }
 
 // hasValue asks Prometheus and wants at least one number.
