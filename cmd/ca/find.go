@@ -389,11 +389,46 @@ func nodeShort(id string) string {
 	return path.Base(id)
 }
 
+// about says what a record is about, where no other column does, and who asked.
+func about(r *ledgerv1.Record) string {
+	var words []string
+	switch r.GetEvent() {
+	case ledgerv1.Event_EVENT_AUTHORITY:
+		a := r.GetAuthority()
+		words = append(words, a.GetRole(), a.GetId(), a.GetState())
+	case ledgerv1.Event_EVENT_BUNDLE:
+		words = append(words, "sequence", strconv.FormatUint(r.GetBundle().GetSequence(), 10))
+		for _, root := range r.GetBundle().GetRoots() {
+			words = append(words, root.GetId())
+		}
+	case ledgerv1.Event_EVENT_SIGN_IN:
+		words = append(words, r.GetSignIn().GetMethod(), "from", r.GetSignIn().GetAddress())
+	case ledgerv1.Event_EVENT_QUARANTINE, ledgerv1.Event_EVENT_STORE_EDITED:
+		q := r.GetQuarantine()
+		switch {
+		case len(q.GetKeySha256()) > 0:
+			words = append(words, "key", hex.EncodeToString(q.GetKeySha256()))
+		case len(q.GetSerial()) > 0:
+			words = append(words, "serial", hex.EncodeToString(q.GetSerial()))
+		}
+		if q.GetLifted() {
+			words = append(words, "lifted")
+		}
+	case ledgerv1.Event_EVENT_CALL_REFUSED:
+		words = append(words, r.GetCall())
+	default:
+	}
+	if a := r.GetActor(); a != "" {
+		words = append(words, "by", a)
+	}
+	return strings.Join(words, " ")
+}
+
 // findCells is a row of the table.
 func findCells(r *adminv1.LedgerRecord, zone *time.Location) []string {
 	rec := r.GetRecord()
 	var why []string
-	for _, s := range []string{rec.GetReason(), rec.GetDetail()} {
+	for _, s := range []string{about(rec), rec.GetReason(), rec.GetDetail()} {
 		if s != "" {
 			why = append(why, s)
 		}

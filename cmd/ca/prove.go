@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -18,9 +19,11 @@ import (
 	"golang.org/x/mod/sumdb/note"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/ledger/tree"
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
@@ -86,6 +89,22 @@ func (f *treeFlags) verifiers() (key note.Verifier, witnesses []note.Verifier, e
 		return nil, nil, fmt.Errorf("no key to check the log's signatures with: %w\n  Give it with --key; `ca ledger key` prints it on the CA's machine", err)
 	}
 	return own.Verifier(), witnesses, nil
+}
+
+// opened are the keys that are believed, and the tree's folder.
+type opened struct {
+	dir       string
+	key       note.Verifier
+	witnesses []note.Verifier
+}
+
+// open reads the keys, and says where the tree is.
+func (f *treeFlags) open() (o opened, err error) {
+	if o.key, o.witnesses, err = f.verifiers(); err != nil {
+		return o, err
+	}
+	_, o.dir, err = f.dirs()
+	return o, err
 }
 
 // own returns the key of the log beside the journal.
@@ -158,6 +177,7 @@ need it, from somewhere they trust; so do witnesses.`,
 
 func newLedgerProve(l *ledgerFlags) *cobra.Command {
 	f := &treeFlags{ledgerFlags: l}
+	c := &clientFlags{}
 	var serial, cert, out string
 	var index int64
 	cmd := &cobra.Command{
@@ -169,24 +189,23 @@ check it, with nothing else:
 
   ca ledger verify --proof FILE --key VKEY
 
-For a certificate, the record of its issuance is meant, which is looked for in the
-folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
---serial HEX" finds the index in its index at once, for --index.`,
+For a certificate, the record of its issuance is meant. Where the CA runs, its index
+says at once which that is; of a copied folder (--dir), or of a CA that does not
+run, the folder "tree" is read from its newest record on until it is found.`,
 		Example: `  ca ledger prove --cert svid.pem -o svid.tlog-proof
   ca ledger prove --serial 7f3a12… | ca ledger verify --proof /dev/stdin`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			key, witnesses, err := f.verifiers()
+			o, err := f.open()
 			if err != nil {
 				return err
 			}
-			_, dir, err := f.dirs()
-			if err != nil {
-				return err
-			}
-			c, err := tree.ReadCheckpoint(dir, key, witnesses...)
+			head, err := tree.ReadCheckpoint(o.dir, o.key, o.witnesses...)
 			if err != nil {
 				return found(err)
+			}
+			if f.dir != "" {
+				c = nil // the CA here may be another
 			}
 			var at uint64
 			switch {
@@ -196,7 +215,7 @@ folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
 					return fmt.Errorf("--cert: %w", err)
 				}
 				sum := sha256.Sum256(leaf.Raw)
-				at, err = findIssued(dir, c, sum[:], func(c *ledgerv1.Certificate) []byte { return c.GetSha256() })
+				at, err = findIssued(cmd, c, o.dir, head, &adminv1.FindRequest{CertificateSha256: sum[:]}, sum[:], (*ledgerv1.Certificate).GetSha256)
 				if err != nil {
 					return fmt.Errorf("the certificate in %s: %w", cert, err)
 				}
@@ -205,7 +224,7 @@ folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
 				if err != nil {
 					return err
 				}
-				at, err = findIssued(dir, c, want, func(c *ledgerv1.Certificate) []byte { return bytes.TrimLeft(c.GetSerial(), "\x00") })
+				at, err = findIssued(cmd, c, o.dir, head, &adminv1.FindRequest{Serial: want}, want, func(c *ledgerv1.Certificate) []byte { return bytes.TrimLeft(c.GetSerial(), "\x00") })
 				if err != nil {
 					return fmt.Errorf("the serial %s: %w", serial, err)
 				}
@@ -215,7 +234,7 @@ folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
 				}
 				at = uint64(index)
 			}
-			proof, err := tree.Prove(dir, c, at)
+			proof, err := tree.Prove(o.dir, head, at)
 			if err != nil {
 				return found(err)
 			}
@@ -226,11 +245,12 @@ folder "tree" alone: the whole log is read. Where the CA runs, "ca ledger find
 			if err := durable.WriteFile(out, proof.Encode(), 0o600); err != nil {
 				return fmt.Errorf("-o: %w", err)
 			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "record %d is in the log %s, under a checkpoint of %d records\n", at, c.Origin, c.Size)
+			fmt.Fprintf(cmd.ErrOrStderr(), "record %d is in the log %s, under a checkpoint of %d records\n", at, head.Origin, head.Size)
 			return nil
 		},
 	}
 	f.add(cmd)
+	c.add(cmd)
 	cmd.Flags().StringVar(&serial, "serial", "", "serial number of a certificate, in hexadecimal")
 	cmd.Flags().StringVar(&cert, "cert", "", "file with a certificate, in PEM or DER")
 	cmd.Flags().Int64Var(&index, "index", 0, "index of a record")
@@ -254,19 +274,60 @@ func parseSerial(s string) ([]byte, error) {
 }
 
 // findIssued returns the index of the record by which a certificate was issued: the
-// newest one with this value in field.
-func findIssued(dir string, c tree.Checkpoint, want []byte, field func(*ledgerv1.Certificate) []byte) (uint64, error) {
-	at, err := tree.Find(dir, c, func(record []byte) bool {
+// newest one with this value in field. The index of the CA is asked first, unless c is
+// nil; what it says is a hint, and the tree decides.
+func findIssued(cmd *cobra.Command, c *clientFlags, dir string, head tree.Checkpoint, req *adminv1.FindRequest, want []byte,
+	field func(*ledgerv1.Certificate) []byte,
+) (uint64, error) {
+	issues := func(record []byte) bool {
 		if !bytes.Contains(record, want) { // as it is encoded
 			return false
 		}
 		var r ledgerv1.Record
 		return proto.Unmarshal(record, &r) == nil && r.GetOutcome() == ledgerv1.Outcome_OUTCOME_SUCCESS && bytes.Equal(field(r.GetCertificate()), want)
+	}
+	if at, ok := c.hint(cmd.Context(), req); ok && at < head.Size {
+		if record, err := tree.Record(dir, head, at); err == nil && issues(record) {
+			return at, nil
+		}
+	}
+	show, end := cli.Progress(cmd.ErrOrStderr(), "records looked at")
+	looked := uint64(0)
+	at, err := tree.Find(dir, head, func(record []byte) bool {
+		looked++
+		show(looked, head.Size)
+		return issues(record)
 	})
+	end()
 	if errors.Is(err, tree.ErrNotCovered) {
-		return 0, fmt.Errorf("no record of the first %d in %s issues it: it is newer (try again in a second), in the ledger of another CA, or not of this mesh", c.Size, dir)
+		return 0, fmt.Errorf("no record of the first %d in %s issues it: it is newer (try again in a second), in the ledger of another CA, or not of this mesh", head.Size, dir)
 	}
 	return at, found(err)
+}
+
+// hint asks the CA for the newest record that something is found by; false if it does
+// not answer soon, or does not know.
+func (c *clientFlags) hint(ctx context.Context, req *adminv1.FindRequest) (uint64, bool) {
+	if c == nil {
+		return 0, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, completionDelay)
+	defer cancel()
+	conn, closeConn, err := c.dial(ctx)
+	if err != nil {
+		return 0, false
+	}
+	defer closeConn() //nolint:errcheck // there is another way
+	req.Outcome, req.Page = ledgerv1.Outcome_OUTCOME_SUCCESS, &adminv1.Page{Limit: 1}
+	stream, err := adminv1.NewLedgerServiceClient(conn).Find(ctx, req)
+	if err != nil {
+		return 0, false
+	}
+	answer, err := stream.Recv()
+	if err != nil || len(answer.GetRecords()) == 0 {
+		return 0, false
+	}
+	return answer.GetRecords()[0].GetIndex(), true
 }
 
 func newLedgerConsistency(l *ledgerFlags) *cobra.Command {
@@ -283,25 +344,21 @@ Exit code 2: it does not. If both are signed checkpoints, they are the evidence.
   ca ledger consistency 1000 2000`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			key, witnesses, err := f.verifiers()
+			o, err := f.open()
 			if err != nil {
 				return err
 			}
-			_, dir, err := f.dirs()
-			if err != nil {
-				return err
-			}
-			now, err := tree.ReadCheckpoint(dir, key)
+			now, err := tree.ReadCheckpoint(o.dir, o.key)
 			if err != nil {
 				return found(err)
 			}
 			var heads [2]tree.Checkpoint
 			for i, arg := range args {
-				if heads[i], err = readHead(dir, now, arg, key, witnesses); err != nil {
+				if heads[i], err = o.readHead(now, arg); err != nil {
 					return found(err)
 				}
 			}
-			if err := tree.Consistent(dir, now, heads[0], heads[1]); err != nil {
+			if err := tree.Consistent(o.dir, now, heads[0], heads[1]); err != nil {
 				return found(err)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the log %s of %d records continues that of %d records\n", now.Origin, heads[1].Size, heads[0].Size)
@@ -313,15 +370,15 @@ Exit code 2: it does not. If both are signed checkpoints, they are the evidence.
 }
 
 // readHead reads a checkpoint, or finds the head of a size.
-func readHead(dir string, now tree.Checkpoint, arg string, key note.Verifier, witnesses []note.Verifier) (tree.Checkpoint, error) {
+func (o opened) readHead(now tree.Checkpoint, arg string) (tree.Checkpoint, error) {
 	if size, err := strconv.ParseUint(arg, 10, 64); err == nil {
-		return tree.At(dir, now, size)
+		return tree.At(o.dir, now, size)
 	}
 	b, err := readInput(arg)
 	if err != nil {
 		return tree.Checkpoint{}, err
 	}
-	c, err := tree.ParseCheckpoint(b, key, witnesses...)
+	c, err := tree.ParseCheckpoint(b, o.key, o.witnesses...)
 	if err != nil {
 		return tree.Checkpoint{}, fmt.Errorf("%s: %w", arg, err)
 	}
