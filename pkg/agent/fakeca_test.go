@@ -47,6 +47,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 var testTD = spiffeid.RequireTrustDomainFromString("example.org")
@@ -657,31 +658,13 @@ type harness struct {
 	config    Config
 	cancel    context.CancelFunc
 	ran       chan error
-	log       *logBuffer
-}
-
-// logBuffer keeps what was logged.
-type logBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
+	log       *identitytest.Log
 }
 
 // newHarness makes an agent that has not started.
 func newHarness(t testing.TB, ca *fakeCA, dir string, change ...func(*Config)) *harness {
 	t.Helper()
-	h := &harness{t: t, ca: ca, workloads: newFakeWorkloads(), registry: prometheus.NewRegistry(), log: &logBuffer{}}
+	h := &harness{t: t, ca: ca, workloads: newFakeWorkloads(), registry: prometheus.NewRegistry(), log: &identitytest.Log{}}
 	var err error
 	if h.health, err = health.New(h.registry, "meshid_agent", Conditions...); err != nil {
 		t.Fatal(err)

@@ -18,6 +18,7 @@ import (
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/server/registry"
 	"github.com/meshid/meshid/pkg/store"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // anchored has the CA compare its store with the ledger, by a file in dir.
@@ -57,7 +58,7 @@ func (h *house) edit(query string, args ...any) {
 // newAnchoredHouse starts a CA over what is in dir.
 func newAnchoredHouse(t *testing.T, dir string) *house {
 	t.Helper()
-	h := &house{t: t, dir: dir, log: new(logBuffer)}
+	h := &house{t: t, dir: dir, log: new(identitytest.Log)}
 	h.start(h.anchored)
 	t.Cleanup(func() { h.stop() })
 	return h
@@ -129,7 +130,7 @@ func TestFault_F17_NodesEditedByHand(t *testing.T) {
 				t.Parallel()
 				dir := t.TempDir()
 				copyTree(t, dir, origin.dir)
-				h := &house{t: t, dir: dir, log: new(logBuffer)}
+				h := &house{t: t, dir: dir, log: new(identitytest.Log)}
 				path := filepath.Join(dir, "store.anchor")
 				switch string(anchor) {
 				case "":

@@ -42,6 +42,7 @@ import (
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/store"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -58,31 +59,13 @@ type house struct {
 	health  *health.Tracker
 	metrics *prometheus.Registry
 	lis     *bufconn.Listener
-	log     *logBuffer
+	log     *identitytest.Log
 	stop    func()
-}
-
-// logBuffer collects the log.
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *logBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *logBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
 
 func newHouse(t testing.TB, options ...func(*Config)) *house {
 	t.Helper()
-	h := &house{t: t, dir: t.TempDir(), log: new(logBuffer)}
+	h := &house{t: t, dir: t.TempDir(), log: new(identitytest.Log)}
 	h.start(options...)
 	t.Cleanup(func() { h.stop() })
 	return h

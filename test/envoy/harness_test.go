@@ -22,7 +22,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"text/template"
@@ -159,27 +158,9 @@ type config struct {
 type proxy struct {
 	t       testing.TB
 	command *exec.Cmd
-	log     *logBuffer
+	log     *identitytest.Log
 	admin   string
 	done    chan struct{}
-}
-
-// logBuffer is what a program has written.
-type logBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 // render writes the bootstrap into a file and returns its path.
@@ -227,7 +208,7 @@ func startEnvoy(t testing.TB, c config) *proxy {
 	binary := require.Envoy(t)
 	dir := t.TempDir()
 	address := filepath.Join(dir, "admin")
-	p := &proxy{t: t, log: &logBuffer{}, done: make(chan struct{})}
+	p := &proxy{t: t, log: &identitytest.Log{}, done: make(chan struct{})}
 	p.command = exec.Command(binary, "-c", c.render(t, dir), "--admin-address-path", address,
 		"--concurrency", strconv.Itoa(max(c.Workers, 1)), "--disable-hot-restart", "--log-level", "warning")
 	p.command.Stdout, p.command.Stderr = p.log, p.log

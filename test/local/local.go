@@ -24,6 +24,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/agent"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	"github.com/meshid/meshid/test/identitytest"
 	"github.com/meshid/meshid/test/require"
 )
 
@@ -80,35 +81,15 @@ func Main(m *testing.M) int {
 type Process struct {
 	name string
 	args []string
-	log  *logBuffer
+	log  *identitytest.Log
 	cmd  *exec.Cmd
 	done chan struct{}
 	err  error // of Wait; read after done is closed
 }
 
-// logBuffer keeps what a program prints.
-type logBuffer struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-// String returns all that was printed.
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
 // New returns a program that was not started yet. Whoever starts it kills it.
 func New(args ...string) *Process {
-	return &Process{name: filepath.Base(args[0]), args: args, log: &logBuffer{}}
+	return &Process{name: filepath.Base(args[0]), args: args, log: &identitytest.Log{}}
 }
 
 // Run starts a program, which is stopped when the test ends.
