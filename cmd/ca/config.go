@@ -132,6 +132,8 @@ type upstreamSettings struct {
 	EJBCA config.Section `yaml:"ejbca" settings:"pkg/ca/upstream/ejbca"`
 	// A process of your own that stands for a CA; see docs/upstream/external.md.
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
+	// A CA pool of Google Cloud; see docs/upstream/gcpcas.md.
+	GCPCAS config.Section `yaml:"gcpcas" settings:"pkg/ca/upstream/gcpcas"`
 	// A step-ca; see docs/upstream/stepca.md.
 	StepCA config.Section `yaml:"stepca" settings:"pkg/ca/upstream/stepca"`
 	// A PKI mount of HashiCorp Vault or OpenBao; see docs/upstream/vault.md.

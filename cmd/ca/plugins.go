@@ -15,6 +15,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
 	"github.com/meshid/meshid/pkg/ca/upstream/ejbca"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
+	"github.com/meshid/meshid/pkg/ca/upstream/gcpcas"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
 	"github.com/meshid/meshid/pkg/ca/upstream/vault"
 	"github.com/meshid/meshid/pkg/config"
@@ -66,6 +67,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 		{"disk", u.Disk, openUpstream(disk.New)},
 		{"ejbca", u.EJBCA, openUpstream(ejbca.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
+		{"gcpcas", u.GCPCAS, openUpstream(gcpcas.New)},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
 		{"vault", u.Vault, openUpstream(vault.New)},
 	}

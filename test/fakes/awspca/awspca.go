@@ -8,21 +8,14 @@ package awspca
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
-	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strings"
@@ -84,27 +77,10 @@ func New(t testing.TB, a *upstreamtest.Authority, b upstreamtest.Behaviour) *Ser
 		Status: "ACTIVE", Allowed: Actions, Pending: 1, t: t, authority: a, behaviour: b,
 		issued: map[string]*certificate{}, tokens: map[string]string{},
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.CA = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	listener := httptest.NewUnstartedServer(http.HandlerFunc(s.serve))
-	listener.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, MinVersion: tls.VersionTLS12}
-	listener.StartTLS()
-	t.Cleanup(listener.Close)
-	s.URL = listener.URL
+	var end func()
+	s.URL, s.CA, end = upstreamtest.Serve(t, s.serve)
 	if b == upstreamtest.Gone {
-		listener.Close()
+		end()
 	}
 	return s
 }

@@ -129,11 +129,16 @@ func (a *Authority) Answer(csr []byte, ttl time.Duration) (chain, roots []*x509.
 	if err := request.CheckSignature(); err != nil {
 		a.t.Errorf("the request does not prove its key: %v", err)
 	}
+	return a.Certify(request.PublicKey, request.Subject, request.URIs, ttl)
+}
+
+// Certify is Answer for CAs that are told what a certificate is to have.
+func (a *Authority) Certify(pub crypto.PublicKey, subject pkix.Name, uris []*url.URL, ttl time.Duration) (chain, roots []*x509.Certificate) {
+	a.t.Helper()
 	c := template("")
-	c.Subject, c.URIs = request.Subject, request.URIs
+	c.Subject, c.URIs = subject, uris
 	c.NotAfter = time.Now().Add(ttl)
 	c.MaxPathLenZero = true
-	pub := request.PublicKey
 	switch a.behaviour { //nolint:exhaustive // the others change what follows
 	case LongLife:
 		c.NotAfter = time.Now().Add(100 * ttl)
