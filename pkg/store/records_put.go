@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"time"
@@ -61,11 +62,8 @@ func (r *Records) Put(ctx context.Context, entries []ledger.Entry) error {
 	if r.names == nil || len(r.names) > maxNames {
 		r.names = make(nameCache)
 	}
-	b := &batch{r: r, ctx: ctx, statements: make(map[string]*sql.Stmt)}
-	err := r.db.update(ctx, func(tx *sql.Tx) error {
-		b.tx = tx
-		return b.put(entries)
-	})
+	b := &batch{r: r, ctx: context.WithoutCancel(ctx), statements: make(map[string]*sql.Stmt)}
+	err := b.commit(ctx, entries)
 	if err != nil {
 		r.names = nil // it may have numbers that were rolled back
 		return fmt.Errorf("take records from %d on: %w", entries[0].Index, err)
@@ -78,18 +76,48 @@ func (r *Records) Put(ctx context.Context, entries []ledger.Entry) error {
 
 // batch is one transaction of Put.
 type batch struct {
-	r          *Records
+	r *Records
+	// ctx has no end: a statement with a context that may end costs two goroutines,
+	// more than itself. Put's own is looked at between records.
 	ctx        context.Context //nolint:containedctx // it lives as long as the call that made it
-	tx         *sql.Tx
+	conn       *sql.Conn
 	statements map[string]*sql.Stmt
 	raised     [search.Rules]uint64
 	tallies    tallies
 }
 
-func (b *batch) put(entries []ledger.Entry) error {
+// commit takes entries in a transaction on the connection that writes, unless ctx
+// ends before. sql.Tx would bring its own context to each query.
+func (b *batch) commit(ctx context.Context, entries []ledger.Entry) (err error) {
+	if b.conn, err = b.r.db.writer.Conn(ctx); err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	defer func() {
+		for _, s := range b.statements {
+			err = errors.Join(err, s.Close())
+		}
+		if err != nil {
+			// It is closed, which takes back what was not committed.
+			_ = b.conn.Raw(func(any) error { return driver.ErrBadConn }) // as it was asked to
+			return
+		}
+		err = b.conn.Close()
+	}()
+	if _, err := b.conn.ExecContext(b.ctx, "BEGIN IMMEDIATE"); err != nil {
+		return fmt.Errorf("begin: %w", err)
+	}
+	if err := b.put(ctx, entries); err != nil {
+		return err
+	}
+	if _, err := b.conn.ExecContext(b.ctx, "COMMIT"); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	return nil
+}
+
+func (b *batch) put(ctx context.Context, entries []ledger.Entry) error {
 	var next uint64
-	row := b.tx.QueryRowContext(b.ctx, b.r.db.dialect.rebind(`SELECT next FROM cursor WHERE id = 1`))
-	if err := row.Scan(&next); err != nil {
+	if _, err := b.lookUp(`SELECT next FROM cursor WHERE id = 1`, nil, &next); err != nil {
 		return fmt.Errorf("read cursor: %w", err)
 	}
 	last := entries[len(entries)-1]
@@ -99,6 +127,9 @@ func (b *batch) put(entries []ledger.Entry) error {
 	for _, e := range entries {
 		if e.Index < next {
 			continue // taken although the call failed
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
 		}
 		if err := b.record(e); err != nil {
 			return fmt.Errorf("record %d: %w", e.Index, err)
@@ -125,16 +156,16 @@ func (b *batch) statement(query string) (*sql.Stmt, error) {
 	if s, ok := b.statements[query]; ok {
 		return s, nil
 	}
-	s, err := b.tx.PrepareContext(b.ctx, b.r.db.dialect.rebind(query))
+	s, err := b.conn.PrepareContext(b.ctx, b.r.db.dialect.rebind(query))
 	if err != nil {
 		return nil, err
 	}
-	b.statements[query] = s // it ends with the transaction
+	b.statements[query] = s // commit closes it
 	return s, nil
 }
 
 func (b *batch) exec(query string, args ...any) error {
-	s, err := b.statement(query) //nolint:sqlclosecheck // it ends with the transaction
+	s, err := b.statement(query) //nolint:sqlclosecheck // commit closes it
 	if err != nil {
 		return err
 	}
@@ -144,7 +175,7 @@ func (b *batch) exec(query string, args ...any) error {
 
 // lookUp reports whether a query has a row, and scans it.
 func (b *batch) lookUp(query string, args []any, into ...any) (bool, error) {
-	s, err := b.statement(query) //nolint:sqlclosecheck // it ends with the transaction
+	s, err := b.statement(query) //nolint:sqlclosecheck // commit closes it
 	if err != nil {
 		return false, err
 	}
