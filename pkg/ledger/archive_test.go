@@ -33,7 +33,7 @@ func TestArchive(t *testing.T) {
 	followed := make(chan error, 1)
 	go func() {
 		n := 0
-		followed <- j.Follow(t.Context(), firsts[3], func(Entry) error { n++; return nil })
+		followed <- follow(t.Context(), j, firsts[3], func(Entry) error { n++; return nil })
 	}()
 
 	for _, limit := range []uint64{0, firsts[1] - 1} {

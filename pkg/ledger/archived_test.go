@@ -67,7 +67,7 @@ func TestArchived(t *testing.T) {
 	}
 	j := openTest(t, dir, Options{SegmentBytes: 4 << 10})
 	appendTest(t, j, "more")
-	if err := j.Follow(t.Context(), 0, func(Entry) error { return nil }); !errors.Is(err, ErrArchived) {
+	if err := follow(t.Context(), j, 0, func(Entry) error { return nil }); !errors.Is(err, ErrArchived) {
 		t.Errorf("follow: %v", err)
 	}
 	if _, err := Verify(t.Context(), dir); err != nil {

@@ -66,10 +66,11 @@
 // # Sinks
 //
 // Whatever else is made of the records (a Merkle tree, a table to search, lines
-// in somebody's collector) is a Sink: a Feed reads durable records from the disk
-// again and gives them to the sink, at least once and in order, beside the
-// issuing path. A sink that is slow or away costs one batch of memory, and is
-// reported; records wait for it in the journal.
+// in somebody's collector) is made beside the issuing path from a Tail: durable
+// records in their order, as the writer made them for who keeps up, read from the
+// disk for who does not. A Feed gives them to a Sink, at least once. A sink that is
+// slow or away costs one batch of memory, and is reported; records wait for it in
+// the journal.
 //
 // # Durability
 //

@@ -15,8 +15,6 @@ import (
 )
 
 const (
-	feedRecords  = 1000             // in one Put
-	feedBytes    = 1 << 20          // in one Put; a larger record comes alone
 	feedTimeout  = 30 * time.Second // of one Put
 	feedOverdue  = 5 * time.Minute  // a sink that is further behind is reported
 	feedInterval = 5 * time.Second  // how often that is looked at
@@ -32,7 +30,8 @@ type Sink interface {
 	// returns nil, they and the cursor behind them are durable, as far as the sink
 	// can know. After an error, the same records are given again, in the same or
 	// another division: what was taken in spite of the error must not count twice,
-	// or must carry the record's index, so that the receiver can tell.
+	// or must carry the record's index, so that the receiver can tell. Entries must
+	// not be modified.
 	Put(ctx context.Context, entries []Entry) error
 }
 
@@ -57,8 +56,8 @@ type FeedOptions struct {
 }
 
 // Feed is the way of a journal's records to one sink, beside the issuing path: it
-// reads what is durable from the disk again, holds one batch in memory, and waits
-// for the sink as long as it takes. A record reaches the sink at least once, in
+// takes what is durable from a Tail, holds one batch in memory, and waits for the
+// sink as long as it takes. A record reaches the sink at least once, in
 // order. All methods may be called concurrently.
 type Feed struct {
 	journal *Journal
@@ -148,53 +147,17 @@ func (f *Feed) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c := &cursor{dir: f.journal.dir, from: next}
-	defer c.close()
+	tail := f.journal.Tail(next)
+	defer tail.Close()
 	for {
-		wake, stopped := f.journal.woken(), f.journal.hasStopped()
-		if size := f.journal.Size(); next < size {
-			if size-next < feedRecords && !stopped {
-				if err := f.linger(ctx); err != nil {
-					return err
-				}
-				size = f.journal.Size()
-			}
-			batch, err := c.batch(size - next)
-			if err != nil {
-				return fmt.Errorf("feed %s from ledger: %w", f.name, err)
-			}
-			if err := f.put(ctx, batch); err != nil {
-				return err
-			}
-			next += uint64(len(batch))
-			continue
+		batch, err := tail.Next(ctx, f.options.Linger)
+		if err != nil {
+			return fmt.Errorf("feed %s: %w", f.name, err)
 		}
-		if stopped {
-			return ErrClosed
-		}
-		select {
-		case <-wake:
-		case <-f.journal.stopped:
-		case <-ctx.Done():
-			return context.Cause(ctx)
+		if err := f.put(ctx, batch); err != nil {
+			return err
 		}
 	}
-}
-
-// linger waits for records that can go with the one that is there.
-func (f *Feed) linger(ctx context.Context) error {
-	if f.options.Linger <= 0 {
-		return nil
-	}
-	t := time.NewTimer(f.options.Linger)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-f.journal.stopped:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	return nil
 }
 
 // begin finds out where to go on.
@@ -228,25 +191,6 @@ func (f *Feed) begin(ctx context.Context) (uint64, error) {
 	f.next, f.started = next, true
 	f.mu.Unlock()
 	return next, nil
-}
-
-// batch reads records of which there are at least n: as many of them as belong in
-// one call of a sink.
-func (c *cursor) batch(n uint64) ([]Entry, error) {
-	var batch []Entry
-	for bytes := 0; uint64(len(batch)) < min(n, feedRecords) && bytes < feedBytes; {
-		fr, err := c.next()
-		if err != nil {
-			return nil, err
-		}
-		e, err := c.entry(fr)
-		if err != nil {
-			return nil, err
-		}
-		batch = append(batch, e)
-		bytes += len(e.Raw)
-	}
-	return batch, nil
 }
 
 // put gives the sink a batch until it takes it.

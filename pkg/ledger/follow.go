@@ -18,7 +18,7 @@ const pollInterval = time.Second
 // Follow calls fn for each record of the journal in dir from index from on, in
 // order, and then for each that is added, until ctx ends, fn returns an error or
 // the journal is damaged; it returns that error. It serves other processes than
-// the one that writes (which has Journal.Follow): the kernel wakes it when the
+// the one that writes (which has Journal.Tail): the kernel wakes it when the
 // directory changes, and like Scan it may see records that are not durable yet.
 // The directory must exist; the journal may be begun later.
 func Follow(ctx context.Context, dir string, from uint64, fn func(Entry) error) (err error) {
@@ -63,43 +63,6 @@ func (c *cursor) drain(ctx context.Context, fn func(Entry) error) error {
 		}
 		if err := fn(e); err != nil {
 			return err
-		}
-	}
-}
-
-// Follow calls fn for each record from index from on, in order, and then for each
-// that is added, as soon as it is durable and never before, until ctx ends, fn
-// returns an error, the journal is damaged, or it is closed (ErrClosed, after its
-// last record). It returns that error.
-func (j *Journal) Follow(ctx context.Context, from uint64, fn func(Entry) error) error {
-	c := &cursor{dir: j.dir, from: from}
-	defer c.close()
-	for next := from; ; {
-		wake, stopped := j.woken(), j.hasStopped()
-		for size := j.Size(); next < size; next++ {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			f, err := c.next()
-			if err != nil {
-				return fmt.Errorf("follow ledger: %w", err)
-			}
-			e, err := c.entry(f)
-			if err != nil {
-				return err
-			}
-			if err := fn(e); err != nil {
-				return err
-			}
-		}
-		if stopped {
-			return ErrClosed
-		}
-		select {
-		case <-wake:
-		case <-j.stopped:
-		case <-ctx.Done():
-			return context.Cause(ctx)
 		}
 	}
 }

@@ -106,7 +106,7 @@ func TestJournalFollow(t *testing.T) {
 		var got []string
 		done := make(chan error, 1)
 		go func() {
-			done <- j.Follow(t.Context(), 3, func(e Entry) error {
+			done <- follow(t.Context(), j, 3, func(e Entry) error {
 				got = append(got, e.Record.GetRequestId())
 				return nil
 			})
@@ -142,7 +142,7 @@ func TestJournalFollow(t *testing.T) {
 		}
 		// Whoever comes late still gets everything.
 		n := 0
-		if err := j.Follow(t.Context(), 0, func(Entry) error { n++; return nil }); !errors.Is(err, ErrClosed) || n != 15 {
+		if err := follow(t.Context(), j, 0, func(Entry) error { n++; return nil }); !errors.Is(err, ErrClosed) || n != 15 {
 			t.Errorf("%d records, %v", n, err)
 		}
 	})
@@ -152,12 +152,12 @@ func TestJournalFollowEnds(t *testing.T) {
 	t.Parallel()
 	j := openTest(t, t.TempDir(), Options{})
 	appendTest(t, j, "a", "b")
-	if err := j.Follow(t.Context(), 0, func(Entry) error { return errEnough }); !errors.Is(err, errEnough) {
+	if err := follow(t.Context(), j, 0, func(Entry) error { return errEnough }); !errors.Is(err, errEnough) {
 		t.Error(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	n := 0
-	err := j.Follow(ctx, 0, func(Entry) error {
+	err := follow(ctx, j, 0, func(Entry) error {
 		if n++; n == 2 {
 			cancel()
 		}

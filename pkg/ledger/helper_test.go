@@ -276,3 +276,21 @@ type hastyFile struct{ file }
 
 func (hastyFile) Sync() error     { return nil }
 func (hastyFile) dataSync() error { return nil }
+
+// follow calls fn for each durable record from index from on, until there is an
+// error.
+func follow(ctx context.Context, j *Journal, from uint64, fn func(Entry) error) error {
+	tail := j.Tail(from)
+	defer tail.Close()
+	for {
+		batch, err := tail.Next(ctx, 0)
+		if err != nil {
+			return err
+		}
+		for _, e := range batch {
+			if err := fn(e); err != nil {
+				return err
+			}
+		}
+	}
+}

@@ -23,7 +23,8 @@ import (
 //  3. gather takes what is in the queue: the batch.
 //  4. writer.append gives the records their places and links, writes the batch
 //     with one write and makes it durable with one fdatasync.
-//  5. settle tells those who wait, and Append makes Durables.
+//  5. announce hands the records to the tails, settle tells those who wait, and
+//     Append makes Durables.
 //
 // Steps 3 to 5 are the work of one goroutine, so the next batch is what arrived
 // while the disk was busy with the one before: many callers share an fdatasync,
@@ -79,9 +80,9 @@ type Journal struct {
 
 	archiving sync.Mutex // held by Archive
 
-	mu     sync.Mutex    // guards what follows
-	failed error         // final
-	wake   chan struct{} // closed at the next commit; nil if nobody waits
+	mu     sync.Mutex // guards what follows
+	failed error      // final
+	recent recent
 }
 
 // The states of a request.
@@ -266,15 +267,15 @@ func (j *Journal) commit(r *request) {
 		j.settle(batch, err)
 		return
 	}
-	if f := j.writer.append(batch); f != nil {
+	entries, f := j.writer.append(batch)
+	if f != nil {
 		j.fail(f)
 		j.settle(batch, f.err)
 		return
 	}
 	j.recordState(nil)
-	j.head.Store(&Head{Size: j.writer.next, Link: j.writer.link})
+	j.announce(Head{Size: j.writer.next, Link: j.writer.link}, entries)
 	j.settle(batch, nil)
-	j.notify()
 	if len(batch) > 1 {
 		// Those who were told are about to ask again, and this goroutine would
 		// begin a batch with the first of them.
@@ -336,36 +337,6 @@ func (j *Journal) recordState(err error) {
 	}
 	if j.options.OnState != nil {
 		j.options.OnState(err)
-	}
-}
-
-// notify wakes those who follow the journal.
-func (j *Journal) notify() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.wake != nil {
-		close(j.wake)
-		j.wake = nil
-	}
-}
-
-// woken returns a channel that is closed at the next commit.
-func (j *Journal) woken() <-chan struct{} {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if j.wake == nil {
-		j.wake = make(chan struct{})
-	}
-	return j.wake
-}
-
-// hasStopped says whether the journal is closed: nothing is added any more.
-func (j *Journal) hasStopped() bool {
-	select {
-	case <-j.stopped:
-		return true
-	default:
-		return false
 	}
 }
 

@@ -131,7 +131,7 @@ func (w *writer) resume(seg *segment) (err error) {
 	if err := w.disk.syncDir(w.dir); err != nil {
 		return fmt.Errorf("make the end of the ledger durable: %w", err)
 	}
-	w.file, w.offset, w.allocated = f, seg.offset, seg.offset
+	w.file, w.first, w.offset, w.allocated = f, seg.first, seg.offset, seg.offset
 	w.journal, w.seed = seg.journal, seg.seed()
 	w.next, w.link = seg.index, seg.link
 	return nil

@@ -16,19 +16,19 @@ import (
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
-// Entry is one record as it stands in a journal.
+// Entry is one record as it stands in a journal. Neither Record nor Raw may be
+// modified: others may have them too.
 type Entry struct {
 	// Index is the record's place, counted from 0: a cursor over the journal.
 	Index uint64
-	// Record is Raw, decoded. It belongs to the receiver.
+	// Record is Raw, decoded.
 	Record *ledgerv1.Record
 	// Hash is the RFC 6962 §2.1 leaf hash of Raw.
 	Hash [32]byte
 	// Link is the hash chain's value after this record: it depends on every
 	// record up to this one.
 	Link [32]byte
-	// Raw is the record's bytes, which all hashes are made of. It belongs to the
-	// receiver.
+	// Raw is the record's bytes, which all hashes are made of.
 	Raw []byte
 	// Place is where the record stands: a Reader finds it there again.
 	Place Place
@@ -38,7 +38,7 @@ type Entry struct {
 // each checked against its hash chain from the beginning of its segment. The
 // directory may be a copy, or in use: what is being written at its end is left
 // out, though the last few records may be on their way to the disk still, so that
-// a power failure could undo them (Journal.Follow has only durable ones). Nothing
+// a power failure could undo them (Journal.Tail has only durable ones). Nothing
 // is written, and no lock is taken. After an error, which for damage is a
 // *DamageError and for a record that was archived wraps ErrArchived, the sequence
 // ends.

@@ -55,6 +55,7 @@ type writer struct {
 	link    [32]byte // before it
 
 	file      file         // the last segment; nil if that is closed and the next not begun
+	first     uint64       // index of its first record
 	offset    int64        // behind its last frame
 	allocated int64        // bytes that the file has blocks for
 	closed    atomic.Int64 // bytes in the segments before; Archive lowers it
@@ -63,23 +64,32 @@ type writer struct {
 	buf []byte
 }
 
-// append makes one batch durable, with one write and one fdatasync.
-func (w *writer) append(batch []*request) *failure {
+// append makes one batch durable, with one write and one fdatasync, and returns its
+// records.
+func (w *writer) append(batch []*request) ([]Entry, *failure) {
+	size, records := 0, 0
+	for _, r := range batch {
+		size += r.bytes
+		records += len(r.drafts)
+	}
+	if f := w.room(int64(size)); f != nil {
+		return nil, f
+	}
 	w.buf = w.buf[:0]
+	entries := make([]Entry, 0, records)
 	index, link := w.next, w.link
 	for _, r := range batch {
 		r.first = index
 		for _, d := range r.drafts {
 			link = nextLink(link, index, d.hash)
+			place := Place{Segment: w.first, Offset: w.offset + int64(len(w.buf))}
 			w.frame(d, head{length: uint32(len(d.frame) - frameHead), index: index, base: w.next, link: link}) //nolint:gosec // G115: at most MaxRecordBytes
+			entries = append(entries, Entry{Index: index, Record: d.record, Hash: d.hash, Link: link, Raw: d.frame[frameHead:], Place: place})
 			index++
 		}
 	}
-	if f := w.room(int64(len(w.buf))); f != nil {
-		return f
-	}
 	if f := w.write(w.buf); f != nil {
-		return f
+		return nil, f
 	}
 	w.metrics.records.Add(float64(index - w.next))
 	w.metrics.batch.Observe(float64(index - w.next))
@@ -89,7 +99,7 @@ func (w *writer) append(batch []*request) *failure {
 	if cap(w.buf) > 2*maxBatchBytes { // a rare, large batch is not kept
 		w.buf = nil
 	}
-	return nil
+	return entries, nil
 }
 
 // frame adds d's frame to the buffer.
@@ -187,7 +197,7 @@ func (w *writer) begin() *failure {
 		fail.err = errors.Join(fail.err, f.Close())
 		return fail
 	}
-	w.file, w.offset, w.allocated = f, headerSize, allocated
+	w.file, w.first, w.offset, w.allocated = f, w.next, headerSize, allocated
 	w.segments.Add(1)
 	w.observe()
 	return nil

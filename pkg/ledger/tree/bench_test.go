@@ -55,7 +55,7 @@ func BenchmarkAdd(b *testing.B) {
 	raw := make([]byte, 600)
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
-		t.add(ledger.Entry{Index: uint64(i), Raw: raw})
+		t.add([]ledger.Entry{{Index: uint64(i), Raw: raw}})
 		t.pending = t.pending[:0]
 	}
 }

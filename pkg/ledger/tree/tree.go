@@ -28,7 +28,7 @@ const (
 
 	maxPendingFiles = 64      // full tiles and bundles in memory before they are written
 	maxPendingBytes = 4 << 20 // likewise
-	queueLength     = 256     // records between the journal and the tree
+	gathering       = 10      // the share of an interval for which records are gathered before they are added
 
 	finalWitnessTime = 2 * time.Second // for witnesses, when the journal is closed
 )
@@ -323,20 +323,14 @@ func (t *Tree) Run(ctx context.Context) (err error) {
 	t.options.Logger.InfoContext(ctx, "the ledger's tree is signed", "origin", t.key.Origin(), "vkey", t.key.String(), "records", t.edge.size)
 
 	follow, stop := context.WithCancel(ctx)
-	entries := make(chan ledger.Entry, queueLength)
+	batches := make(chan []ledger.Entry)
 	ended := make(chan error, 1)
+	tail := t.journal.Tail(t.edge.size)
 	go func() {
-		ended <- t.journal.Follow(follow, t.edge.size, func(e ledger.Entry) error {
-			select {
-			case entries <- e:
-				return nil
-			case <-follow.Done():
-				return context.Cause(follow)
-			}
-		})
-		close(entries)
+		ended <- t.follow(follow, tail, batches)
+		close(batches)
 	}()
-	t.run(ctx, entries)
+	t.run(ctx, batches)
 	stop()
 	if err := <-ended; ctx.Err() == nil && t.Halted() == nil && !errors.Is(err, ledger.ErrClosed) && !errors.Is(err, context.Canceled) {
 		t.halt(halting("follow the journal: %w", err))
@@ -347,9 +341,25 @@ func (t *Tree) Run(ctx context.Context) (err error) {
 	return t.finish(ctx)
 }
 
+// follow sends what the journal has until ctx ends or the journal is closed.
+func (t *Tree) follow(ctx context.Context, tail *ledger.Tail, batches chan<- []ledger.Entry) error {
+	defer tail.Close()
+	for {
+		batch, err := tail.Next(ctx, t.options.Interval/gathering)
+		if err != nil {
+			return err
+		}
+		select {
+		case batches <- batch:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
 // run is Run's loop. It returns when there are no more records, or nothing more is
 // to be signed.
-func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
+func (t *Tree) run(ctx context.Context, batches <-chan []ledger.Entry) {
 	// What was signed last is published, and shown to the witnesses, before
 	// anything else is signed: they may know that this is an older copy.
 	t.publish(ctx)
@@ -359,16 +369,16 @@ func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
 		if at := t.due(); !at.IsZero() {
 			timer.Reset(time.Until(at))
 		}
-		in := entries
+		in := batches
 		if t.full() && !t.flush() {
 			in = nil // no more into memory until there is room on the disk
 		}
 		select {
-		case e, ok := <-in:
+		case batch, ok := <-in:
 			if !ok {
 				return
 			}
-			t.add(e)
+			t.add(batch)
 		case <-timer.C:
 			if t.due().IsZero() {
 				continue // nothing happened for an hour
@@ -380,11 +390,11 @@ func (t *Tree) run(ctx context.Context, entries <-chan ledger.Entry) {
 			}
 			// What is left in the journal still comes.
 			select {
-			case e, ok := <-in:
+			case batch, ok := <-in:
 				if !ok {
 					return
 				}
-				t.add(e)
+				t.add(batch)
 			case <-ctx.Done():
 				return
 			}
@@ -421,21 +431,23 @@ func (t *Tree) finish(ctx context.Context) error {
 	return nil
 }
 
-// add adds a record.
-func (t *Tree) add(e ledger.Entry) {
-	if e.Index != t.edge.size {
-		t.halt(halting("the journal gave record %d where %d was expected", e.Index, t.edge.size))
-		return
-	}
-	t.bundle = appendEntry(t.bundle, e.Raw)
-	t.last = ledger.Head{Size: e.Index + 1, Link: e.Link}
-	t.edge.add(e.Hash, func(level int, n uint64, hashes []tlog.Hash) {
-		if level == 0 {
-			t.complete(entriesLevel, n, t.bundle)
-			t.bundle = nil
+// add adds records.
+func (t *Tree) add(batch []ledger.Entry) {
+	for _, e := range batch {
+		if e.Index != t.edge.size {
+			t.halt(halting("the journal gave record %d where %d was expected", e.Index, t.edge.size))
+			return
 		}
-		t.complete(level, n, encodeTile(hashes))
-	})
+		t.bundle = appendEntry(t.bundle, e.Raw)
+		t.last = ledger.Head{Size: e.Index + 1, Link: e.Link}
+		t.edge.add(e.Hash, func(level int, n uint64, hashes []tlog.Hash) {
+			if level == 0 {
+				t.complete(entriesLevel, n, t.bundle)
+				t.bundle = nil
+			}
+			t.complete(level, n, encodeTile(hashes))
+		})
+	}
 }
 
 // complete takes note of a full tile.
