@@ -199,3 +199,35 @@ func TestFaults(t *testing.T) {
 		t.Errorf("after etcd was killed: %v", err)
 	}
 }
+
+// Pods of nodes that kwok plays are said to run, have tokens, and go when they are
+// deleted.
+func TestFakeNodes(t *testing.T) {
+	s := Shared(t)
+	pods := s.StartFakeNodes(t, 10, 200)
+	if len(pods) != 200 {
+		t.Fatalf("%d pods, want 200", len(pods))
+	}
+	r := s.Review(t, s.Token(t, pods[123], 10*time.Minute, "mesh-ca"), "mesh-ca")
+	if got := r.User.Extra["authentication.kubernetes.io/node-name"]; !slices.Equal(got, []string{pods[123].Node}) {
+		t.Errorf("node %q, want %q", got, pods[123].Node)
+	}
+	path := "/api/v1/namespaces/" + pods[0].Namespace + "/pods/" + pods[0].Name
+	if err := s.Do(t.Context(), http.MethodDelete, path, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	local.Await(t, "wait until the pod is gone", func(ctx context.Context) error {
+		err := s.Do(ctx, http.MethodGet, path, nil, nil)
+		if status, ok := errors.AsType[*StatusError](err); ok && status.Code == http.StatusNotFound {
+			return nil
+		}
+		return errors.Join(errors.New("it is there"), err)
+	})
+}
+
+// BenchmarkFakeNodes says how long a fleet takes to appear.
+func BenchmarkFakeNodes(b *testing.B) {
+	for b.Loop() {
+		StartAPIServer(b).StartFakeNodes(b, 50, 2000)
+	}
+}

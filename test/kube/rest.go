@@ -136,12 +136,20 @@ func (s *APIServer) CreatePod(t testing.TB, p Pod) Pod {
 	if p.ServiceAccount == "" {
 		p.ServiceAccount = "default"
 	}
-	if len(p.Images) == 0 {
-		p.Images = []string{"example.org/app:1"}
-	}
 	s.ensureAccount(t, p.Namespace, p.ServiceAccount)
 	if p.Node != "" {
 		s.ensure(t, "/api/v1/nodes", named(p.Node))
+	}
+	p, err := s.createPod(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func (s *APIServer) createPod(ctx context.Context, p Pod) (Pod, error) {
+	if len(p.Images) == 0 {
+		p.Images = []string{"example.org/app:1"}
 	}
 	containers := make([]object, len(p.Images))
 	for i, image := range p.Images {
@@ -152,12 +160,12 @@ func (s *APIServer) CreatePod(t testing.TB, p Pod) Pod {
 			UID string `json:"uid"`
 		} `json:"metadata"`
 	}
-	s.must(t, http.MethodPost, "/api/v1/namespaces/"+p.Namespace+"/pods", object{
+	err := s.Do(ctx, http.MethodPost, "/api/v1/namespaces/"+p.Namespace+"/pods", object{
 		"metadata": object{"name": p.Name, "labels": p.Labels, "annotations": p.Annotations},
 		"spec":     object{"serviceAccountName": p.ServiceAccount, "nodeName": p.Node, "containers": containers},
 	}, &created)
 	p.UID = created.Metadata.UID
-	return p
+	return p, err
 }
 
 // DeletePod deletes a pod at once, as if its node had confirmed it.
