@@ -6,7 +6,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,6 +19,7 @@ import (
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/meshid/meshid/pkg/agent"
@@ -23,6 +27,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 	"github.com/meshid/meshid/test/local"
+	"github.com/meshid/meshid/test/require"
 )
 
 // proxies opens a stream for each SPIFFE ID, 100 on one connection, each of which
@@ -309,4 +314,53 @@ func BenchmarkFleetRotation(b *testing.B) {
 	b.ReportMetric(peak/(1<<20), "CA-peak-MiB")
 	b.ReportMetric(before/(1<<20), "CA-own-before-MiB")
 	only(b)
+}
+
+// TestV_E3_WithdrawnFromEnvoys: an identity is taken from two real Envoys, of which one
+// stands still. The command says who has not acknowledged and gives up waiting; when
+// that one goes on, the withdrawal is complete, and the slow one is in the time to
+// effect.
+func TestV_E3_WithdrawnFromEnvoys(t *testing.T) {
+	require.Root(t)
+	ca := local.StartCA(t, local.CAOptions{})
+	apply(t, ca, everybody)
+	a := ca.StartAgent(t, "withdrawal", local.AgentOptions{})
+	serves := func(p string) {
+		t.Helper()
+		local.Await(t, "wait for an Envoy", func(ctx context.Context) error {
+			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", p))
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		})
+	}
+	ports := []string{port(t), port(t)}
+	startEnvoy(t, firstUser, serverBootstrap, "SOCKET", a.Socket, "SERVER", ports[0])
+	still := startEnvoy(t, firstUser+1, serverBootstrap, "SOCKET", a.Socket, "SERVER", ports[1])
+	serves(ports[0])
+	serves(ports[1])
+	awaitRotation(t, ca, "wait until both have acknowledged what they have", func(r *adminv1.Rotation) bool {
+		return r.GetProxies() >= 2 && r.GetProxiesAcknowledged() == r.GetProxies()
+	})
+	still.Signal(t, syscall.SIGSTOP)
+	out, err := ca.Command(t, "entry", "delete", everybody.GetName(), "--wait", "--timeout", "2s")
+	name := fmt.Sprintf("spiffe://example.org/user/%d (process ", firstUser+1)
+	if err == nil || !strings.Contains(err.Error(), name) || strings.Contains(err.Error(), fmt.Sprint("user/", firstUser, " ")) || !strings.Contains(out, "carried out on 1 of 1 nodes") {
+		t.Errorf("while one stands still: %v\n%s", err, out)
+	}
+	answer, err := ca.Admin.ListWithdrawals(t.Context(), &adminv1.ListWithdrawalsRequest{})
+	must(t, err)
+	w := answer.GetWithdrawals()[0]
+	if w.GetState() != "pending" || w.GetStreamsAcknowledged() == 0 || w.GetStreamsAcknowledged() >= w.GetStreams() {
+		t.Errorf("while one stands still: %v", w)
+	}
+	still.Signal(t, syscall.SIGCONT)
+	out = ca.MustCommand(t, "withdrawal", "show", w.GetId(), "--wait", "--timeout", "1m", "-o", "json")
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	last := new(adminv1.Withdrawal)
+	must(t, protojson.Unmarshal([]byte(lines[len(lines)-1]), last))
+	if last.GetState() != "complete" || last.GetStreamsAcknowledged() != last.GetStreams() || last.GetMax().AsDuration() < 2*time.Second || last.GetMax().AsDuration() <= w.GetMax().AsDuration() {
+		t.Errorf("at the end: %v; before: %v", last, w)
+	}
 }
