@@ -211,6 +211,8 @@ type nodeAttestation struct {
 	// An existing machine certificate. Settings: ca_bundle, the PEM file of
 	// the CAs that issue machine certificates.
 	X509PoP config.Section `yaml:"x509pop"`
+	// Service account tokens of node agents in Kubernetes; see docs/kubernetes.md.
+	K8sPSAT config.Section `yaml:"k8s_psat" settings:"pkg/attest/node/k8spsat"`
 }
 
 // overrides are the flags of `ca run` that stand above the file.

@@ -31,9 +31,9 @@ import (
 )
 
 // nodeVerifiers is the table of node attestation methods: one line a method.
-func nodeVerifiers(n nodeAttestation, db *store.DB) ([]attest.NodeVerifier, error) {
+func nodeVerifiers(n nodeAttestation, db *store.DB, logger *slog.Logger) ([]attest.NodeVerifier, error) {
 	var verifiers []attest.NodeVerifier
-	if n.JoinToken.Present() || !n.X509PoP.Present() {
+	if n.JoinToken.Present() || !n.X509PoP.Present() && !n.K8sPSAT.Present() {
 		if err := n.JoinToken.Decode(&struct{}{}); err != nil {
 			return nil, err
 		}
@@ -47,6 +47,13 @@ func nodeVerifiers(n nodeAttestation, db *store.DB) ([]attest.NodeVerifier, erro
 		v, err := x509pop.NewVerifier(c)
 		if err != nil {
 			return nil, n.X509PoP.Errorf("ca_bundle", "%v", err)
+		}
+		verifiers = append(verifiers, v)
+	}
+	if n.K8sPSAT.Present() {
+		v, err := psatVerifier(n.K8sPSAT, db, logger)
+		if err != nil {
+			return nil, err
 		}
 		verifiers = append(verifiers, v)
 	}

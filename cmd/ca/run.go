@@ -84,7 +84,7 @@ func newCheckCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := nodeVerifiers(v.NodeAttestation, nil); err != nil {
+			if _, err := nodeVerifiers(v.NodeAttestation, nil, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
 			if _, err := openUpstreamCA(v.Upstream, v.pins, slog.New(slog.DiscardHandler)); err != nil {
@@ -168,7 +168,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err != nil {
 		return err
 	}
-	verifiers, err := nodeVerifiers(v.NodeAttestation, db)
+	verifiers, err := nodeVerifiers(v.NodeAttestation, db, logger)
 	if err != nil {
 		return err
 	}

@@ -82,6 +82,23 @@ type nodeAttestation struct {
 	// An existing machine certificate. Settings: certificate (PEM file, leaf
 	// first, with intermediates) and key (PEM file).
 	X509PoP config.Section `yaml:"x509pop"`
+	// The service account token of the agent's pod in Kubernetes. Settings: cluster, its
+	// name in the CA's configuration, and token_file, where the projected token is
+	// (/var/run/secrets/meshid/token by default).
+	K8sPSAT config.Section `yaml:"k8s_psat"`
+}
+
+// methods are the sections that are there, by name.
+func (n nodeAttestation) methods() (names []string) {
+	for _, m := range []struct {
+		name    string
+		section config.Section
+	}{{"join_token", n.JoinToken}, {"x509pop", n.X509PoP}, {"k8s_psat", n.K8sPSAT}} {
+		if m.section.Present() {
+			names = append(names, m.name)
+		}
+	}
+	return names
 }
 
 // workloadAttestation has one section for each attestor in plugins.go.
@@ -177,11 +194,11 @@ func (v *validated) check(file *config.File) error {
 	default:
 		bad("ca", "nothing says which CA is the right one; write ca.bundle: PATH (from `ca bundle show`), or ca.root_sha256: HEX (from `ca bundle show -o sha256`)")
 	}
-	switch n := v.NodeAttestation; {
-	case n.JoinToken.Present() && n.X509PoP.Present():
-		bad("node_attestation.x509pop", "a machine attests in one way; write only one method")
-	case !n.JoinToken.Present() && !n.X509PoP.Present():
-		bad("node_attestation", "missing; write node_attestation: {join_token: {token_file: PATH}}, or x509pop")
+	switch methods := v.NodeAttestation.methods(); {
+	case len(methods) > 1:
+		bad("node_attestation."+methods[1], "a machine attests in one way; write only one method")
+	case len(methods) == 0:
+		bad("node_attestation", "missing; write node_attestation: {join_token: {token_file: PATH}}, or x509pop, or k8s_psat")
 	}
 	for path, field := range map[string]*string{"data_dir": &v.DataDir, "socket": &v.Socket, "admin_socket": &v.AdminSocket} {
 		if !filepath.IsAbs(*field) {

@@ -15,6 +15,7 @@ import (
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
+	"github.com/meshid/meshid/pkg/attest/node/k8spsat"
 	"github.com/meshid/meshid/pkg/attest/node/x509pop"
 	"github.com/meshid/meshid/pkg/attest/workload/docker"
 	"github.com/meshid/meshid/pkg/attest/workload/k8s"
@@ -44,6 +45,16 @@ func nodeAttester(n nodeAttestation) (attest.NodeAttester, error) {
 		a, err := x509pop.NewAttester(c)
 		if err != nil {
 			return nil, n.X509PoP.Errorf("", "%v", err)
+		}
+		return a, nil
+	case n.K8sPSAT.Present():
+		var c k8spsat.AgentConfig
+		if err := n.K8sPSAT.Decode(&c); err != nil {
+			return nil, err
+		}
+		a, err := k8spsat.NewAttester(c)
+		if err != nil {
+			return nil, n.K8sPSAT.Errorf("cluster", "%v", err)
 		}
 		return a, nil
 	default:

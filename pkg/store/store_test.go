@@ -720,3 +720,44 @@ func TestSurvivesKill(t *testing.T) {
 		t.Errorf("%d entries, revision %d, %v", len(got), rev, err)
 	}
 }
+
+// A token of others is used once, over restarts and by several CAs at once, and is
+// forgotten when it can be no good to anybody.
+func TestUseToken(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ca.db")
+	d := open(t, path)
+	name := sha256.Sum256([]byte("a token"))
+	use := func(d *DB, at time.Time) bool {
+		t.Helper()
+		first, err := d.UseToken(t.Context(), name, time.Unix(1000, 0), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return first
+	}
+	var firsts atomic.Int32
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			if use(d, time.Unix(500, 0)) {
+				firsts.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if n := firsts.Load(); n != 1 {
+		t.Errorf("used %d times", n)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, path)
+	for at, want := range map[int64]bool{500: false, 1001: false} {
+		if got := use(d, time.Unix(at, 0)); got != want {
+			t.Errorf("at %d: %v, want %v", at, got, want)
+		}
+	}
+	if !use(d, time.Unix(1000, 0).Add(usedRetention)) {
+		t.Error("remembered after it has expired")
+	}
+}

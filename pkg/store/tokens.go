@@ -136,3 +136,26 @@ func (d *DB) ConsumeToken(ctx context.Context, sum [32]byte, now time.Time) (*jo
 	t.ExpiresAt = fromStored(expires)
 	return &t, nil
 }
+
+// usedRetention is how much longer than it is good a used token is remembered, for CAs
+// whose clocks differ.
+const usedRetention = time.Hour
+
+// UseToken uses up a token that somebody else issued, named by a hash, and forgets
+// those that have expired. Of any number of concurrent calls for one token, on
+// all CAs, one returns true.
+func (d *DB) UseToken(ctx context.Context, name [32]byte, expires, now time.Time) (first bool, err error) {
+	err = d.update(ctx, func(tx *sql.Tx) error {
+		if _, err := d.exec(ctx, tx, `DELETE FROM used_tokens WHERE expires_at <= ?1`, toStored(now.Add(-usedRetention))); err != nil {
+			return err
+		}
+		n, err := d.exec(ctx, tx, `INSERT INTO used_tokens (sha256, expires_at) VALUES (?1, ?2) ON CONFLICT (sha256) DO NOTHING`,
+			name[:], toStored(expires))
+		first = n > 0
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("use token: %w", err)
+	}
+	return first, nil
+}

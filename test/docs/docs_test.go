@@ -177,6 +177,10 @@ func writeKeys(t *testing.T, page *strings.Builder, types map[string]*ast.Struct
 		switch ft := f.Type.(type) {
 		case *ast.StructType:
 			writeKeys(t, page, types, ft, key+".")
+		case *ast.StarExpr: // a section that need not be there
+			if nested, ok := ft.X.(*ast.Ident); ok && types[nested.Name] != nil {
+				writeKeys(t, page, types, types[nested.Name], key+".")
+			}
 		case *ast.Ident:
 			if nested := types[ft.Name]; nested != nil {
 				writeKeys(t, page, types, nested, key+".")
