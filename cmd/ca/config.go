@@ -92,6 +92,8 @@ type settings struct {
 	Exports []exportSettings `yaml:"exports"`
 	// The read-only web console. See docs/console.md.
 	Console consoleSettings `yaml:"console"`
+	// The clusters whose pods are given identities. See docs/kubernetes.md.
+	Kubernetes kubernetesSettings `yaml:"kubernetes"`
 }
 
 // exportSettings is one export, with one section for each kind of target in
@@ -202,6 +204,34 @@ type consoleSettings struct {
 		// of the system.
 		CA string `yaml:"ca"`
 	} `yaml:"oidc"`
+}
+
+// kubernetesSettings are those of Kubernetes.
+type kubernetesSettings struct {
+	// The clusters whose API servers the CA asks: a list.
+	Clusters []clusterSettings `yaml:"clusters"`
+	// What becomes of Kubernetes workloads on nodes that are of none of these clusters, as
+	// far as the CA knows: refuse, or believe their agents.
+	OtherNodes string `yaml:"other_nodes" default:"refuse"`
+}
+
+// clusterSettings is one cluster.
+type clusterSettings struct {
+	// Name of the cluster: in rules node.k8s.cluster, and in metrics and conditions.
+	Name string `yaml:"name"`
+	// The kubeconfig file by which its API server is reached, and the one of the file's
+	// contexts. Files that it names are read again when they change.
+	Kubeconfig string `yaml:"kubeconfig" default:"the service account of the pod that the CA runs in"`
+	// The context of the kubeconfig file.
+	Context string `yaml:"context" default:"its current one"`
+	// Whose word it is that a pod runs on the node that asks for it. seen: the API server's,
+	// and while that cannot be heard, the agent's about pods that were seen on its node
+	// before. strict: the API server's, and while that cannot be heard, nothing is issued for
+	// pods. off: the agent's.
+	Placement string `yaml:"placement" default:"seen"`
+	// A label (ca token create --label) of nodes that attest by another method than
+	// k8s_psat: a node that has it is one of this cluster, by the name that is its value.
+	NodeLabel string `yaml:"node_label" default:"none"`
 }
 
 // nodeAttestation has one section for each method in plugins.go.

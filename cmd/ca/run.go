@@ -93,6 +93,9 @@ func newCheckCommand() *cobra.Command {
 			if _, err := exportTargets(v, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
+			if _, err := openClusters(v, nil, slog.New(slog.DiscardHandler)); err != nil {
+				return err
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
 			return nil
 		},
@@ -121,10 +124,14 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err != nil {
 		return err
 	}
+	kubernetes, err := openClusters(v, registry, logger)
+	if err != nil {
+		return err
+	}
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionRootKey, conditionSearch}, exportConditions(exports))...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionRootKey, conditionSearch}, exportConditions(exports), kubernetes.conditions())...)
 	if err != nil {
 		return err
 	}
@@ -212,7 +219,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Anchor: anchor, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
 		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
-		Logger: logger, Registerer: registry, Health: tracker,
+		Logger: logger, Registerer: registry, Health: tracker, Placement: kubernetes.placed,
 		ConsoleLink: func(by string) (string, time.Time, error) { return web.link(by) },
 	})
 	if err != nil {
@@ -238,6 +245,9 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { index.run(ctx); return nil })
 	group.Go(func() error { return watchKeys(ctx, v.keyInterval(), authority, db, v.keys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
+	for _, p := range kubernetes.pods {
+		group.Go(func() error { p.run(ctx, tracker, logger); return nil })
+	}
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })
 	}

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -58,6 +59,9 @@ type Config struct {
 	UserAgent string
 	// Logger gets what the API server warns of; nil for none.
 	Logger *slog.Logger
+	// Registerer gets the client's metrics; nil for none. One client of a cluster is
+	// enough for a process.
+	Registerer prometheus.Registerer
 }
 
 // Client talks to the API server of one cluster. Its methods may be called
@@ -66,9 +70,10 @@ type Config struct {
 //
 // Errors are an *Error, of one of the kinds below it.
 type Client struct {
-	name   string
-	rest   *rest.RESTClient
-	logger *slog.Logger
+	name    string
+	rest    *rest.RESTClient
+	logger  *slog.Logger
+	metrics *metrics
 }
 
 // Open reads the configuration. It does not talk to the API server.
@@ -96,7 +101,11 @@ func Open(c Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Client{name: c.Name, rest: client, logger: logger.With("cluster", c.Name)}, nil
+	m, err := newMetrics(c.Name, c.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	return &Client{name: c.Name, rest: client, logger: logger.With("cluster", c.Name), metrics: m}, nil
 }
 
 func restConfig(c Config) (*rest.Config, error) {
@@ -287,7 +296,9 @@ func (c *Client) call(ctx context.Context, verb string, r *rest.Request, p Path,
 	if err == nil && into != nil {
 		err = json.Unmarshal(raw, into)
 	}
-	return c.failed(verb, p, err, unread)
+	err = c.failed(verb, p, err, unread)
+	c.metrics.count(err)
+	return err
 }
 
 // context has what client-go logs go to our logger, and not to stderr.

@@ -45,6 +45,9 @@ const (
 	silence = 3 * time.Minute
 )
 
+// ErrReading says that a collection is being read for the first time.
+var ErrReading = errors.New("not read yet")
+
 var errSilent = fmt.Errorf("the API server has said nothing for %v", silence)
 
 // Reader is told what is in a collection, one call at a time, in the API's order.
@@ -96,7 +99,7 @@ func (s FeedState) Behind(now time.Time) (since time.Time, why error) {
 	case s.Err != nil:
 		return s.Since, s.Err
 	case !s.Synced:
-		return s.Since, errors.New("they have not been read yet")
+		return s.Since, ErrReading
 	default:
 		return s.Since, errors.New("the watch has ended")
 	}

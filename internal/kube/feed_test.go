@@ -281,7 +281,7 @@ func TestFeedStateBehind(t *testing.T) {
 		"opened again":     {FeedState{Synced: true, Since: now.Add(-time.Second)}, time.Time{}, ""},
 		"ended":            {FeedState{Synced: true, Since: now.Add(-time.Minute)}, now.Add(-time.Minute), "the watch has ended"},
 		"refused":          {FeedState{Synced: true, Since: now.Add(-time.Minute), Err: ErrDenied}, now.Add(-time.Minute), "denied"},
-		"not read":         {FeedState{Since: now}, now, "not been read"},
+		"not read":         {FeedState{Since: now}, now, "not read yet"},
 		"not read refused": {FeedState{Since: now, Err: ErrDenied}, now, "denied"},
 	} {
 		since, why := test.state.Behind(now)

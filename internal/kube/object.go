@@ -21,6 +21,8 @@ type Meta struct {
 	Generation      int64             `json:"generation,omitempty"`
 	Labels          map[string]string `json:"labels,omitempty"`
 	Annotations     map[string]string `json:"annotations,omitempty"`
+	// CreationTimestamp is set by the server.
+	CreationTimestamp *time.Time `json:"creationTimestamp,omitempty"`
 	// DeletionTimestamp is when the grace of an object that is being deleted ends.
 	DeletionTimestamp *time.Time `json:"deletionTimestamp,omitempty"`
 	OwnerReferences   []Owner    `json:"ownerReferences,omitempty"`

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"context"
 	"iter"
 	"maps"
@@ -8,6 +9,8 @@ import (
 	"sync"
 	"time"
 	"unique"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
@@ -42,21 +45,27 @@ type Pod struct {
 	labels                          []label
 	containers                      []Container
 	finished                        bool
-	ends                            int64 // when its grace ends, if it is being deleted; Unix seconds
+	// Unix seconds: when it was made, and when its grace ends, if it is being deleted.
+	made, ends int64
 }
 
 type label struct{ key, value text }
 
 // Container is one of a pod's containers, also one that only initializes or debugs it.
 type Container struct {
-	name, image, digest text
+	name, image, runs, digest text
 	// ID is the container's in the runtime, without the runtime's name; empty until the
 	// node has reported it.
 	ID string
 }
 
-// Image is the image reference that the pod asks for.
+// Image is the image reference that the pod asks for. It can be changed while the
+// container runs.
 func (c Container) Image() string { return c.image.Value() }
+
+// RunsImage is the runtime's name of the image that runs, as the node has reported it;
+// empty until then.
+func (c Container) RunsImage() string { return c.runs.Value() }
 
 // ImageDigest is "sha256:" and 64 hexadecimal digits, as the node has reported it;
 // empty until then.
@@ -127,6 +136,7 @@ type specContainer struct {
 
 type statusContainer struct {
 	Name        string `json:"name"`
+	Image       string `json:"image"`
 	ImageID     string `json:"imageID"`
 	ContainerID string `json:"containerID"`
 }
@@ -156,6 +166,9 @@ func newPod(o *podObject) *Pod {
 	if uid := m.Annotations[mirrorAnnotation]; uid != "" && controller.Kind == "Node" && controller.Name == o.Spec.NodeName && o.Spec.ServiceAccountName == "" {
 		p.StaticUID = uid
 	}
+	if m.CreationTimestamp != nil {
+		p.made = m.CreationTimestamp.Unix()
+	}
 	if m.DeletionTimestamp != nil {
 		p.ends = m.DeletionTimestamp.Unix()
 	}
@@ -173,10 +186,10 @@ func newPod(o *podObject) *Pod {
 		{o.Spec.EphemeralContainers, o.Status.EphemeralContainers},
 	} {
 		for _, c := range kind.spec {
-			kept := Container{name: unique.Make(c.Name), image: unique.Make(c.Image), digest: unique.Make("")}
+			kept := Container{name: unique.Make(c.Name), image: unique.Make(c.Image), runs: unique.Make(""), digest: unique.Make("")}
 			for _, s := range kind.status {
 				if s.Name == c.Name {
-					kept.ID, kept.digest = containerID(s.ContainerID), unique.Make(imageDigest(s.ImageID))
+					kept.ID, kept.runs, kept.digest = containerID(s.ContainerID), unique.Make(s.Image), unique.Make(imageDigest(s.ImageID))
 				}
 			}
 			p.containers = append(p.containers, kept)
@@ -237,14 +250,14 @@ type waiter struct {
 	calls   int
 }
 
-// NewPods returns what follows the pods and nodes of a client's cluster: it may list
-// and watch both.
-func NewPods(c *Client) *Pods {
+// NewPods returns what follows the pods and nodes of a client's cluster, which must let
+// it list and watch both. It registers its metrics; reg may be nil.
+func NewPods(c *Client, reg prometheus.Registerer) (*Pods, error) {
 	p := newPods()
 	p.pods = Follow(c, Path{Resource: Resource{Version: "v1", Plural: "pods"}}, FollowOptions{}, newPod, Reader[*Pod](podReader{p}))
 	p.nodes = Follow(c, Path{Resource: Resource{Version: "v1", Plural: "nodes"}}, FollowOptions{MetadataOnly: true},
 		func(o *Object) nodeName { return nodeName{o.Metadata.Name, o.Metadata.UID} }, Reader[nodeName](nodeReader{p}))
-	return p
+	return p, p.register(c.name, reg)
 }
 
 func newPods() *Pods {
@@ -311,18 +324,6 @@ func (p *Pods) OnNode(name string) iter.Seq[*Pod] {
 	return maps.Values(maps.Clone(p.byNode[unique.Make(name)]))
 }
 
-// RunsOnNode says whether a pod with that service account runs on a node.
-func (p *Pods) RunsOnNode(name, namespace, serviceAccount string, now time.Time) bool {
-	p.mu.RLock()
-	defer p.mu.RUnlock()
-	for _, pod := range p.byNode[unique.Make(name)] {
-		if pod.Namespace() == namespace && pod.ServiceAccount() == serviceAccount && !pod.Over(now) {
-			return true
-		}
-	}
-	return false
-}
-
 // AwaitPod is Find that waits until the pod is known and satisfies until, or is known
 // to be deleted, or ctx ends. It does not wait if too many do already.
 func (p *Pods) AwaitPod(ctx context.Context, node, uid string, until func(*Pod) bool) (found *Pod, was bool) {
@@ -342,8 +343,30 @@ func (p *Pods) AwaitNode(ctx context.Context, name string) (uid string) {
 	return uid
 }
 
-// nodeKey is a node's among those of pods in waiting: no UID has a slash.
+// AwaitAccount returns a pod of a service account that runs on a node: of several the
+// oldest, so that it is the same one while it runs. It waits until there is one, or ctx
+// ends, and then returns nil.
+func (p *Pods) AwaitAccount(ctx context.Context, node, namespace, serviceAccount string) (oldest *Pod) {
+	p.await(ctx, node, podsKey(node), func() bool {
+		oldest = nil
+		now := time.Now()
+		for _, pod := range p.byNode[unique.Make(node)] {
+			if pod.Namespace() != namespace || pod.ServiceAccount() != serviceAccount || pod.Over(now) {
+				continue
+			}
+			if oldest == nil || cmp.Or(cmp.Compare(pod.made, oldest.made), cmp.Compare(pod.UID, oldest.UID)) < 0 {
+				oldest = pod
+			}
+		}
+		return oldest != nil
+	})
+	return oldest
+}
+
+// nodeKey and podsKey are those of a node and of any of its pods in waiting: no UID has
+// a slash.
 func nodeKey(name string) string { return "node/" + name }
+func podsKey(node string) string { return "pods/" + node }
 
 // await calls done, under the lock, until it is true: at once, and whenever what has the
 // key changes.
@@ -387,6 +410,9 @@ func (p *Pods) await(ctx context.Context, node, key string, done func() bool) {
 
 // wake wakes who waits. The caller holds the lock.
 func (p *Pods) wake(key string) {
+	if len(p.waiting) == 0 {
+		return
+	}
 	if w := p.waiting[key]; w != nil {
 		delete(p.waiting, key)
 		close(w.changed)
@@ -404,6 +430,7 @@ func (p *Pods) set(pod *Pod) {
 			p.byNode[pod.node] = map[string]*Pod{}
 		}
 		p.byNode[pod.node][pod.UID] = pod
+		p.wake(podsKey(pod.Node()))
 	}
 	p.wake(pod.UID)
 	if pod.StaticUID != "" {

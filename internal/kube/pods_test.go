@@ -31,19 +31,19 @@ func TestPodFacts(t *testing.T) {
 		"spec":{"nodeName":"n1","serviceAccountName":"web","initContainers":[{"name":"init","image":"i:1"}],
 			"containers":[{"name":"app","image":"r.internal/app:2"},{"name":"later","image":"l:1"}],"ephemeralContainers":[{"name":"debug","image":"d:1"}]},
 		"status":{"phase":"Running","initContainerStatuses":[{"name":"init","imageID":"docker-pullable://r/i@`+digest+`","containerID":"docker://c0"}],
-			"containerStatuses":[{"name":"app","imageID":"r.internal/app@`+digest+`","containerID":"containerd://c1"}],
+			"containerStatuses":[{"name":"app","image":"full/app:2","imageID":"r.internal/app@`+digest+`","containerID":"containerd://c1"}],
 			"ephemeralContainerStatuses":[{"name":"debug","imageID":"`+digest+`","containerID":"cri-o://c2"}]}}`)
-	type container struct{ id, image, digest string }
+	type container struct{ id, image, runs, digest string }
 	got := map[string]container{}
 	for _, name := range []string{"init", "app", "later", "debug"} {
 		c, ok := p.Container(name)
 		if !ok {
 			t.Errorf("no container %s", name)
 		}
-		got[name] = container{c.ID, c.Image(), c.ImageDigest()}
+		got[name] = container{c.ID, c.Image(), c.RunsImage(), c.ImageDigest()}
 	}
 	if diff := cmp.Diff(map[string]container{
-		"init": {"c0", "i:1", digest}, "app": {"c1", "r.internal/app:2", digest}, "later": {"", "l:1", ""}, "debug": {"c2", "d:1", digest},
+		"init": {"c0", "i:1", "", digest}, "app": {"c1", "r.internal/app:2", "full/app:2", digest}, "later": {"", "l:1", "", ""}, "debug": {"c2", "d:1", "", digest},
 	}, got, cmp.AllowUnexported(container{})); diff != "" {
 		t.Errorf("containers (-want +got):\n%s", diff)
 	}
@@ -151,12 +151,13 @@ func TestPodsIndex(t *testing.T) {
 	find("n1", "hash", "m", false)
 	find("n2", "hash", "", false)
 	find("n1", "x", "", false)
-	now := time.Now()
+	done, cancel := context.WithCancel(t.Context())
+	cancel()
 	for _, test := range []struct {
 		node, namespace, account string
 		want                     bool
 	}{{"n1", "shop", "web", true}, {"n2", "shop", "web", false}, {"n1", "other", "web", false}, {"n1", "shop", "db", false}, {"n3", "shop", "web", false}} {
-		if got := p.RunsOnNode(test.node, test.namespace, test.account, now); got != test.want {
+		if got := p.AwaitAccount(done, test.node, test.namespace, test.account) != nil; got != test.want {
 			t.Errorf("%v: %v", test, got)
 		}
 	}
@@ -170,7 +171,7 @@ func TestPodsIndex(t *testing.T) {
 	find("n1", "a", "", true)
 	find("n1", "hash", "", false) // a kubelet makes the copy again with another UID
 	pods.Set(podOf(t, `{"metadata":{"uid":"b","namespace":"shop"},"spec":{"nodeName":"n2","serviceAccountName":"db"},"status":{"phase":"Failed"}}`))
-	if p.RunsOnNode("n2", "shop", "db", now) {
+	if p.AwaitAccount(done, "n2", "shop", "db") != nil {
 		t.Error("a pod that has failed runs")
 	}
 
@@ -256,6 +257,17 @@ func TestPodsAwait(t *testing.T) {
 		synctest.Wait()
 		nodes.Set(nodeName{"n1", "nu1"})
 		want(uid, "nu1")
+
+		runs := make(chan string, 1)
+		go func() { runs <- p.AwaitAccount(t.Context(), "n1", "shop", "new").UID }()
+		synctest.Wait()
+		pods.Set(simplePod(t, "e", "shop", "other", "n1", ""))
+		pods.Set(simplePod(t, "f", "shop", "new", "n1", ""))
+		want(runs, "f")
+		pods.Set(simplePod(t, "0", "shop", "new", "n1", `,"creationTimestamp":"2999-01-01T00:00:00Z"`))
+		if got := p.AwaitAccount(t.Context(), "n1", "shop", "new").UID; got != "f" {
+			t.Errorf("the oldest pod is %s", got)
+		}
 		if len(p.waiting) != 0 || len(p.waits) != 0 || p.total != 0 {
 			t.Errorf("somebody is left: %v %v %d", p.waiting, p.waits, p.total)
 		}

@@ -206,7 +206,18 @@ func TestMetrics(t *testing.T) {
 	dir := t.TempDir()
 	caMetrics, agentMetrics, listen := freeAddress(t), freeAddress(t), freeAddress(t)
 	config := filepath.Join(dir, "ca.yaml")
-	if err := os.WriteFile(config, []byte("trust_domain: example.org\nconsole: {listen: '127.0.0.1:0', one_time_link: true}\n"), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(fmt.Sprintf(`trust_domain: example.org
+console: {listen: '127.0.0.1:0', one_time_link: true}
+kubernetes: {clusters: [{name: docs, kubeconfig: '%s/kubeconfig'}]}
+`, dir)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kubeconfig"), []byte(`apiVersion: v1
+kind: Config
+clusters: [{name: docs, cluster: {server: 'http://`+freeAddress(t)+`'}}]
+contexts: [{name: docs, context: {cluster: docs}}]
+current-context: docs
+`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	start(t, "ca", "run", "--config", config, "--data-dir", dir+"/ca", "--listen", listen,

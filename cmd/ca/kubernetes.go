@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/kube"
+	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/placement"
+	"github.com/meshid/meshid/pkg/server"
+)
+
+// maxClusters bounds the list of clusters: the pods of each are in memory.
+const maxClusters = 64
+
+// placementPolicies are the values of the setting placement.
+var placementPolicies = map[string]placement.Policy{
+	"": placement.Seen, "seen": placement.Seen, "strict": placement.Strict, "off": placement.Off,
+}
+
+// clusters are the API servers that are asked, and what is followed there.
+type clusters struct {
+	// clients are by the name of the cluster.
+	clients map[string]*kube.Client
+	pods    []clusterPods
+	// placed is what the server asks; nil if no cluster is configured.
+	placed server.Placement
+}
+
+type clusterPods struct {
+	name string
+	pods *kube.Pods
+}
+
+// openClusters checks the settings, and makes the clients. It touches nothing but the
+// files that settings name.
+func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) (*clusters, error) {
+	var problems []error
+	bad := func(path, format string, args ...any) {
+		problems = append(problems, v.file.Errorf(path, format, args...))
+	}
+	s := &v.Kubernetes
+	if len(s.Clusters) > maxClusters {
+		bad("kubernetes.clusters", "%d are too many; write %d at most", len(s.Clusters), maxClusters)
+		return nil, errors.Join(problems...)
+	}
+	if s.OtherNodes != "" && s.OtherNodes != "refuse" && s.OtherNodes != "believe" {
+		bad("kubernetes.other_nodes", "%q is neither refuse nor believe", s.OtherNodes)
+	}
+	all := &clusters{clients: map[string]*kube.Client{}}
+	config := placement.Config{BelieveOthers: s.OtherNodes == "believe", Registerer: reg}
+	names, labels := map[string]int{}, map[string]int{}
+	for i, c := range s.Clusters {
+		at := fmt.Sprintf("kubernetes.clusters[%d]", i)
+		if !exportName.MatchString(c.Name) {
+			bad(at+".name", "%q is no name of a cluster; write up to 32 of a-z, 0-9, _ and -, a letter first", c.Name)
+			continue
+		}
+		if other, taken := names[c.Name]; taken {
+			bad(at+".name", "%q is the name of kubernetes.clusters[%d] already; write another one", c.Name, other)
+			continue
+		}
+		names[c.Name] = i
+		policy, ok := placementPolicies[c.Placement]
+		if !ok {
+			bad(at+".placement", "%q is none of seen, strict, off", c.Placement)
+		}
+		if other, taken := labels[c.NodeLabel]; taken && c.NodeLabel != "" {
+			bad(at+".node_label", "%q is that of kubernetes.clusters[%d] already; write another one", c.NodeLabel, other)
+		}
+		labels[c.NodeLabel] = i
+		client, err := openCluster(c, reg, logger)
+		if err != nil {
+			setting := ".kubeconfig"
+			if c.Kubeconfig == "" {
+				setting = "" // there is nothing to point at
+			}
+			bad(at+setting, "%v", err)
+			continue
+		}
+		all.clients[c.Name] = client
+		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel}
+		if policy != placement.Off {
+			if followed.Pods, err = kube.NewPods(client, reg); err != nil {
+				return nil, err
+			}
+			all.pods = append(all.pods, clusterPods{c.Name, followed.Pods})
+		}
+		config.Clusters = append(config.Clusters, followed)
+	}
+	if len(problems) > 0 {
+		return nil, errors.Join(problems...)
+	}
+	if len(s.Clusters) == 0 {
+		if s.OtherNodes != "" {
+			bad("kubernetes.other_nodes", "there are no clusters beside which nodes could be others: write kubernetes.clusters")
+		}
+		return all, errors.Join(problems...)
+	}
+	placed, err := placement.New(config)
+	all.placed = placed
+	return all, err
+}
+
+func openCluster(c clusterSettings, reg prometheus.Registerer, logger *slog.Logger) (*kube.Client, error) {
+	if c.Context != "" && c.Kubeconfig == "" {
+		return nil, errors.New("context is one of a kubeconfig: write kubeconfig")
+	}
+	if c.Kubeconfig != "" && !filepath.IsAbs(c.Kubeconfig) {
+		abs, err := filepath.Abs(c.Kubeconfig)
+		if err != nil {
+			return nil, err
+		}
+		c.Kubeconfig = abs
+	}
+	return kube.Open(kube.Config{
+		Name: c.Name, Kubeconfig: c.Kubeconfig, Context: c.Context,
+		UserAgent: "meshid-ca/" + cli.Version(), Logger: logger, Registerer: reg,
+	})
+}
+
+// conditions are those of the clusters whose pods are followed.
+func (c *clusters) conditions() []string {
+	var names []string
+	for _, p := range c.pods {
+		names = append(names, p.condition())
+	}
+	return names
+}
+
+func (p clusterPods) condition() string { return "kubernetes_" + p.name }
+
+// run follows a cluster's pods, and keeps its condition, until ctx ends.
+func (p clusterPods) run(ctx context.Context, t *health.Tracker, logger *slog.Logger) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		p.pods.Run(ctx)
+	}()
+	ticker := time.NewTicker(healthInterval)
+	defer ticker.Stop()
+	before := true // it begins with a list
+	for {
+		since, why := p.pods.Behind(time.Now())
+		if why != nil {
+			t.Set(p.condition(), health.Warning, fmt.Sprintf("the pods of cluster %s may be old since %s, and new ones are not known: %v", p.name, since.UTC().Format(time.RFC3339), why))
+		} else {
+			t.Clear(p.condition())
+		}
+		if behind := why != nil; behind != before {
+			before = behind
+			if behind {
+				logger.WarnContext(ctx, "the pods of a cluster are not known any more", "cluster", p.name, "err", why)
+			} else {
+				pods, nodes := p.pods.Len()
+				logger.InfoContext(ctx, "the pods of a cluster are known", "cluster", p.name, "pods", pods, "nodes", nodes)
+			}
+		}
+		select {
+		case <-done:
+			return
+		case <-ticker.C:
+		}
+	}
+}
