@@ -96,6 +96,12 @@ func newDecision(f search.Found) decision {
 		d.Why = cmp.Or(d.Why, rec.GetAuthority().GetRole()+" "+rec.GetAuthority().GetState())
 	case ledgerv1.Event_EVENT_BUNDLE:
 		d.Why = cmp.Or(d.Why, fmt.Sprintf("sequence %d", rec.GetBundle().GetSequence()))
+	case ledgerv1.Event_EVENT_SIGN_IN:
+		by := rec.GetSignIn().GetMethod() + " from " + rec.GetSignIn().GetAddress()
+		if d.Why != "" {
+			by += ": " + d.Why
+		}
+		d.Why = by
 	case ledgerv1.Event_EVENT_ISSUE, ledgerv1.Event_EVENT_RENEW_AGENT:
 		if k := rec.GetKind(); k != ledgerv1.Kind_KIND_UNSPECIFIED {
 			d.Why = cmp.Or(d.Why, kinds[k])

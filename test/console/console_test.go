@@ -260,6 +260,8 @@ func TestPages(t *testing.T) {
 	visit("/console/ledger?identity=" + "spiffe%3A%2F%2Fexample.org%2Fshop%2Fother")
 	b.await(t, "the hostile workload's record", `!!document.querySelector('td[data-name=Record] a')`)
 	record := evaluate[string](t, b, newestRecord)
+	visit("/console/authorities")
+	holders := evaluate[string](t, b, `document.querySelector('a[href^="/console/holders?root="]').getAttribute('href')`)
 	visit(record)
 	b.await(t, "the record in the tree", `document.querySelector("main").innerText.includes("In the tree")`)
 
@@ -273,6 +275,8 @@ func TestPages(t *testing.T) {
 		{"issuance", "/console/issuance?span=1h", []string{"issued", "Refusals and failures by reason"}},
 		{"entries", "/console/entries", []string{"me", "operators", "admin", "unused", `unix.uid == 4711`}},
 		{"authorities", "/console/authorities", []string{"Root", "Intermediate", "left"}},
+		{"holders", holders, []string{"Root", "Intermediates below it", "spiffe://example.org/shop/checkout", "web-1", "current"}},
+		{"sign-ins", "/console/ledger?event=sign_in", []string{"sign in", "success", "uid:0", "link from 127.0.0.1:"}},
 		{"ledger", "/console/ledger?event=issue&since=1h", []string{"spiffe://example.org/shop/other", "web-1"}},
 		{"empty", "/console/ledger?identity=nobody", []string{"No record matches"}},
 		{"record", record, []string{"In the tree", "signed checkpoint", `<img src=x onerror=owned=1>`, `\u202e`, "verified by"}},
