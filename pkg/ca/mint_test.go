@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
@@ -227,5 +228,44 @@ func TestRetryMint(t *testing.T) {
 				t.Errorf("after %d of %v with %s left: %s, want %s to %s", c.failures, c.err, c.left, got, c.least, c.most)
 			}
 		}
+	}
+}
+
+// recorder remembers what an upstream CA has answered.
+type recorder struct {
+	upstream.CA
+	last *upstream.Minted
+}
+
+func (r *recorder) Mint(ctx context.Context, q *upstream.Request) (m *upstream.Minted, err error) {
+	m, err = r.CA.Mint(ctx, q)
+	r.last = m
+	return m, err
+}
+
+// What was verified is what is served, byte for byte: no part of an upstream CA's
+// answer is encoded anew.
+func TestV_B9_VerifiedIsServed(t *testing.T) {
+	r := &recorder{CA: upstreamtest.NewMemory(upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.Good)}
+	f := open(t, Config{Upstream: &Upstream{CA: r, Kind: "memory"}})
+	signed, err := f.Sign(time.Now(), &Request{ID: id("/app"), Key: parseKey(t, newKey(t))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	durable, err := f.cfg.Ledger.Append(t.Context(), signed.Draft)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := durable[0].Chain()[1:]
+	if len(served) != len(r.last.Chain) {
+		t.Fatalf("%d certificates are served of %d", len(served), len(r.last.Chain))
+	}
+	for i, c := range r.last.Chain {
+		if !bytes.Equal(served[i], c.Raw) {
+			t.Errorf("certificate %d of the chain is not what was verified", i+1)
+		}
+	}
+	if roots, _ := f.Bundle(); len(roots) != 1 || !bytes.Equal(roots[0].Raw, r.last.Roots[0].Raw) {
+		t.Error("the bundle is not what was verified")
 	}
 }
