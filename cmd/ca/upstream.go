@@ -80,7 +80,7 @@ anybody, but it is in the upstream CA's records. The exit code is 1 if a check f
 			if above == nil {
 				return fmt.Errorf("%s has no upstream CA: write one of its kinds below upstream: (see docs/configuration.md)", path)
 			}
-			trial := &upstreamTrial{flags: &f, ca: above.CA, trustDomain: v.trustDomain, pins: v.pins}
+			trial := &upstreamTrial{flags: &f, ca: above.CA, kind: above.Kind, trustDomain: v.trustDomain, pins: v.pins}
 			return trial.report(cmd)
 		},
 	}
@@ -121,7 +121,7 @@ What the plug-in writes to standard error is shown as log lines. The exit code i
 			if err != nil {
 				return err
 			}
-			trial := &upstreamTrial{flags: &f, ca: ca, trustDomain: td, open: open}
+			trial := &upstreamTrial{flags: &f, ca: ca, kind: pluginKind, trustDomain: td, open: open}
 			return trial.report(cmd)
 		},
 	}
@@ -131,10 +131,14 @@ What the plug-in writes to standard error is shown as log lines. The exit code i
 	return cmd
 }
 
+// pluginKind is the kind of which somebody here writes the code.
+const pluginKind = "external"
+
 // upstreamTrial tries an upstream CA.
 type upstreamTrial struct {
 	flags       *upstreamFlags
 	ca          upstream.CA
+	kind        string
 	trustDomain spiffeid.TrustDomain
 	pins        [][32]byte
 	open        func() (upstream.CA, error) // starts a plug-in anew; nil for other kinds
@@ -162,16 +166,39 @@ var errSkipped = errors.New("skipped")
 // checks are all, in the order in which they are made. A CA that signs nothing is
 // asked nothing further.
 func (t *upstreamTrial) checks() []*upstreamCheck {
+	// What repairs it is for who writes a plug-in, or for who operates a CA.
+	fix := func(plugin, operator string) string {
+		if t.kind == pluginKind {
+			return plugin
+		}
+		return operator
+	}
+	configure := fmt.Sprintf("the error says what to change, here or there; what to set up there is in docs/upstream/%s.md", t.kind)
+	if t.kind == "disk" {
+		configure = "the error says what to change"
+	}
 	return []*upstreamCheck{
-		{Check: "signs an intermediate", Fix: "the error says what to change; a plug-in's log lines are above", run: t.first},
-		{Check: "is the same CA the second time", Fix: "give each certificate a serial number of its own (RFC 5280 §4.1.2.2), and keep one root", run: t.second},
+		{Check: "signs an intermediate", Fix: fix("the error says what to change; a plug-in's log lines are above", configure), run: t.first},
+		{
+			Check: "is the same CA the second time", run: t.second,
+			Fix: fix("give each certificate a serial number of its own (RFC 5280 §4.1.2.2), and keep one root", "have one CA, with one root, behind the address that is configured"),
+		},
 		{Check: "is pinned", Fix: "compare the fingerprint with what the operators of that CA say, then write it to upstream.roots_sha256", run: t.pinned},
 		{Check: "lives as long as was asked for", Fix: "allow a longer life in the profile or template used there, or shorten authority.intermediate_life", run: t.lives},
-		{Check: "announces its roots", Fix: "WatchRoots has to send all present roots at once, among them the one that signs", run: t.watch},
-		{Check: "signs while its roots are watched", Fix: "serve calls concurrently: with one worker, a watch keeps all others waiting", run: t.whileWatched},
-		{Check: "refuses a request that does not prove its key", Fix: "check the signature of the CSR before signing", run: t.forged},
-		{Check: "refuses a request that is no CSR", Fix: "answer INVALID_ARGUMENT when the CSR cannot be parsed", run: t.garbage},
-		{Check: "goes on after a call was given up", Fix: "a call whose deadline has passed must not keep the next one waiting", run: t.givenUp},
+		{Check: "announces its roots", Fix: fix("WatchRoots has to send all present roots at once, among them the one that signs", configure), run: t.watch},
+		{Check: "signs while its roots are watched", Fix: fix("serve calls concurrently: with one worker, a watch keeps all others waiting", configure), run: t.whileWatched},
+		{
+			Check: "refuses a request that does not prove its key", run: t.forged,
+			Fix: fix("check the signature of the CSR before signing", "this CA certifies keys of others: ask its operators or makers why"),
+		},
+		{
+			Check: "refuses a request that is no CSR", run: t.garbage,
+			Fix: fix("answer INVALID_ARGUMENT when the CSR cannot be parsed", "ask the operators or makers of this CA why"),
+		},
+		{
+			Check: "goes on after a call was given up", run: t.givenUp,
+			Fix: fix("a call whose deadline has passed must not keep the next one waiting", "the error says what came instead; a limit of its rate can be why"),
+		},
 		{Check: "ends when it is told to", Fix: "end when standard input ends, and at SIGTERM", run: t.ends},
 		{Check: "is the same CA after a restart", Fix: "keep the CA's key where the next process finds it", run: t.restarted},
 	}
