@@ -262,16 +262,16 @@ func (v *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 		} `json:"data"`
 	}
 	err = v.withToken(ctx, conn, func(token string) error {
-		return v.call(ctx, conn, http.MethodPost, path, token, map[string]any{
+		return advise(v.call(ctx, conn, http.MethodPost, path, token, map[string]any{
 			"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: r.CSR})),
 			// Subject and names are those of the CSR; the common name is no DNS name.
 			"use_csr_values": true, "exclude_cn_from_sans": true,
 			"max_path_length": 0, "format": "pem",
 			"ttl": strconv.FormatInt(int64(r.TTL/time.Second), 10) + "s",
-		}, &signed)
+		}, &signed), path)
 	})
 	if err != nil {
-		return nil, advise(err, path)
+		return nil, err
 	}
 	all, err := upstream.ParseChain(maxCertificates, append([]string{signed.Data.Certificate, signed.Data.IssuingCA}, signed.Data.CAChain...)...)
 	if err != nil {
