@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"weak"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -46,8 +47,9 @@ type withdrawal struct {
 	fresh, changed bool
 }
 
+// debt holds the snapshot weakly: a proxy that never acknowledges keeps no key alive.
 type debt struct {
-	snapshot *identity.Snapshot
+	snapshot weak.Pointer[identity.Snapshot]
 	lost     string
 }
 
@@ -81,7 +83,7 @@ func (w *withdrawal) owe(s *stream, before, next *identity.Snapshot) {
 		if _, twice := w.owing[s]; !twice {
 			w.streams++
 		}
-		w.owing[s] = debt{snapshot: next, lost: had.ID.String()}
+		w.owing[s] = debt{snapshot: weak.Make(next), lost: had.ID.String()}
 		return
 	}
 }
@@ -97,7 +99,7 @@ func (a *Agent) inForce(id cache.WatchID, snapshot *identity.Snapshot, carries b
 	}
 	last := -1
 	for i, w := range a.withdrawals {
-		if d, owes := w.owing[s]; owes && (d.snapshot == snapshot || s.watch.Snapshot() == snapshot) {
+		if d, owes := w.owing[s]; owes && (d.snapshot.Value() == snapshot || s.watch.Snapshot() == snapshot) {
 			last = i
 		}
 	}
