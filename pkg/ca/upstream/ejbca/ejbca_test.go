@@ -2,6 +2,7 @@ package ejbca
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"os"
 	"path/filepath"
@@ -247,4 +248,27 @@ func TestParse(t *testing.T) {
 			t.Errorf("%d texts %.10q were accepted", len(texts), texts)
 		}
 	}
+}
+
+// Whatever comes is certificates of a size that is accepted, or an error.
+func FuzzParse(f *testing.F) {
+	a := upstreamtest.NewAuthority(f, upstreamtest.Good)
+	text := string(upstreamtest.PEM(a.Issuer))
+	f.Add(text, base64.StdEncoding.EncodeToString(a.Root.Raw))
+	f.Add(base64.StdEncoding.EncodeToString([]byte(text)), "")
+	f.Add(text+text, "%")
+	f.Fuzz(func(t *testing.T, first, second string) {
+		all, err := parse([]string{first, second})
+		if err != nil {
+			return
+		}
+		if len(all) == 0 {
+			t.Error("no certificate, and no error")
+		}
+		for _, c := range all {
+			if len(c.Raw) > upstream.MaxCertificate {
+				t.Errorf("a certificate of %d bytes", len(c.Raw))
+			}
+		}
+	})
 }
