@@ -232,6 +232,8 @@ type clusterSettings struct {
 	// A label (ca token create --label) of nodes that attest by another method than
 	// k8s_psat: a node that has it is one of this cluster, by the name that is its value.
 	NodeLabel string `yaml:"node_label" default:"none"`
+	// Put the cluster's RegistrationEntry objects into force, for its own nodes.
+	Entries bool `yaml:"entries" default:"false"`
 }
 
 // nodeAttestation has one section for each method in plugins.go.

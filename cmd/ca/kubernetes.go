@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/health"
+	"github.com/meshid/meshid/pkg/kubernetes"
 	"github.com/meshid/meshid/pkg/placement"
 	"github.com/meshid/meshid/pkg/server"
 )
@@ -30,6 +32,8 @@ type clusters struct {
 	// clients are by the name of the cluster.
 	clients map[string]*kube.Client
 	pods    []clusterPods
+	// entries are the clusters whose RegistrationEntry objects are put into force.
+	entries []*kube.Client
 	// placed is what the server asks; nil if no cluster is configured.
 	placed server.Placement
 }
@@ -86,6 +90,9 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 			continue
 		}
 		all.clients[c.Name] = client
+		if c.Entries {
+			all.entries = append(all.entries, client)
+		}
 		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel}
 		if policy != placement.Off {
 			if followed.Pods, err = kube.NewPods(client, reg); err != nil {
@@ -132,7 +139,35 @@ func (c *clusters) conditions() []string {
 	for _, p := range c.pods {
 		names = append(names, p.condition())
 	}
+	for _, client := range c.entries {
+		names = append(names, entriesCondition(client))
+	}
 	return names
+}
+
+// entriesCondition: the objects of a cluster that declare entries are not followed.
+func entriesCondition(c *kube.Client) string { return "kubernetes_entries_" + c.Name() }
+
+// run keeps all that is declared in the clusters, until ctx ends.
+func (c *clusters) run(ctx context.Context, group *errgroup.Group, srv *server.Server, t *health.Tracker, logger *slog.Logger) {
+	for _, p := range c.pods {
+		group.Go(func() error { p.run(ctx, t, logger); return nil })
+	}
+	for _, client := range c.entries {
+		entries := kubernetes.NewEntries(kubernetes.EntriesConfig{Client: client, Server: srv, Logger: logger, Report: reportTo(t, entriesCondition(client))})
+		group.Go(func() error { return entries.Run(ctx) })
+	}
+}
+
+// reportTo keeps a condition.
+func reportTo(t *health.Tracker, condition string) func(problem string) {
+	return func(problem string) {
+		if problem == "" {
+			t.Clear(condition)
+		} else {
+			t.Set(condition, health.Warning, problem)
+		}
+	}
 }
 
 func (p clusterPods) condition() string { return "kubernetes_" + p.name }

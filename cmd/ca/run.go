@@ -245,9 +245,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { index.run(ctx); return nil })
 	group.Go(func() error { return watchKeys(ctx, v.keyInterval(), authority, db, v.keys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
-	for _, p := range kubernetes.pods {
-		group.Go(func() error { p.run(ctx, tracker, logger); return nil })
-	}
+	kubernetes.run(ctx, group, srv, tracker, logger)
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })
 	}

@@ -65,12 +65,16 @@ func (e *ExitError) Unwrap() error { return e.Err }
 // Explain renders an error for a person: a gRPC status without its wrapping,
 // with one line for each field that was wrong.
 func Explain(err error) string {
-	s, ok := status.FromError(err)
-	if !ok || s.Code() == codes.OK {
+	answer, ok := errors.AsType[interface {
+		error
+		GRPCStatus() *status.Status
+	}](err)
+	if !ok || answer.GRPCStatus().Code() == codes.OK {
 		return err.Error()
 	}
+	s := answer.GRPCStatus()
 	var b strings.Builder
-	b.WriteString(s.Message())
+	b.WriteString(strings.ReplaceAll(err.Error(), answer.Error(), s.Message()))
 	for _, d := range s.Details() {
 		bad, ok := d.(*errdetails.BadRequest)
 		if !ok {

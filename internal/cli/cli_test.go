@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -39,6 +40,7 @@ func TestExplain(t *testing.T) {
 		{errors.New("plain"), "plain"},
 		{s.Err(), "2 fields are wrong\n  shop.workloads:1:3: undeclared"},
 		{status.Error(codes.Unavailable, "no such socket"), "no such socket\n  Is it running, and is this the right address? See --help for the flag that names it."},
+		{errors.Join(fmt.Errorf("ask: %w", status.Error(codes.NotFound, "there is no entry \"x\"")), nil), "ask: there is no entry \"x\""},
 	} {
 		if diff := cmp.Diff(tc.want, Explain(tc.err)); diff != "" {
 			t.Error(diff)

@@ -80,6 +80,13 @@ func (a *adminService) ApplyEntries(ctx context.Context, req *adminv1.ApplyEntri
 		return nil, err
 	}
 	s := a.s
+	names := make([]string, len(req.GetEntries()))
+	for i, e := range req.GetEntries() {
+		names[i] = e.GetName()
+	}
+	if err := declared(names); err != nil {
+		return nil, err
+	}
 	s.entryMu.Lock()
 	defer s.entryMu.Unlock()
 	current := s.registry.Entries()
@@ -148,7 +155,7 @@ func (s *Server) plan(current *registry.Entries, req *adminv1.ApplyEntriesReques
 	}
 	if req.GetPrune() {
 		for _, name := range current.Names() {
-			if !seen[name] {
+			if !seen[name] && !strings.HasPrefix(name, DeclaredPrefix) {
 				before, _ := current.Proto(name)
 				changes = append(changes, &change{action: actionDeleted, before: before})
 			}
@@ -281,6 +288,9 @@ func (s *Server) recordEntries(ctx context.Context, c *caller, revision uint64, 
 func (a *adminService) DeleteEntries(ctx context.Context, req *adminv1.DeleteEntriesRequest) (*adminv1.DeleteEntriesResponse, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
+		return nil, err
+	}
+	if err := declared(req.GetNames()); err != nil {
 		return nil, err
 	}
 	s := a.s

@@ -247,9 +247,16 @@ func (s *APIServer) MustKubectl(t testing.TB, args ...string) string {
 // Apply applies manifests, given as YAML.
 func (s *APIServer) Apply(t testing.TB, manifests string) {
 	t.Helper()
-	if _, err := s.kubectl(t, manifests, "apply", "--server-side", "-f", "-"); err != nil {
+	if _, err := s.TryApply(t, manifests); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TryApply applies manifests, given as YAML, with more flags of kubectl apply, and
+// returns what it prints.
+func (s *APIServer) TryApply(t testing.TB, manifests string, flags ...string) (string, error) {
+	t.Helper()
+	return s.kubectl(t, manifests, append([]string{"apply", "--server-side", "-f", "-"}, flags...)...)
 }
 
 func (s *APIServer) kubectl(t testing.TB, stdin string, args ...string) (string, error) {
