@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -274,4 +275,71 @@ func TestFault_F65_APIServer(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// metric reads one of the CA's metrics; labels are not looked at.
+func (c *cluster) metric(ctx context.Context, name string) (float64, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+c.ca.Metrics+"/metrics", nil)
+	if err != nil {
+		return 0, err
+	}
+	body, err := get(http.DefaultClient, req)
+	if err != nil {
+		return 0, err
+	}
+	found := regexp.MustCompile(`(?m)^` + name + `(?:\{[^}]*\})? (\S+)$`).FindStringSubmatch(body)
+	if found == nil {
+		return 0, fmt.Errorf("there is no metric %s", name)
+	}
+	return strconv.ParseFloat(found[1], 64)
+}
+
+// What 2,000 pods of a real API server take in the CA: while they come, and when it
+// starts and they are there.
+func TestMemoryOfPods(t *testing.T) {
+	if testing.Short() {
+		t.Skip("makes 2,000 pods")
+	}
+	c := startCluster(t, "strict")
+	c.awaitHealth(t, "ok")
+	peak := func() int {
+		t.Helper()
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.ca.PID()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
+		if found == nil {
+			t.Fatalf("no VmHWM in %s", status)
+		}
+		kilobytes, err := strconv.Atoi(string(found[1]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kilobytes >> 10
+	}
+	none := peak()
+	pods := c.api.StartFakeNodes(t, 50, 2000)
+	known := func() {
+		t.Helper()
+		local.Await(t, "the CA knows all pods", func(ctx context.Context) error {
+			known, err := c.metric(ctx, "meshid_ca_kubernetes_pods")
+			if err == nil && int(known) < len(pods) {
+				err = fmt.Errorf("it knows %v of %d", known, len(pods))
+			}
+			return err
+		})
+	}
+	known()
+	came := peak()
+	c.ca.Kill()
+	c.ca.Start(t)
+	c.ca.AwaitReady(t)
+	known()
+	listed := peak()
+	const most = 100 // MiB
+	t.Logf("%d pods: at most %d MiB without, %d when they came, %d when they were listed", len(pods), none, came, listed)
+	if came-none > most || listed-none > most {
+		t.Errorf("%d pods take %d and %d MiB, want %d at most", len(pods), came-none, listed-none, most)
+	}
 }
