@@ -216,7 +216,11 @@ func (c *cluster) awaitHealth(t *testing.T, severity string) {
 			return err
 		}
 		var state struct {
-			Conditions []struct{ Name, Severity, Message string } `json:"conditions"`
+			Conditions []struct {
+				Name     string `json:"name"`
+				Severity string `json:"severity"`
+				Message  string `json:"message"`
+			} `json:"conditions"`
 		}
 		if err := json.Unmarshal([]byte(body), &state); err != nil {
 			return err
