@@ -214,6 +214,10 @@ func (a *Agent) dial(own *ownIdentity, anchors *trust) (*grpc.ClientConn, error)
 			MinConnectTimeout: 4 * time.Second,
 		}),
 		grpc.WithDisableServiceConfig(),
+		// Windows that are fixed: gRPC would find out how large they should be with
+		// a ping for each call, which the CA has to answer.
+		grpc.WithStaticStreamWindowSize(1 << 20),
+		grpc.WithStaticConnWindowSize(2 << 20),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
 		grpc.WithUserAgent("meshid-agent/" + a.cfg.Version),
 	}, a.cfg.DialOptions...)

@@ -34,6 +34,10 @@ const (
 	// maxMessage bounds a request: 512 items, each with a CSR and attributes of
 	// usual size.
 	maxMessage = 4 << 20
+	// Windows that are fixed: gRPC would find out how large they should be with a
+	// ping for each call. A batch of 256 items fits in that of a stream.
+	streamWindow = 256 << 10
+	connWindow   = 1 << 20
 	// maxAdminMessage bounds a request on the operators' socket: all entries.
 	maxAdminMessage = 64 << 20
 	// A peer that has vanished is noticed after these two together: at most 20 s.
@@ -85,6 +89,8 @@ func (s *Server) newGRPC(creds credentials.TransportCredentials, opts []grpc.Ser
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveMin, PermitWithoutStream: true}),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
 		grpc.WaitForHandlers(true),
 	}, opts...)...)
 }

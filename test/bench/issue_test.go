@@ -63,8 +63,8 @@ func attestNode(b testing.TB, ca *local.CA, name string) *node {
 	}}))
 	answer, err := stream.Recv()
 	must(b, err)
-	// as above
-	conn, err := grpc.NewClient(ca.Listen, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
+	// as above; windows as agents have them
+	conn, err := grpc.NewClient(ca.Listen, grpc.WithStaticStreamWindowSize(1<<20), grpc.WithStaticConnWindowSize(2<<20), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{
 		InsecureSkipVerify: true, MinVersion: tls.VersionTLS13,
 		Certificates: []tls.Certificate{{Certificate: answer.GetIdentity().GetChain(), PrivateKey: key}},
 	})))
