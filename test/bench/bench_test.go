@@ -113,22 +113,28 @@ func resident(b testing.TB, pid int) (all, own float64) {
 	return all, own
 }
 
-// goroutines returns how many goroutines a program has, from its metrics.
-func goroutines(b testing.TB, address string) float64 {
+// metric returns the value of a metric without labels.
+func metric(b testing.TB, address, name string) float64 {
 	b.Helper()
 	response, err := http.Get("http://" + address + "/metrics") // ours, on loopback
 	must(b, err)
 	defer response.Body.Close() // it was read
 	lines := bufio.NewScanner(response.Body)
 	for lines.Scan() {
-		if v, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
+		if v, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
 			n, err := strconv.ParseFloat(v, 64)
 			must(b, err)
 			return n
 		}
 	}
-	b.Fatal("no go_goroutines in the metrics")
+	b.Fatalf("no %s in the metrics", name)
 	return 0
+}
+
+// goroutines returns how many goroutines a program has, from its metrics.
+func goroutines(b testing.TB, address string) float64 {
+	b.Helper()
+	return metric(b, address, "go_goroutines")
 }
 
 // pause lets a program run by itself for a time: what it does meanwhile is what
