@@ -31,7 +31,7 @@ import (
 )
 
 // nodeVerifiers is the table of node attestation methods: one line a method.
-func nodeVerifiers(n nodeAttestation, db *store.DB, logger *slog.Logger) ([]attest.NodeVerifier, error) {
+func nodeVerifiers(n nodeAttestation, db *store.DB, kubernetes *clusters, logger *slog.Logger) ([]attest.NodeVerifier, error) {
 	var verifiers []attest.NodeVerifier
 	if n.JoinToken.Present() || !n.X509PoP.Present() && !n.K8sPSAT.Present() {
 		if err := n.JoinToken.Decode(&struct{}{}); err != nil {
@@ -51,7 +51,7 @@ func nodeVerifiers(n nodeAttestation, db *store.DB, logger *slog.Logger) ([]atte
 		verifiers = append(verifiers, v)
 	}
 	if n.K8sPSAT.Present() {
-		v, err := psatVerifier(n.K8sPSAT, db, logger)
+		v, err := psatVerifier(n.K8sPSAT, db, kubernetes, logger)
 		if err != nil {
 			return nil, err
 		}

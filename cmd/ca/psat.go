@@ -15,8 +15,8 @@ import (
 )
 
 // psatVerifier makes the CA's half of k8s_psat, with what verifies each cluster's
-// tokens. It talks to no cluster yet.
-func psatVerifier(s config.Section, db *store.DB, logger *slog.Logger) (*k8spsat.Verifier, error) {
+// tokens, and its pods where they are followed. It talks to no cluster yet.
+func psatVerifier(s config.Section, db *store.DB, kubernetes *clusters, logger *slog.Logger) (*k8spsat.Verifier, error) {
 	var c k8spsat.Config
 	if err := s.Decode(&c); err != nil {
 		return nil, err
@@ -27,22 +27,31 @@ func psatVerifier(s config.Section, db *store.DB, logger *slog.Logger) (*k8spsat
 		}
 		return nil, err
 	}
-	var clusters []k8spsat.Cluster
+	var all []k8spsat.Cluster
 	for i, cluster := range c.Clusters {
-		tokens, setting, err := psatTokens(cluster, logger)
+		tokens, setting, err := psatTokens(cluster, kubernetes, logger)
 		if err != nil {
 			return nil, s.Errorf(fmt.Sprintf("clusters[%d].%s", i, setting), "%v", err)
 		}
-		clusters = append(clusters, k8spsat.Cluster{Config: cluster, Tokens: clusterTokens{tokens}})
+		verified := k8spsat.Cluster{Config: cluster, Tokens: clusterTokens{tokens}}
+		for _, p := range kubernetes.pods {
+			if p.name == cluster.Name {
+				verified.Pods = p.pods
+			}
+		}
+		all = append(all, verified)
 	}
-	return k8spsat.NewVerifier(clusters, db), nil
+	return k8spsat.NewVerifier(all, db), nil
 }
 
 // psatTokens returns what verifies a cluster's tokens, or the setting that is wrong.
-func psatTokens(c k8spsat.ClusterConfig, logger *slog.Logger) (tokens kube.TokenVerifier, setting string, err error) {
+func psatTokens(c k8spsat.ClusterConfig, kubernetes *clusters, logger *slog.Logger) (tokens kube.TokenVerifier, setting string, err error) {
 	if c.JWKS != nil {
 		keys, err := kube.NewKeys(kube.KeysConfig(*c.JWKS))
 		return keys, "jwks", err
+	}
+	if client, ok := kubernetes.clients[c.Name]; ok && *c.TokenReview == (k8spsat.TokenReviewConfig{}) {
+		return kube.NewReviewer(client), "", nil
 	}
 	client, err := kube.Open(kube.Config{
 		Name: c.Name, Kubeconfig: c.TokenReview.Kubeconfig, Context: c.TokenReview.Context,

@@ -84,16 +84,17 @@ func newCheckCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := nodeVerifiers(v.NodeAttestation, nil, slog.New(slog.DiscardHandler)); err != nil {
-				return err
-			}
 			if _, err := openUpstreamCA(v.Upstream, v.pins, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
 			if _, err := exportTargets(v, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
-			if _, err := openClusters(v, nil, slog.New(slog.DiscardHandler)); err != nil {
+			kubernetes, err := openClusters(v, nil, slog.New(slog.DiscardHandler))
+			if err != nil {
+				return err
+			}
+			if _, err := nodeVerifiers(v.NodeAttestation, nil, kubernetes, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
@@ -175,7 +176,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err != nil {
 		return err
 	}
-	verifiers, err := nodeVerifiers(v.NodeAttestation, db, logger)
+	verifiers, err := nodeVerifiers(v.NodeAttestation, db, kubernetes, logger)
 	if err != nil {
 		return err
 	}

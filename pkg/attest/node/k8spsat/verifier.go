@@ -44,7 +44,8 @@ type ClusterConfig struct {
 
 // TokenReviewConfig says how to reach a cluster.
 type TokenReviewConfig struct {
-	// Path of a kubeconfig; without it, the service account of the CA's own pod.
+	// Path of a kubeconfig; without it, as kubernetes.clusters says of the cluster of that
+	// name, or else the service account of the CA's own pod.
 	Kubeconfig string `yaml:"kubeconfig"`
 	// Context of the kubeconfig; by default its current one.
 	Context string `yaml:"context"`
