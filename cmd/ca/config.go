@@ -94,6 +94,8 @@ type settings struct {
 	Console consoleSettings `yaml:"console"`
 	// The clusters whose pods are given identities. See docs/kubernetes.md.
 	Kubernetes kubernetesSettings `yaml:"kubernetes"`
+	// The CA for the sidecars, gateways and ztunnels of an unmodified Istio. See docs/istio.md.
+	Istio istioSettings `yaml:"istio"`
 }
 
 // exportSettings is one export, with one section for each kind of target in
@@ -234,6 +236,74 @@ type clusterSettings struct {
 	NodeLabel string `yaml:"node_label" default:"none"`
 	// Put the cluster's RegistrationEntry objects into force, for its own nodes.
 	Entries bool `yaml:"entries" default:"false"`
+}
+
+// istioSettings are those of the CA for an unmodified Istio.
+type istioSettings struct {
+	// Address for Istio's clients, such as ":15012"; without it, there is none.
+	Listen string `yaml:"listen" default:"off"`
+	// Names by which the clients reach it: the host in Istio's caAddress, such as
+	// ca.mesh-ca.svc. They are in the CA's own X.509-SVID.
+	DNSNames []string `yaml:"dns_names"`
+	// The clusters whose sidecars, gateways and ztunnels are served: a list. Without it, all of
+	// kubernetes.clusters.
+	Clusters []istioCluster `yaml:"clusters"`
+	// Audiences of which a token must have one.
+	Audiences []string `yaml:"audiences" default:"istio-ca"`
+	// Service accounts, as namespace/name, that may ask on behalf of the pods on their
+	// node: istio-system/ztunnel, in ambient mode.
+	NodeProxies []string `yaml:"node_proxies" default:"none"`
+	// OpenID Connect providers whose subjects are service accounts, for machines outside
+	// of the clusters: a list.
+	Issuers []istioIssuer `yaml:"issuers"`
+	// Accept an unexpired X.509-SVID in place of a token, for the same identity: for
+	// machines outside of the clusters.
+	RenewWithCertificate bool `yaml:"renew_with_certificate" default:"false"`
+	// PEM file of the roots of the CA that this one replaces. They are given out with our
+	// own until the setting is removed; whoever has their keys can name anybody in the mesh.
+	PreviousRoots string `yaml:"previous_roots"`
+	// Connections at the same time; a quarter of them from one address.
+	Connections int `yaml:"connections" default:"16384"`
+}
+
+// istioCluster is one cluster.
+type istioCluster struct {
+	// Name of the cluster in kubernetes.clusters.
+	Name string `yaml:"name"`
+	// Further names by which clients call it: Istio's clusterName (ISTIO_META_CLUSTER_ID).
+	Aliases []string `yaml:"aliases" default:"Kubernetes, if there is one cluster"`
+	// Whether clients that name no cluster are of this one.
+	Default bool `yaml:"default" default:"if there is one cluster"`
+	// Keep the ConfigMap with the roots in its namespaces, which istiod does not do if its
+	// CA is off.
+	Roots struct {
+		Keep bool `yaml:"keep" default:"false"`
+		// Name of the ConfigMaps.
+		Name string `yaml:"name" default:"istio-ca-root-cert"`
+		// Selector of the namespaces by label, as kubectl writes it.
+		Namespaces string `yaml:"namespaces" default:"all"`
+	} `yaml:"roots"`
+	// Keep the Secret with the certificate of Istio's control plane.
+	Istiod struct {
+		Keep bool `yaml:"keep" default:"false"`
+		// Where the control plane runs.
+		Namespace string `yaml:"namespace" default:"istio-system"`
+		// Name of the Secret.
+		Secret string `yaml:"secret" default:"istiod-tls"`
+		// Service account of the control plane.
+		ServiceAccount string `yaml:"service_account" default:"istiod-service-account"`
+	} `yaml:"istiod"`
+}
+
+// istioIssuer is one OpenID Connect provider.
+type istioIssuer struct {
+	// Name of the provider in facts: node.id.
+	Name string `yaml:"name"`
+	// Address of the provider, as in its tokens.
+	Issuer string `yaml:"issuer"`
+	// PEM file of the CAs that issue the provider's certificate; by default, those of the
+	// system.
+	CA string `yaml:"ca"`
 }
 
 // nodeAttestation has one section for each method in plugins.go.

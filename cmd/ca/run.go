@@ -97,6 +97,9 @@ func newCheckCommand() *cobra.Command {
 			if _, err := nodeVerifiers(v.NodeAttestation, nil, kubernetes, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
+			if _, err := planIstio(v, kubernetes.names()); err != nil {
+				return err
+			}
 			fmt.Fprintf(cmd.OutOrStdout(), "the configuration is valid: trust domain %s, data in %s, listening at %s\n", v.trustDomain, v.DataDir, v.Listen)
 			return nil
 		},
@@ -129,10 +132,14 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err != nil {
 		return err
 	}
+	mesh, err := planIstio(v, kubernetes.names())
+	if err != nil {
+		return err
+	}
 	if err := durable.MkdirAll(v.DataDir, 0o700); err != nil {
 		return fmt.Errorf("data_dir: %w", err)
 	}
-	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionRootKey, conditionSearch}, exportConditions(exports), kubernetes.conditions())...)
+	tracker, err := health.New(registry, "meshid_ca", slices.Concat(server.Conditions, []string{conditionAuthority, conditionLedger, conditionTree, conditionWitness, conditionRootKey, conditionSearch}, exportConditions(exports), kubernetes.conditions(), mesh.conditions())...)
 	if err != nil {
 		return err
 	}
@@ -193,10 +200,12 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 
 	guard := clock.NewGuard(clock.Read)
 	var srv *server.Server
+	var forIstio *istioCA
 	authority, err := ca.Open(ctx, ca.Config{
 		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: v.keys, Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
+		DNSNames: mesh.dnsNames(),
 		Upstream: above, Logger: logger, Registerer: registry,
 		Clock: guard.Check,
 		Fleet: func() []rotation.Node {
@@ -210,6 +219,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 			if srv != nil {
 				srv.BundleChanged()
 			}
+			forIstio.changed()
 		},
 	})
 	if err != nil {
@@ -240,7 +250,15 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 			return errors.Join(err, admin.Close(), listener.Close())
 		}
 	}
+	if mesh != nil {
+		if forIstio, err = mesh.open(ctx, v, kubernetes, srv, authority, registry, tracker, logger); err != nil {
+			return errors.Join(err, admin.Close(), listener.Close())
+		}
+	}
 	group, ctx := errgroup.WithContext(ctx)
+	if forIstio != nil {
+		group.Go(func() error { return forIstio.run(ctx) })
+	}
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { index.run(ctx); return nil })

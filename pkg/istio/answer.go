@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -86,12 +87,12 @@ func lifeOf(req *istiov1.IstioCertificateRequest) time.Duration {
 
 // encodeChain writes a chain as Istio's clients read it: leaf first, one certificate an
 // element, since they drop a second one; the last element has all roots.
-func encodeChain(svid *server.DirectSVID) []string {
+func encodeChain(svid *server.DirectSVID, previous []*x509.Certificate) []string {
 	chain := make([]string, 0, len(svid.Chain)+1)
 	for _, der := range svid.Chain {
 		chain = append(chain, encodePEM(der))
 	}
-	return append(chain, encodeRoots(svid.Roots))
+	return append(chain, EncodeRoots(append(slices.Clone(svid.Roots), previous...)))
 }
 
 func encodeRoots(roots []*x509.Certificate) string {

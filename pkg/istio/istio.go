@@ -22,6 +22,7 @@ package istio
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -62,8 +63,12 @@ type Config struct {
 	// a token, for the same identity: for machines outside of the clusters. Entries then
 	// have the namespace and the service account to go by, and nothing else.
 	RenewWithCertificate bool
-	Logger               *slog.Logger
-	Registerer           prometheus.Registerer
+	// PreviousRoots are those of the CA that this one replaces. They go into answers with
+	// the trust domain's own, so that both sides of a mesh that changes its CA accept each
+	// other; whoever has their keys can name anybody there.
+	PreviousRoots []*x509.Certificate
+	Logger        *slog.Logger
+	Registerer    prometheus.Registerer
 }
 
 // Issuer is the CA; *server.Server is one. It is called concurrently.
@@ -297,7 +302,7 @@ func (r *request) serve(ctx context.Context, req *istiov1.IstioCertificateReques
 		return nil, issueRefusal(err)
 	}
 	r.s.refusals.forget(r.key(), r.subjectKey())
-	return encodeChain(svid), nil
+	return encodeChain(svid, r.s.cfg.PreviousRoots), nil
 }
 
 // instance is what the key belongs to.

@@ -44,14 +44,24 @@ func outcomeOf(c codes.Code) string {
 	}
 }
 
+// How a TLS handshake ends: the values that server.DirectListener counts.
+var handshakeOutcomes = []string{"ok", "failed", "overload"}
+
+// CountHandshake counts a handshake; it is server.DirectListener.Counted.
+func (s *Service) CountHandshake(outcome string) { s.metrics.handshakes.WithLabelValues(outcome).Inc() }
+
 type metrics struct {
-	requests *prometheus.CounterVec
-	tokens   *prometheus.CounterVec
-	duration prometheus.Histogram
+	handshakes *prometheus.CounterVec
+	requests   *prometheus.CounterVec
+	tokens     *prometheus.CounterVec
+	duration   prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m := &metrics{
+		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "meshid_ca_istio_handshakes_total", Help: "TLS handshakes on the listener for Istio's clients.",
+		}, []string{"outcome"}),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_ca_istio_requests_total", Help: "Certificates that Istio's clients asked for, by how that ended.",
 		}, []string{"outcome"}),
@@ -69,10 +79,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	} {
 		m.requests.WithLabelValues(outcome)
 	}
+	for _, outcome := range handshakeOutcomes {
+		m.handshakes.WithLabelValues(outcome)
+	}
 	for _, result := range []string{tokenCached, tokenVerified, tokenRefused, tokenError} {
 		m.tokens.WithLabelValues(result)
 	}
-	for _, c := range []prometheus.Collector{m.requests, m.tokens, m.duration} {
+	for _, c := range []prometheus.Collector{m.handshakes, m.requests, m.tokens, m.duration} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

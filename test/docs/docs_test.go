@@ -208,6 +208,7 @@ func TestMetrics(t *testing.T) {
 	config := filepath.Join(dir, "ca.yaml")
 	if err := os.WriteFile(config, []byte(fmt.Sprintf(`trust_domain: example.org
 console: {listen: '127.0.0.1:0', one_time_link: true}
+istio: {listen: '127.0.0.1:0', dns_names: [ca.example.org], issuers: [{name: idp, issuer: 'https://idp.example.org'}]}
 kubernetes: {clusters: [{name: docs, kubeconfig: '%s/kubeconfig'}]}
 `, dir)), 0o600); err != nil {
 		t.Fatal(err)

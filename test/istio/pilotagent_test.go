@@ -3,6 +3,8 @@
 package istio
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -11,6 +13,7 @@ import (
 	"io"
 	"maps"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,11 +22,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/test/kube"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
 )
 
-func TestMain(m *testing.M) { os.Exit(local.Main(m)) } //nolint:forbidigo // as every TestMain
+func TestMain(m *testing.M) { os.Exit(kube.Main(m)) } //nolint:forbidigo // as every TestMain
 
 // sidecar is a pilot-agent, with the folder that is its pod's root: it reads and writes
 // below its working directory.
@@ -41,6 +45,12 @@ type sidecarOptions struct {
 	// links are symbolic links below its folder.
 	links map[string]string
 	env   []string
+	// namespace and account are those of its pod; by default shop/web.
+	namespace, account string
+	// istiod is the control plane's address; by default one is started for it.
+	istiod string
+	// listen is where its Envoy is told to listen, if istiod is set.
+	listen string
 	// noEnvoy lets it serve secrets to nobody.
 	noEnvoy bool
 }
@@ -61,11 +71,12 @@ func bootstrapTemplate(t *testing.T) string {
 	return string(text)
 }
 
-// startSidecar starts the agent of shop/web.
+// startSidecar starts the agent of a pod.
 func startSidecar(t *testing.T, o sidecarOptions) *sidecar {
 	t.Helper()
+	o.namespace, o.account = cmp.Or(o.namespace, "shop"), cmp.Or(o.account, "web")
 	program, proxy := require.Tool(t, "pilot-agent"), require.Envoy(t)
-	s := &sidecar{dir: t.TempDir(), listen: local.FreeAddress(t)}
+	s := &sidecar{dir: t.TempDir(), listen: cmp.Or(o.listen, local.FreeAddress(t))}
 	port := func(address string) string {
 		_, port, err := net.SplitHostPort(address)
 		if err != nil {
@@ -73,10 +84,14 @@ func startSidecar(t *testing.T, o sidecarOptions) *sidecar {
 		}
 		return port
 	}
-	control := startIstiod(t, port(s.listen))
+	control := newIstiod(t, port(s.listen))
+	address := o.istiod
+	if address == "" {
+		address, _ = control.serve("127.0.0.1:0")
+	}
 	files := map[string]string{
 		"var/lib/istio/envoy/envoy_bootstrap_tmpl.json": bootstrapTemplate(t),
-		"istiod.pem": control.roots,
+		"istiod.pem": encode("CERTIFICATE", control.root.Raw),
 	}
 	maps.Copy(files, o.files)
 	at := func(path string) string {
@@ -97,9 +112,9 @@ func startSidecar(t *testing.T, o sidecarOptions) *sidecar {
 		}
 	}
 	config := fmt.Sprintf(`{"discoveryAddress":"%s","configPath":"%s/etc","binaryPath":"%s","proxyAdminPort":%s,"statusPort":%s,"terminationDrainDuration":"0.1s"}`,
-		control.address, s.dir, proxy, port(local.FreeAddress(t)), port(local.FreeAddress(t)))
+		address, s.dir, proxy, port(local.FreeAddress(t)), port(local.FreeAddress(t)))
 	env := append([]string{
-		"PATH=" + os.Getenv("PATH"), "PROXY_CONFIG=" + config, "TRUST_DOMAIN=example.org", "POD_NAME=web-1", "POD_NAMESPACE=shop", "SERVICE_ACCOUNT=web",
+		"PATH=" + os.Getenv("PATH"), "PROXY_CONFIG=" + config, "TRUST_DOMAIN=example.org", "POD_NAME=" + o.account + "-1", "POD_NAMESPACE=" + o.namespace, "SERVICE_ACCOUNT=" + o.account,
 		"INSTANCE_IP=127.0.0.1", "ISTIO_META_CLUSTER_ID=Kubernetes", "ISTIOD_SAN=istiod.istio-system.svc",
 		"XDS_ROOT_CA=" + s.dir + "/istiod.pem",
 		"ENVOY_STATUS_PORT=" + port(local.FreeAddress(t)), "ENVOY_PROMETHEUS_PORT=" + port(local.FreeAddress(t)),
@@ -107,7 +122,7 @@ func startSidecar(t *testing.T, o sidecarOptions) *sidecar {
 	if o.noEnvoy {
 		env = append(env, "DISABLE_ENVOY=true")
 	}
-	s.Process = local.Run(t, append(append([]string{"env", "-i", "-C", s.dir}, env...), program, "proxy", "sidecar", "--domain", "shop.svc.cluster.local")...)
+	s.Process = local.Run(t, append(append([]string{"env", "-i", "-C", s.dir}, env...), program, "proxy", "sidecar", "--domain", o.namespace+".svc.cluster.local")...)
 	t.Cleanup(func() { _ = syscall.Kill(-s.PID(), syscall.SIGKILL) }) // its Envoy is of its process group
 	return s
 }
@@ -119,12 +134,16 @@ func (s *sidecar) greet(ctx context.Context, c *tls.Config) (*x509.Certificate, 
 		return nil, err
 	}
 	defer conn.Close()
-	text, err := io.ReadAll(conn)
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n"); err != nil {
+		return nil, err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
 		return nil, err
 	}
-	if string(text) != "hello" {
-		return nil, fmt.Errorf("it said %q", text)
+	defer resp.Body.Close()
+	if text, err := io.ReadAll(resp.Body); err != nil || string(text) != "hello" {
+		return nil, fmt.Errorf("it said %q: %w", text, err)
 	}
 	tlsConn, ok := conn.(*tls.Conn)
 	if !ok {

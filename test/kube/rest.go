@@ -107,6 +107,12 @@ func (s *APIServer) Namespace(t testing.TB) string {
 	return name
 }
 
+// Account makes a service account, and its namespace, unless they are there.
+func (s *APIServer) Account(t testing.TB, namespace, account string) {
+	t.Helper()
+	s.ensureAccount(t, namespace, account)
+}
+
 func (s *APIServer) ensureAccount(t testing.TB, namespace, account string) {
 	t.Helper()
 	s.ensure(t, "/api/v1/namespaces", named(namespace))
