@@ -173,7 +173,7 @@ func TestV_C9_Tokens(t *testing.T) {
 
 // C9: UIDs count, not names: the node and the pod of the same names that came later are
 // others.
-func TestV_C9_UIDs(t *testing.T) {
+func TestV_C9_UIDNotName(t *testing.T) {
 	w := newWorld(t, nil)
 	first, err := w.attest(t)
 	if err != nil {
