@@ -12,6 +12,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/awspca"
+	"github.com/meshid/meshid/pkg/ca/upstream/certmanager"
 	"github.com/meshid/meshid/pkg/ca/upstream/disk"
 	"github.com/meshid/meshid/pkg/ca/upstream/ejbca"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
@@ -71,6 +72,7 @@ type upstreamKind struct {
 func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 	return []upstreamKind{
 		{"awspca", u.AWSPCA, openUpstream(awspca.New)},
+		{"certmanager", u.CertManager, openUpstream(func(c certmanager.Config) (*certmanager.CA, error) { return certmanager.New(c, logger) })},
 		{"disk", u.Disk, openUpstream(disk.New)},
 		{"ejbca", u.EJBCA, openUpstream(ejbca.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},

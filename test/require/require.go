@@ -66,6 +66,17 @@ func Kubernetes(t testing.TB) string {
 	return dir
 }
 
+// CertificateRequest needs the definition of cert-manager's CertificateRequest and returns
+// its path.
+func CertificateRequest(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(Repository(), ".cache", "certmanager", "certificaterequests.yaml")
+	if _, err := os.Stat(path); err != nil {
+		Missing(t, "no cert-manager (run scripts/install-certmanager): %v", err)
+	}
+	return path
+}
+
 // Tool needs a development tool that scripts/install-tools builds, and returns its
 // path.
 func Tool(t testing.TB, name string) string {
