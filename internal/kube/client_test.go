@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"bytes"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -160,18 +159,32 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// An answer without end does not fill the memory.
+// answering is a RoundTripper that answers without end.
+type answering struct{}
+
+func (answering) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{Body: io.NopCloser(endless{})}, nil
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
+// An answer without end does not fill the memory; a watch has none.
 func TestAnswerIsBounded(t *testing.T) {
-	c := open(t, func(w http.ResponseWriter, _ *http.Request) {
-		chunk := bytes.Repeat([]byte(" "), 1<<20)
-		for {
-			if _, err := w.Write(chunk); err != nil {
-				return
-			}
+	for uri, ends := range map[string]bool{"https://k/api/v1/pods": true, "https://k/api/v1/pods?watch=true": false} {
+		req := httptest.NewRequest(http.MethodGet, uri, nil)
+		answer, err := bounded{answering{}}.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
 		}
-	})
-	if err := c.Get(t.Context(), Path{Resource: Resource{Version: "v1", Plural: "pods"}}, &struct{}{}); err == nil || !strings.Contains(err.Error(), "larger than 64 MiB") {
-		t.Errorf("an endless answer: %v", err)
+		n, err := io.CopyN(io.Discard, answer.Body, maxResponse+1)
+		if ends != (err != nil && n == maxResponse && strings.Contains(err.Error(), "larger than 64 MiB")) {
+			t.Errorf("%s: %d bytes, %v", uri, n, err)
+		}
+		if err := answer.Body.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

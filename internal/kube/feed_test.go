@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -255,17 +256,28 @@ func TestFeedEventIsBounded(t *testing.T) {
 }
 
 // A server that hangs is not waited for without end, and neither is one that says
-// nothing any more.
+// nothing any more: each watch goes on where the one before fell silent.
 func TestFeedSilence(t *testing.T) {
-	hang := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
-	f, l, _ := followUntilSilent(t, 50*time.Millisecond, FollowOptions{},
-		hang, answerStatus(500, "InternalError"),
-		answerEvents(true, eventJSON("ADDED", thingJSON("one", 3, "red")), initialEnd, eventJSON("MODIFIED", thingJSON("one", 10, "pink"))),
-		answerEvents(true, eventJSON("MODIFIED", thingJSON("one", 11, "blue"))),
-		answerEvents(true, eventJSON("MODIFIED", thingJSON("one", 12, "green"))),
-		answerEvents(true),
-	)
-	l.want(t, "replace one=red", "set one=pink", "set one=blue", "set one=green")
+	var hung atomic.Bool
+	silent := func(w http.ResponseWriter, r *http.Request) {
+		switch q := r.URL.Query(); {
+		case !q.Has("watch"):
+			answerStatus(500, "InternalError")(w, r)
+		case q.Has("sendInitialEvents") && !hung.Swap(true):
+			<-r.Context().Done()
+		case q.Has("sendInitialEvents"):
+			answerEvents(true, eventJSON("ADDED", thingJSON("one", 3, "red")), initialEnd)(w, r)
+		case q.Get("resourceVersion") == "9":
+			answerEvents(true, eventJSON("MODIFIED", thingJSON("one", 11, "blue")))(w, r)
+		case q.Get("resourceVersion") == "11":
+			answerEvents(true, eventJSON("MODIFIED", thingJSON("one", 12, "green")))(w, r)
+		default:
+			answerEvents(true)(w, r)
+		}
+	}
+	// Longer than what the reflector takes for a watch that is no good.
+	f, l, _ := followUntilSilent(t, 1200*time.Millisecond, FollowOptions{}, silent)
+	l.want(t, "replace one=red", "set one=blue", "set one=green")
 	await(t, f, func(s FeedState) bool { return errors.Is(s.Err, errSilent) })
 }
 
