@@ -238,6 +238,19 @@ type clusterSettings struct {
 	NodeLabel string `yaml:"node_label" default:"none"`
 	// Put the cluster's RegistrationEntry objects into force, for its own nodes.
 	Entries bool `yaml:"entries" default:"false"`
+	// Publish the trust bundle where the cluster's TrustBundle objects say.
+	TrustBundles bool `yaml:"trust_bundles" default:"false"`
+	// Publish the trust bundle without such an object.
+	Bundle struct {
+		// Name of a ConfigMap in each namespace that is chosen.
+		ConfigMap string `yaml:"config_map" default:"none"`
+		// The key in it that has the bundle, PEM.
+		Key string `yaml:"key" default:"bundle.pem"`
+		// Selector of the namespaces by label, as kubectl writes it.
+		Namespaces string `yaml:"namespaces" default:"all"`
+		// Name of a ClusterTrustBundle, such as meshid.io:svid:bundle.
+		ClusterTrustBundle string `yaml:"cluster_trust_bundle" default:"none"`
+	} `yaml:"bundle"`
 }
 
 // istioSettings are those of the CA for an unmodified Istio.

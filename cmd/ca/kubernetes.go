@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/kube"
+	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/kubernetes"
 	"github.com/meshid/meshid/pkg/placement"
@@ -32,8 +34,12 @@ type clusters struct {
 	// clients are by the name of the cluster.
 	clients map[string]*kube.Client
 	pods    []clusterPods
-	// entries are the clusters whose RegistrationEntry objects are put into force.
-	entries []*kube.Client
+	// kept are the clusters in which something is declared or published.
+	kept []keptCluster
+
+	mu sync.Mutex // guards what follows
+	// changed are told that the trust bundle may have changed.
+	changed []func()
 	// placed is what the server asks; nil if no cluster is configured.
 	placed server.Placement
 }
@@ -90,9 +96,15 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 			continue
 		}
 		all.clients[c.Name] = client
-		if c.Entries {
-			all.entries = append(all.entries, client)
+		if c.Bundle.Key == "" {
+			c.Bundle.Key = "bundle.pem"
 		}
+		if name := c.Bundle.ClusterTrustBundle; name != "" {
+			if err := kubernetes.CheckClusterBundleName(name); err != nil {
+				bad(at+".bundle.cluster_trust_bundle", "%v", err)
+			}
+		}
+		all.kept = append(all.kept, keptCluster{client, c})
 		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel}
 		if policy != placement.Off {
 			if followed.Pods, err = kube.NewPods(client, reg); err != nil {
@@ -139,23 +151,88 @@ func (c *clusters) conditions() []string {
 	for _, p := range c.pods {
 		names = append(names, p.condition())
 	}
-	for _, client := range c.entries {
-		names = append(names, entriesCondition(client))
+	for _, k := range c.kept {
+		for _, p := range k.parts(nil, nil) {
+			names = append(names, p.condition)
+		}
 	}
 	return names
 }
 
-// entriesCondition: the objects of a cluster that declare entries are not followed.
-func entriesCondition(c *kube.Client) string { return "kubernetes_entries_" + c.Name() }
+// keptCluster is a cluster in which something is declared or published.
+type keptCluster struct {
+	client   *kube.Client
+	settings clusterSettings
+}
 
-// run keeps all that is declared in the clusters, until ctx ends.
-func (c *clusters) run(ctx context.Context, group *errgroup.Group, srv *server.Server, t *health.Tracker, logger *slog.Logger) {
+// keptPart is one thing that is kept. Its condition is a warning while it is not.
+type keptPart struct {
+	condition string
+	open      func(report func(string), logger *slog.Logger) (run func(context.Context) error, changed func())
+}
+
+// parts lists what is kept in a cluster.
+func (k keptCluster) parts(srv *server.Server, bundle kubernetes.Bundle) []keptPart {
+	var all []keptPart
+	add := func(wanted bool, what string, open func(report func(string), logger *slog.Logger) (run func(context.Context) error, changed func())) {
+		if wanted {
+			all = append(all, keptPart{"kubernetes_" + what + "_" + k.client.Name(), open})
+		}
+	}
+	s := k.settings
+	add(s.Entries, "entries", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
+		e := kubernetes.NewEntries(kubernetes.EntriesConfig{Client: k.client, Server: srv, Logger: logger, Report: report})
+		return e.Run, func() {}
+	})
+	add(s.TrustBundles, "trust_bundles", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
+		t := kubernetes.NewTrustBundles(kubernetes.TrustBundlesConfig{Client: k.client, Bundle: bundle, Logger: logger, Report: report})
+		return t.Run, t.Changed
+	})
+	add(s.Bundle.ConfigMap != "", "config_map", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
+		c := kubernetes.NewConfigMaps(kubernetes.ConfigMapsConfig{
+			Client: k.client, Bundle: bundle, Name: s.Bundle.ConfigMap, Key: s.Bundle.Key, Selector: s.Bundle.Namespaces, Logger: logger,
+			Report: func(problem string, _ int) { report(problem) },
+		})
+		return c.Run, c.Changed
+	})
+	add(s.Bundle.ClusterTrustBundle != "", "cluster_trust_bundle", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
+		b := kubernetes.NewClusterBundle(kubernetes.ClusterBundleConfig{
+			Client: k.client, Bundle: bundle, Name: s.Bundle.ClusterTrustBundle, Logger: logger, Report: report,
+		})
+		return b.Run, b.Changed
+	})
+	return all
+}
+
+// run follows the pods, and keeps all that is declared and published in the clusters,
+// until ctx ends.
+func (c *clusters) run(ctx context.Context, group *errgroup.Group, srv *server.Server, authority *ca.CA, t *health.Tracker, logger *slog.Logger) {
 	for _, p := range c.pods {
 		group.Go(func() error { p.run(ctx, t, logger); return nil })
 	}
-	for _, client := range c.entries {
-		entries := kubernetes.NewEntries(kubernetes.EntriesConfig{Client: client, Server: srv, Logger: logger, Report: reportTo(t, entriesCondition(client))})
-		group.Go(func() error { return entries.Run(ctx) })
+	bundle := func() (string, uint64) {
+		roots, sequence := authority.Bundle()
+		return kubernetes.EncodeBundle(roots), sequence
+	}
+	var changed []func()
+	for _, k := range c.kept {
+		for _, p := range k.parts(srv, bundle) {
+			run, wake := p.open(reportTo(t, p.condition), logger)
+			changed = append(changed, wake)
+			group.Go(func() error { return run(ctx) })
+		}
+	}
+	c.mu.Lock()
+	c.changed = changed
+	c.mu.Unlock()
+}
+
+// bundleChanged tells all that publish the trust bundle.
+func (c *clusters) bundleChanged() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, wake := range c.changed {
+		wake()
 	}
 }
 

@@ -220,6 +220,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 				srv.BundleChanged()
 			}
 			forIstio.changed()
+			kubernetes.bundleChanged()
 		},
 	})
 	if err != nil {
@@ -264,7 +265,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { index.run(ctx); return nil })
 	group.Go(func() error { return watchKeys(ctx, v.keyInterval(), authority, db, v.keys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
-	kubernetes.run(ctx, group, srv, tracker, logger)
+	kubernetes.run(ctx, group, srv, authority, tracker, logger)
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })
 	}

@@ -3,13 +3,15 @@
 // does it, and what one has done the others find done. It does not know how entries are
 // judged or where they are stored.
 //
-//	entries.go   RegistrationEntry objects become registration entries, and their status
-//	             says what became of them
+//	entries.go       RegistrationEntry objects become registration entries, and their
+//	                 status says what became of them
+//	configmaps.go    the trust bundle is in a ConfigMap of each namespace that is chosen
+//	clusterbundle.go ... and in a ClusterTrustBundle
+//	trustbundles.go  TrustBundle objects say where it is to be
 package kubernetes
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -214,7 +216,7 @@ func (e *Entries) reconcile(ctx context.Context) time.Duration {
 		if written++; written > maxStatuses {
 			return progress
 		}
-		if err := e.write(ctx, o, status); err != nil {
+		if err := writeStatus(ctx, e.cfg.Client, entryPath, &o.Object, status); err != nil {
 			if ctx.Err() == nil {
 				e.cfg.Logger.WarnContext(ctx, "the status of an entry cannot be written", "cluster", e.cfg.Client.Name(), "entry", o.Metadata.Name, "err", err)
 			}
@@ -301,15 +303,20 @@ func (e *Entries) status(o *registrationEntry, problem string) *entryStatus {
 	}
 	for _, c := range []condition{accepted, force} {
 		c.ObservedGeneration = o.Metadata.Generation
-		c.LastTransitionTime = time.Now().UTC().Format(time.RFC3339)
-		for _, before := range o.Status.Conditions {
-			if before.Type == c.Type && before.Status == c.Status {
-				c.LastTransitionTime = before.LastTransitionTime
-			}
-		}
-		s.Conditions = append(s.Conditions, c)
+		s.Conditions = append(s.Conditions, c.since(o.Status.Conditions))
 	}
 	return s
+}
+
+// since sets when the condition became what it is: now, or when it was so before.
+func (c condition) since(before []condition) condition {
+	c.LastTransitionTime = time.Now().UTC().Format(time.RFC3339)
+	for _, b := range before {
+		if b.Type == c.Type && b.Status == c.Status {
+			c.LastTransitionTime = b.LastTransitionTime
+		}
+	}
+	return c
 }
 
 func (s *entryStatus) has(c condition) bool {
@@ -324,21 +331,6 @@ func cut(s string) string {
 		return s
 	}
 	return s[:maxMessage] + "…"
-}
-
-// write sets the status of an object, unless it has changed since.
-func (e *Entries) write(ctx context.Context, o *registrationEntry, s *entryStatus) error {
-	path := entryPath
-	path.Name, path.Subresource = o.Metadata.Name, "status"
-	patch := map[string]any{
-		"metadata": map[string]any{"resourceVersion": o.Metadata.ResourceVersion, "uid": o.Metadata.UID},
-		"status":   s,
-	}
-	err := e.cfg.Client.Merge(ctx, path, patch, nil)
-	if errors.Is(err, kube.ErrNotFound) || errors.Is(err, kube.ErrConflict) {
-		return nil // it has gone, or changed: that is told
-	}
-	return err
 }
 
 type entryReader struct{ *Entries }

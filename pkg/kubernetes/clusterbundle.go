@@ -1,0 +1,241 @@
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/meshid/meshid/internal/kube"
+)
+
+const certificatesGroup = "certificates.k8s.io"
+
+// clusterBundleVersions are those of ClusterTrustBundle, the best first.
+var clusterBundleVersions = []string{"v1", "v1beta1", "v1alpha1"}
+
+// ClusterBundleConfig is what NewClusterBundle needs.
+type ClusterBundleConfig struct {
+	// Client may create and patch the object, and watch it; and, if it is of a signer,
+	// attest for the signer.
+	Client *kube.Client
+	Bundle Bundle
+	// Name of the object. Before the last colon stands the signer that it is of, with
+	// colons for slashes: meshid.io:svid:bundle is of meshid.io/svid. Without a colon, it
+	// is of none.
+	Name string
+	// Owner is the object with which it goes; nil if it stays.
+	Owner  *kube.Owner
+	Logger *slog.Logger
+	// Report is called with what is wrong, and with "" when all is well.
+	Report func(problem string)
+}
+
+// ClusterBundle keeps the trust bundle in a ClusterTrustBundle, which pods can mount.
+type ClusterBundle struct {
+	cfg  ClusterBundleConfig
+	wake chan struct{} // capacity 1: look at the state
+
+	mu    sync.Mutex // guards what follows
+	there *clusterTrustBundle
+	newer time.Time // since when it has been newer than ours; zero if it is not
+}
+
+type clusterTrustBundle struct {
+	kube.Object
+	Spec clusterTrustBundleSpec `json:"spec"`
+}
+
+type clusterTrustBundleSpec struct {
+	SignerName  string `json:"signerName,omitempty"`
+	TrustBundle string `json:"trustBundle"`
+}
+
+// signerOf returns the signer that the name of a ClusterTrustBundle stands for.
+func signerOf(name string) string {
+	i := strings.LastIndexByte(name, ':')
+	if i < 0 {
+		return ""
+	}
+	return strings.ReplaceAll(name[:i], ":", "/")
+}
+
+// CheckClusterBundleName says what is wrong with the name of a ClusterTrustBundle.
+func CheckClusterBundleName(name string) error {
+	signer := signerOf(name)
+	domain, path, ok := strings.Cut(signer, "/")
+	if name == "" || len(name) > 253 || strings.HasSuffix(name, ":") || strings.Contains(name, ":") && (!ok || domain == "" || path == "") {
+		return fmt.Errorf("%q is no name of a ClusterTrustBundle; write one of a signer, such as meshid.io:svid:bundle, or one without colons", name)
+	}
+	return nil
+}
+
+// NewClusterBundle returns what Run has to be called on.
+func NewClusterBundle(cfg ClusterBundleConfig) *ClusterBundle {
+	if cfg.Report == nil {
+		cfg.Report = func(string) {}
+	}
+	return &ClusterBundle{cfg: cfg, wake: make(chan struct{}, 1)}
+}
+
+// Changed says that the bundle may have changed. It never blocks.
+func (b *ClusterBundle) Changed() {
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run keeps it until ctx ends.
+func (b *ClusterBundle) Run(ctx context.Context) error {
+	resource, err := b.discover(ctx)
+	if err != nil {
+		return nil // ctx has ended
+	}
+	path := kube.Path{Resource: resource}
+	feed := kube.Follow(b.cfg.Client, path, kube.FollowOptions{Fields: "metadata.name=" + b.cfg.Name},
+		func(o *clusterTrustBundle) *clusterTrustBundle { return o }, kube.Reader[*clusterTrustBundle](clusterBundleReader{b}))
+	var following sync.WaitGroup
+	defer following.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	following.Go(func() { feed.Run(ctx) })
+	timer := time.NewTimer(recheck)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-b.wake:
+		case <-timer.C:
+		}
+		timer.Reset(b.reconcile(ctx, path, feed.State()))
+	}
+}
+
+// discover waits until the API server has the kind; it fails if ctx ends.
+func (b *ClusterBundle) discover(ctx context.Context) (kube.Resource, error) {
+	for {
+		var failed error
+		for _, version := range clusterBundleVersions {
+			r := kube.Resource{Group: certificatesGroup, Version: version, Plural: "clustertrustbundles"}
+			err := b.cfg.Client.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
+			if err == nil {
+				return r, nil
+			}
+			if failed = err; !errors.Is(err, kube.ErrNotFound) {
+				break
+			}
+		}
+		if errors.Is(failed, kube.ErrNotFound) {
+			failed = errors.New("the API server does not have this kind: enable ClusterTrustBundle there, or remove the setting")
+		}
+		if ctx.Err() == nil {
+			b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s of cluster %s cannot be kept: %v", b.cfg.Name, b.cfg.Client.Name(), failed))
+		}
+		select {
+		case <-ctx.Done():
+			return kube.Resource{}, ctx.Err()
+		case <-time.After(recheck):
+		case <-b.wake:
+		}
+	}
+}
+
+// reconcile writes the object if it is not as it should be, and returns when to look
+// again.
+func (b *ClusterBundle) reconcile(ctx context.Context, path kube.Path, s kube.FeedState) time.Duration {
+	if !s.Synced {
+		if s.Err != nil {
+			b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s of cluster %s cannot be read: %v", b.cfg.Name, b.cfg.Client.Name(), s.Err))
+		}
+		return retry
+	}
+	pem, sequence := b.cfg.Bundle()
+	switch b.compare(time.Now(), pem, sequence) {
+	case same:
+		b.cfg.Report("")
+		return recheck
+	case newer:
+		return retry
+	default:
+	}
+	path.Name = b.cfg.Name
+	object := &clusterTrustBundle{
+		Object: kube.Object{APIVersion: path.Group + "/" + path.Version, Kind: "ClusterTrustBundle", Metadata: kube.Meta{
+			Name: b.cfg.Name, Annotations: map[string]string{annotationSequence: strconv.FormatUint(sequence, 10)},
+		}},
+		Spec: clusterTrustBundleSpec{SignerName: signerOf(b.cfg.Name), TrustBundle: pem},
+	}
+	if b.cfg.Owner != nil {
+		object.Metadata.OwnerReferences = []kube.Owner{*b.cfg.Owner}
+	}
+	if err := b.cfg.Client.Apply(ctx, path, object, nil); err != nil {
+		if ctx.Err() == nil {
+			b.cfg.Logger.WarnContext(ctx, "the ClusterTrustBundle cannot be written", "cluster", b.cfg.Client.Name(), "name", b.cfg.Name, "err", err)
+			b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s of cluster %s cannot be written: %v", b.cfg.Name, b.cfg.Client.Name(), err))
+		}
+		return retry
+	}
+	b.cfg.Logger.InfoContext(ctx, "cluster trust bundle written", "cluster", b.cfg.Client.Name(), "name", b.cfg.Name, "sequence", sequence)
+	b.cfg.Report("")
+	return recheck
+}
+
+// comparison of what is written with what is to be written.
+type comparison int
+
+const (
+	other comparison = iota
+	same
+	newer // than ours, for a while
+)
+
+func (b *ClusterBundle) compare(now time.Time, pem string, sequence uint64) comparison {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	since := b.newer
+	b.newer = time.Time{}
+	switch {
+	case b.there == nil:
+		return other
+	case b.there.Spec.TrustBundle == pem:
+		return same
+	}
+	theirs, err := strconv.ParseUint(b.there.Metadata.Annotations[annotationSequence], 10, 64)
+	if err != nil || theirs <= sequence || !since.IsZero() && now.Sub(since) >= newerGrace {
+		return other
+	}
+	if b.newer = since; since.IsZero() {
+		b.newer = now
+	}
+	return newer
+}
+
+type clusterBundleReader struct{ *ClusterBundle }
+
+func (b clusterBundleReader) is(o *clusterTrustBundle) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.there = o
+	b.Changed()
+}
+
+// Replace implements kube.Reader.
+func (b clusterBundleReader) Replace(all []*clusterTrustBundle) {
+	if len(all) == 0 {
+		b.is(nil)
+		return
+	}
+	b.is(all[0])
+}
+
+// Set implements kube.Reader.
+func (b clusterBundleReader) Set(o *clusterTrustBundle) { b.is(o) }
+
+// Delete implements kube.Reader.
+func (b clusterBundleReader) Delete(*clusterTrustBundle) { b.is(nil) }

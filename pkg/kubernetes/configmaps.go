@@ -1,0 +1,314 @@
+package kubernetes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/meshid/meshid/internal/kube"
+)
+
+const (
+	// annotationSequence is the number of the trust bundle that was written.
+	annotationSequence = "meshid.io/bundle-sequence"
+	// writers is how many ConfigMaps are written at the same time.
+	writers = 8
+	// newerGrace is how long what holds a newer bundle than ours is left alone: another CA
+	// of the trust domain has heard of a change before this one.
+	newerGrace = 30 * time.Second
+)
+
+var (
+	namespaces = kube.Path{Resource: kube.Resource{Version: "v1", Plural: "namespaces"}}
+	configMaps = kube.Path{Resource: kube.Resource{Version: "v1", Plural: "configmaps"}}
+)
+
+// Bundle returns a trust bundle, PEM, and its number, which grows. The same bundle has
+// the same text in all CAs of a trust domain.
+type Bundle func() (pem string, sequence uint64)
+
+// ConfigMapsConfig is what NewConfigMaps needs.
+type ConfigMapsConfig struct {
+	Client *kube.Client
+	Bundle Bundle
+	// Name of the ConfigMaps, and the key in them that has the bundle.
+	Name, Key string
+	// Labels that they have; others stay.
+	Labels map[string]string
+	// Owner is the object with which they go; nil if they stay.
+	Owner *kube.Owner
+	// Selector of the namespaces, by label, as kubectl writes it; empty for all.
+	Selector string
+	Logger   *slog.Logger
+	// Report is called with what is wrong, and with "" when all is well, in the given
+	// number of namespaces.
+	Report func(problem string, namespaces int)
+}
+
+// ConfigMaps keeps the trust bundle in a ConfigMap of each namespace that is chosen.
+// Changes by others are repaired when they happen.
+type ConfigMaps struct {
+	cfg  ConfigMapsConfig
+	feed []*kube.Feed
+	wake chan struct{} // capacity 1: look at the state
+
+	mu         sync.Mutex // guards what follows
+	namespaces map[string]bool
+	written    map[string]*configMap // by namespace
+	newer      map[string]time.Time  // since when one has a newer bundle than ours
+}
+
+// configMap is a ConfigMap, to be read and to be written.
+type configMap struct {
+	kube.Object
+	Data map[string]string `json:"data"`
+}
+
+type namespace struct {
+	kube.Object
+	Status struct {
+		Phase string `json:"phase"`
+	} `json:"status"`
+}
+
+// NewConfigMaps returns what Run has to be called on. The client may list and watch
+// namespaces and ConfigMaps, and create and patch ConfigMaps.
+func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
+	if cfg.Report == nil {
+		cfg.Report = func(string, int) {}
+	}
+	r := &ConfigMaps{
+		cfg: cfg, wake: make(chan struct{}, 1),
+		namespaces: make(map[string]bool), written: make(map[string]*configMap), newer: make(map[string]time.Time),
+	}
+	r.feed = []*kube.Feed{
+		kube.Follow(cfg.Client, namespaces, kube.FollowOptions{Labels: cfg.Selector}, func(n *namespace) namespaceState {
+			return namespaceState{n.Metadata.Name, n.Status.Phase != "Terminating" && n.Metadata.DeletionTimestamp == nil}
+		}, kube.Reader[namespaceState](namespaceReader{r})),
+		kube.Follow(cfg.Client, configMaps, kube.FollowOptions{Fields: "metadata.name=" + cfg.Name}, func(c *configMap) *configMap { return c },
+			kube.Reader[*configMap](configMapReader{r})),
+	}
+	return r
+}
+
+// Changed says that the bundle may have changed. It never blocks.
+func (r *ConfigMaps) Changed() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run keeps them until ctx ends.
+func (r *ConfigMaps) Run(ctx context.Context) error {
+	var feeds sync.WaitGroup
+	defer feeds.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for _, f := range r.feed {
+		feeds.Go(func() { f.Run(ctx) })
+	}
+	timer := time.NewTimer(recheck)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.wake:
+		case <-timer.C:
+		}
+		timer.Reset(r.reconcile(ctx))
+	}
+}
+
+// reconcile writes what is not as it should be, and returns when to look again.
+func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
+	for _, f := range r.feed {
+		if s := f.State(); !s.Synced { // what is there is not known: nothing is wrong yet
+			if s.Err != nil {
+				r.cfg.Report(fmt.Sprintf("the trust bundle cannot be kept in cluster %s: %v", r.cfg.Client.Name(), s.Err), 0)
+			}
+			return retry
+		}
+	}
+	pem, sequence := r.cfg.Bundle()
+	due := r.due(time.Now(), pem, sequence)
+	var group errgroup.Group
+	group.SetLimit(writers)
+	var mu sync.Mutex // guards failed
+	var failed []error
+	for _, namespace := range due {
+		group.Go(func() error {
+			if err := r.write(ctx, namespace, pem, sequence); err != nil && ctx.Err() == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				failed = append(failed, err)
+			}
+			return nil
+		})
+	}
+	_ = group.Wait() // the errors are in failed
+	if len(failed) > 0 {
+		r.cfg.Logger.WarnContext(ctx, "the trust bundle cannot be written", "cluster", r.cfg.Client.Name(), "namespaces", len(failed), "err", failed[0])
+		r.cfg.Report(fmt.Sprintf("the trust bundle cannot be written in %d namespaces of cluster %s: %v", len(failed), r.cfg.Client.Name(), failed[0]), 0)
+		return retry
+	}
+	if len(due) > 0 {
+		r.cfg.Logger.InfoContext(ctx, "trust bundle written", "cluster", r.cfg.Client.Name(), "namespaces", len(due), "sequence", sequence)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	living := 0
+	for _, live := range r.namespaces {
+		if live {
+			living++
+		}
+	}
+	r.cfg.Report("", living)
+	if len(r.newer) > 0 {
+		return retry
+	}
+	return recheck
+}
+
+// due returns the namespaces whose ConfigMap is not as it should be.
+func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var due []string
+	for _, namespace := range slices.Sorted(maps.Keys(r.namespaces)) {
+		if !r.namespaces[namespace] {
+			continue
+		}
+		c := r.written[namespace]
+		if c != nil && c.Data[r.cfg.Key] == pem && r.labelled(c) {
+			delete(r.newer, namespace)
+			continue
+		}
+		if c != nil {
+			if theirs, err := strconv.ParseUint(c.Metadata.Annotations[annotationSequence], 10, 64); err == nil && theirs > sequence {
+				since, known := r.newer[namespace]
+				if !known {
+					r.newer[namespace] = now
+				}
+				if !known || now.Sub(since) < newerGrace {
+					continue
+				}
+			}
+		}
+		delete(r.newer, namespace)
+		due = append(due, namespace)
+	}
+	return due
+}
+
+// write sets what belongs to us in the ConfigMap of a namespace, and nothing else. A
+// namespace that has gone needs none.
+func (r *ConfigMaps) write(ctx context.Context, namespace, pem string, sequence uint64) error {
+	path := configMaps
+	path.Namespace, path.Name = namespace, r.cfg.Name
+	object := &configMap{
+		Object: kube.Object{APIVersion: "v1", Kind: "ConfigMap", Metadata: kube.Meta{
+			Name: r.cfg.Name, Namespace: namespace, Labels: r.cfg.Labels,
+			Annotations: map[string]string{annotationSequence: strconv.FormatUint(sequence, 10)},
+		}},
+		Data: map[string]string{r.cfg.Key: pem},
+	}
+	if r.cfg.Owner != nil {
+		object.Metadata.OwnerReferences = []kube.Owner{*r.cfg.Owner}
+	}
+	err := r.cfg.Client.Apply(ctx, path, object, nil)
+	if errors.Is(err, kube.ErrNotFound) {
+		return nil
+	}
+	if err != nil && !r.living(namespace) {
+		return nil
+	}
+	return err
+}
+
+func (r *ConfigMaps) living(namespace string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.namespaces[namespace]
+}
+
+func (r *ConfigMaps) labelled(c *configMap) bool {
+	for key, want := range r.cfg.Labels {
+		if c.Metadata.Labels[key] != want {
+			return false
+		}
+	}
+	return true
+}
+
+type namespaceState struct {
+	name string
+	live bool
+}
+
+type namespaceReader struct{ *ConfigMaps }
+
+// Replace implements kube.Reader.
+func (r namespaceReader) Replace(all []namespaceState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.namespaces)
+	for _, n := range all {
+		r.namespaces[n.name] = n.live
+	}
+	r.Changed()
+}
+
+// Set implements kube.Reader.
+func (r namespaceReader) Set(n namespaceState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.namespaces[n.name] = n.live
+	r.Changed()
+}
+
+// Delete implements kube.Reader.
+func (r namespaceReader) Delete(n namespaceState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.namespaces, n.name)
+	r.Changed()
+}
+
+type configMapReader struct{ *ConfigMaps }
+
+// Replace implements kube.Reader.
+func (r configMapReader) Replace(all []*configMap) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.written)
+	for _, c := range all {
+		r.written[c.Metadata.Namespace] = c
+	}
+	r.Changed()
+}
+
+// Set implements kube.Reader.
+func (r configMapReader) Set(c *configMap) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.written[c.Metadata.Namespace] = c
+	r.Changed()
+}
+
+// Delete implements kube.Reader.
+func (r configMapReader) Delete(c *configMap) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.written, c.Metadata.Namespace)
+	r.Changed()
+}
