@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"encoding/pem"
@@ -24,6 +25,7 @@ import (
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/istio"
+	"github.com/meshid/meshid/pkg/kubernetes"
 	"github.com/meshid/meshid/pkg/server"
 	istiov1 "github.com/meshid/meshid/proto/istio/v1"
 )
@@ -183,7 +185,7 @@ func clientTrusting(path string) (*http.Client, error) {
 type istioCA struct {
 	listener net.Listener
 	grpc     *grpc.Server
-	roots    []*istio.Roots
+	roots    []*kubernetes.ConfigMaps
 	istiods  []*istio.Istiod
 }
 
@@ -220,32 +222,25 @@ func (p *istioPlan) open(
 			}
 		}
 		cfg.Clusters = append(cfg.Clusters, cluster)
-		report := func(condition string) func(string) {
-			return func(problem string) {
-				if problem == "" {
-					t.Clear(condition)
-					return
-				}
-				t.Set(condition, health.Warning, problem)
-			}
-		}
 		allRoots := func() (roots []*x509.Certificate, sequence uint64) {
 			own, sequence := authority.Bundle()
 			return append(slices.Clone(own), p.previous...), sequence
 		}
 		if c.Roots.Keep {
-			i.roots = append(i.roots, istio.NewRoots(istio.RootsConfig{
-				Client: client, Name: c.Roots.Name, Selector: c.Roots.Namespaces, Logger: logger, Report: report(conditionIstioRoots(c.Name)),
+			report := reportTo(t, conditionIstioRoots(c.Name))
+			i.roots = append(i.roots, kubernetes.NewConfigMaps(kubernetes.ConfigMapsConfig{
+				Client: client, Name: cmp.Or(c.Roots.Name, istio.DefaultRootsName), Key: istio.RootsKey, Labels: istio.Labels, Selector: c.Roots.Namespaces, Logger: logger,
+				Report: func(problem string, _ int) { report(problem) },
 				Bundle: func() (string, uint64) {
 					roots, sequence := allRoots()
-					return istio.EncodeRoots(roots), sequence
+					return kubernetes.EncodeBundle(roots), sequence
 				},
 			}))
 		}
 		if c.Istiod.Keep {
 			i.istiods = append(i.istiods, istio.NewIstiod(istio.IstiodConfig{
 				TrustDomain: v.trustDomain, Client: client, Issuer: srv, Namespace: c.Istiod.Namespace, Secret: c.Istiod.Secret, ServiceAccount: c.Istiod.ServiceAccount,
-				Roots: func() []*x509.Certificate { own, _ := authority.Bundle(); return own }, Logger: logger, Report: report(conditionIstiod(c.Name)),
+				Roots: func() []*x509.Certificate { own, _ := authority.Bundle(); return own }, Logger: logger, Report: reportTo(t, conditionIstiod(c.Name)),
 			}))
 		}
 	}

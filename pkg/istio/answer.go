@@ -13,6 +13,7 @@ import (
 	istiov1 "github.com/meshid/meshid/proto/istio/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/pkg/kubernetes"
 	"github.com/meshid/meshid/pkg/server"
 )
 
@@ -92,15 +93,7 @@ func encodeChain(svid *server.DirectSVID, previous []*x509.Certificate) []string
 	for _, der := range svid.Chain {
 		chain = append(chain, encodePEM(der))
 	}
-	return append(chain, EncodeRoots(append(slices.Clone(svid.Roots), previous...)))
-}
-
-func encodeRoots(roots []*x509.Certificate) string {
-	var text strings.Builder
-	for _, root := range roots {
-		text.WriteString(encodePEM(root.Raw))
-	}
-	return text.String()
+	return append(chain, kubernetes.EncodeBundle(append(slices.Clone(svid.Roots), previous...)))
 }
 
 func encodePEM(der []byte) string {

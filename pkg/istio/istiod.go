@@ -24,8 +24,15 @@ import (
 	"github.com/meshid/meshid/pkg/server"
 )
 
+// Labels mark what belongs to Istio's configuration.
+var Labels = map[string]string{"istio.io/config": "true"}
+
 // Names of the control plane's own.
 const (
+	// DefaultRootsName is that of the ConfigMap that sidecars, gateways and ztunnel mount,
+	// and RootsKey where the roots are in it.
+	DefaultRootsName      = "istio-ca-root-cert"
+	RootsKey              = "root-cert.pem"
 	DefaultNamespace      = "istio-system"
 	DefaultIstiodSecret   = "istiod-tls" //nolint:gosec // a name
 	DefaultIstiodAccount  = "istiod-service-account"
@@ -211,7 +218,7 @@ func (i *Istiod) replace(ctx context.Context, current *secret) error {
 		collection.Name = ""
 		return i.cfg.Client.Create(ctx, collection, &secret{
 			Object: kube.Object{APIVersion: "v1", Kind: "Secret", Metadata: kube.Meta{
-				Name: i.cfg.Secret, Namespace: i.cfg.Namespace, Labels: map[string]string{labelConfig: "true"},
+				Name: i.cfg.Secret, Namespace: i.cfg.Namespace, Labels: Labels,
 			}},
 			Type: secretTypeTLS, Data: data,
 		}, nil)

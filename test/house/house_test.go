@@ -68,7 +68,7 @@ var arrows = []struct {
 	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
 	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/ledger/search", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
 	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/ca/rotation", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
-	{"pkg/istio", []string{"pkg/server", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
+	{"pkg/istio", []string{"pkg/kubernetes", "pkg/server", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/placement", []string{"pkg/server", "proto/attributes/v1", "internal/*"}},
 	{"pkg/kubernetes", []string{"pkg/server", "pkg/identity", "proto/entry/v1", "internal/*"}},
 	{"pkg/console", []string{"pkg/ledger", "pkg/ledger/search", "proto/**", "internal/*"}},

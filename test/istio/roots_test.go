@@ -10,6 +10,7 @@ import (
 
 	"github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/istio"
+	"github.com/meshid/meshid/pkg/kubernetes"
 	testkube "github.com/meshid/meshid/test/kube"
 	"github.com/meshid/meshid/test/local"
 )
@@ -53,12 +54,12 @@ func TestRoots(t *testing.T) {
 		return c
 	}
 	first := s.Namespace(t)
-	roots := make([]*istio.Roots, 2)
+	roots := make([]*kubernetes.ConfigMaps, 2)
 	bundles := []chan func() (string, uint64){make(chan func() (string, uint64), 1), make(chan func() (string, uint64), 1)}
 	for i := range roots {
 		bundles[i] <- func() (string, uint64) { return "one", 1 }
-		roots[i] = istio.NewRoots(istio.RootsConfig{
-			Client: client(fmt.Sprint("ca", i)), Logger: slog.New(slog.DiscardHandler),
+		roots[i] = kubernetes.NewConfigMaps(kubernetes.ConfigMapsConfig{
+			Client: client(fmt.Sprint("ca", i)), Name: istio.DefaultRootsName, Key: istio.RootsKey, Labels: istio.Labels, Logger: slog.New(slog.DiscardHandler),
 			Bundle: func() (string, uint64) {
 				f := <-bundles[i]
 				defer func() { bundles[i] <- f }()
