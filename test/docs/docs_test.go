@@ -12,7 +12,6 @@ import (
 	"go/parser"
 	"go/token"
 	"maps"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -29,6 +28,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+
+	"github.com/meshid/meshid/test/local"
 )
 
 var update = flag.Bool("update", false, "write the generated pages")
@@ -204,7 +205,7 @@ func TestMetrics(t *testing.T) {
 		t.Skip("starts both programs")
 	}
 	dir := t.TempDir()
-	caMetrics, agentMetrics, listen := freeAddress(t), freeAddress(t), freeAddress(t)
+	caMetrics, agentMetrics, listen := local.FreeAddress(t), local.FreeAddress(t), local.FreeAddress(t)
 	config := filepath.Join(dir, "ca.yaml")
 	if err := os.WriteFile(config, []byte(fmt.Sprintf(`trust_domain: example.org
 console: {listen: '127.0.0.1:0', one_time_link: true}
@@ -215,7 +216,7 @@ kubernetes: {clusters: [{name: docs, kubeconfig: '%s/kubeconfig'}]}
 	}
 	if err := os.WriteFile(filepath.Join(dir, "kubeconfig"), []byte(`apiVersion: v1
 kind: Config
-clusters: [{name: docs, cluster: {server: 'http://`+freeAddress(t)+`'}}]
+clusters: [{name: docs, cluster: {server: 'http://`+local.FreeAddress(t)+`'}}]
 contexts: [{name: docs, context: {cluster: docs}}]
 current-context: docs
 `), 0o600); err != nil {
@@ -293,17 +294,6 @@ func labels(f *dto.MetricFamily) string {
 		}
 	}
 	return strings.Join(names, ", ")
-}
-
-// freeAddress returns a loopback address that nothing listens on.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // start runs a program until the test ends, and fails the test if the program

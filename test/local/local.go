@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -369,15 +370,26 @@ func (a *Agent) Status(ctx context.Context, t testing.TB) (*agent.Status, error)
 	return s, json.Unmarshal(out, s)
 }
 
+// Ports of FreeAddress: below those that the kernel gives to whoever connects
+// (net.ipv4.ip_local_port_range), so that none is taken in between.
+const firstPort, lastPort = 20000, 32767
+
 // FreeAddress returns a loopback address that nothing listens on.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var failed error
+	for range 100 {
+		address := fmt.Sprintf("127.0.0.1:%d", firstPort+rand.IntN(lastPort-firstPort)) //nolint:gosec // any will do
+		l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
+		if err != nil {
+			failed = err
+			continue
+		}
+		_ = l.Close() // nothing was sent
+		return address
 	}
-	defer l.Close() //nolint:errcheck // nothing was sent
-	return l.Addr().String()
+	t.Fatal(failed)
+	return ""
 }
 
 // shortDir is t.TempDir with a path that is short enough for a Unix socket.
