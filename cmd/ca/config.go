@@ -283,8 +283,12 @@ type istioSettings struct {
 
 // istioCluster is one cluster.
 type istioCluster struct {
-	// Name of the cluster in kubernetes.clusters.
+	// Name of the cluster in kubernetes.clusters; with jwks, it need not be there. Its tokens
+	// are then believed until they expire, also after their pods have gone, and nobody may
+	// ask on behalf of others.
 	Name string `yaml:"name"`
+	// Verify tokens by the cluster's keys, in place of asking it about each (TokenReview).
+	JWKS *istioKeys `yaml:"jwks"`
 	// Further names by which clients call it: Istio's clusterName (ISTIO_META_CLUSTER_ID).
 	Aliases []string `yaml:"aliases" default:"Kubernetes, if there is one cluster"`
 	// Whether clients that name no cluster are of this one.
@@ -308,6 +312,23 @@ type istioCluster struct {
 		// Service account of the control plane.
 		ServiceAccount string `yaml:"service_account" default:"istiod-service-account"`
 	} `yaml:"istiod"`
+}
+
+// istioKeys are where a cluster's keys are.
+type istioKeys struct {
+	// Issuer of the cluster's tokens, from `kubectl get --raw
+	// /.well-known/openid-configuration`.
+	Issuer string `yaml:"issuer"`
+	// Path of the key set, from `kubectl get --raw /openid/v1/jwks`. It is read again
+	// when it changes.
+	File string `yaml:"file"`
+	// Instead of file: where the key set is served.
+	URL string `yaml:"url"`
+	// PEM file of the CAs that issue the URL's certificate; by default, those of the
+	// system.
+	CA string `yaml:"ca"`
+	// File of the token that is shown at the URL; by default none.
+	TokenFile string `yaml:"token_file"`
 }
 
 // istioIssuer is one OpenID Connect provider.

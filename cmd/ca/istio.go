@@ -34,7 +34,7 @@ import (
 type istioPlan struct {
 	istioSettings
 	previous []*x509.Certificate
-	tokens   map[string]istio.Tokens // by the name of the issuer
+	tokens   map[string]istio.Tokens // of clusters by keys, and of issuers, by name
 }
 
 // planIstio checks the settings; it returns nil if there is no CA for Istio. It touches
@@ -79,8 +79,23 @@ func planIstio(v *validated, clusters []string) (*istioPlan, error) {
 	named, fallback := make(map[string]int), -1
 	for i, c := range p.Clusters {
 		at := fmt.Sprintf("istio.clusters[%d]", i)
-		if !slices.Contains(clusters, c.Name) {
-			bad(at+".name", "%q is none of kubernetes.clusters; write one of %q", c.Name, clusters)
+		known := slices.Contains(clusters, c.Name)
+		switch {
+		case c.JWKS != nil:
+			keys, err := kube.NewKeys(kube.KeysConfig(*c.JWKS))
+			if err != nil {
+				bad(at+".jwks", "%v", err)
+			} else {
+				p.tokens[c.Name] = istio.TokensOf(keys)
+			}
+			if !exportName.MatchString(c.Name) {
+				bad(at+".name", "%q is no name of a cluster; write up to 32 of a-z, 0-9, _ and -, a letter first", c.Name)
+			}
+		case !known:
+			bad(at+".name", "%q is none of kubernetes.clusters; write one of %q, or jwks", c.Name, clusters)
+		}
+		if !known && (c.Roots.Keep || c.Istiod.Keep) {
+			bad(at, "what is kept in a cluster needs its API server: write it into kubernetes.clusters")
 		}
 		for _, name := range append([]string{c.Name}, c.Aliases...) {
 			if other, taken := named[name]; taken {
@@ -215,7 +230,10 @@ func (p *istioPlan) open(
 	i := new(istioCA)
 	for _, c := range p.Clusters {
 		client := k.clients[c.Name]
-		cluster := istio.Cluster{Name: c.Name, Aliases: c.Aliases, Default: c.Default, Tokens: istio.TokensOf(kube.NewReviewer(client))}
+		cluster := istio.Cluster{Name: c.Name, Aliases: c.Aliases, Default: c.Default, Tokens: p.tokens[c.Name]}
+		if cluster.Tokens == nil {
+			cluster.Tokens = istio.TokensOf(kube.NewReviewer(client))
+		}
 		for _, followed := range k.pods {
 			if followed.name == c.Name {
 				cluster.Pods = istio.PodsOf(followed.pods)

@@ -2,15 +2,22 @@ package istio
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/meshid/meshid/internal/kube"
 	istiov1 "github.com/meshid/meshid/proto/istio/v1"
 
 	"github.com/meshid/meshid/pkg/server"
@@ -80,4 +87,72 @@ func BenchmarkCreateCertificate(b *testing.B) {
 			b.ReportMetric(float64(b.N)/used.Seconds(), "certs/cpu-s")
 		})
 	}
+}
+
+// BenchmarkCreateCertificateNewToken is the same with a token that was never seen before
+// in each request, verified offline by the cluster's RSA key.
+func BenchmarkCreateCertificateNewToken(b *testing.B) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		b.Fatal(err)
+	}
+	set, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k", Algorithm: "RS256", Use: "sig"}}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	file := filepath.Join(b.TempDir(), "jwks")
+	if err := os.WriteFile(file, set, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	keys, err := kube.NewKeys(kube.KeysConfig{Issuer: "https://kubernetes", File: file})
+	if err != nil {
+		b.Fatal(err)
+	}
+	m := newMesh(b, func(c *Config, s *server.Config) {
+		s.Limits.IssueRate, s.Limits.IssueBurst = 1<<30, 1<<30
+		c.Clusters[0].Tokens = TokensOf(keys)
+	})
+	m.run("shop/web", "web-1", "n1")
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	tokens := make([]string, b.N)
+	for i := range tokens {
+		claims := fmt.Sprintf(`{"iss":"https://kubernetes","sub":"system:serviceaccount:shop:web","aud":["istio-ca"],"exp":%d,"iat":%d,"jti":"%d",
+			"kubernetes.io":{"namespace":"shop","serviceaccount":{"name":"web","uid":"sa"},"pod":{"name":"web-1","uid":"uid-web-1"},"node":{"name":"n1","uid":"uid-n1"}}}`,
+			time.Now().Add(time.Hour).Unix(), time.Now().Unix(), i)
+		signed, err := signer.Sign([]byte(claims))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if tokens[i], err = signed.CompactSerialize(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	req := &istiov1.IstioCertificateRequest{Csr: newCSR(b, newKey(b), spiffeIDOf(td, "shop", "web"))}
+	conn := istiov1.NewIstioCertificateServiceClient(m.conn)
+	var next atomic.Int64
+	before := cpu(b)
+	b.ResetTimer()
+	var group sync.WaitGroup
+	for range 16 {
+		group.Go(func() {
+			for {
+				i := int(next.Add(1) - 1)
+				if i >= len(tokens) {
+					return
+				}
+				ctx := metadata.AppendToOutgoingContext(context.Background(), "authorization", "Bearer "+tokens[i])
+				if _, err := conn.CreateCertificate(ctx, req); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	b.StopTimer()
+	used := cpu(b) - before
+	b.ReportMetric(float64(used.Microseconds())/float64(b.N), "cpu-µs/cert")
+	b.ReportMetric(float64(b.N)/used.Seconds(), "certs/cpu-s")
 }

@@ -222,7 +222,7 @@ func (r *request) callersPod(ctx context.Context) error {
 		case err != nil:
 			return err
 		case pod.Facts.GetNamespace() != t.Namespace || pod.Facts.GetServiceAccount() != t.ServiceAccount ||
-			t.PodName != "" && pod.Facts.GetPodName() != t.PodName || t.NodeName != "" && pod.Node != t.NodeName:
+			t.PodName != "" && pod.Facts.GetPodName() != t.PodName || t.NodeName != "" && pod.Node != t.NodeName || t.NodeUID != "" && pod.NodeUID != "" && pod.NodeUID != t.NodeUID:
 			return &refusal{
 				code: codes.Unauthenticated, text: "the token does not fit its pod: the CA's ledger says more",
 				detail: fmt.Sprintf("the token is of %s/%s, pod %s on node %s; the pod is of %s/%s, %s on node %s", t.Namespace, t.ServiceAccount, t.PodName, t.NodeName,
@@ -230,15 +230,16 @@ func (r *request) callersPod(ctx context.Context) error {
 			}
 		}
 		r.facts, r.node.K8S.Name, r.node.K8S.PodName = pod.Facts, pod.Node, pod.Facts.GetPodName()
+		if t.NodeUID == "" {
+			r.node.K8S.Uid = pod.NodeUID
+		}
 	}
-	if name := r.node.GetK8S().GetName(); name != "" {
-		r.node.Id = NodeID(r.cluster.Name, name)
+	// As k8s_psat names nodes, so that a ban of one is a ban of its pods too.
+	if uid := r.node.GetK8S().GetUid(); uid != "" {
+		r.node.Id = r.cluster.Name + "." + uid
 	}
 	return nil
 }
-
-// NodeID names a node of a cluster among the nodes of all clusters.
-func NodeID(cluster, node string) string { return cluster + "." + node }
 
 // wait asks the cluster for a pod. What is not known yet is waited for for a moment, by
 // a bounded number of callers.

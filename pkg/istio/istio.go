@@ -132,8 +132,9 @@ var ErrNoPod = errors.New("there is no such pod")
 
 // Pod is one pod. It is not modified.
 type Pod struct {
-	// Node is the name of the node that the pod runs on.
-	Node string
+	// Node is the name of the node that the pod runs on, NodeUID its UID; empty if the
+	// cluster has not told of it yet.
+	Node, NodeUID string
 	// Facts are the namespace, service account, name, UID, labels, owner and images of the
 	// pod as a whole.
 	Facts *attributesv1.Kubernetes

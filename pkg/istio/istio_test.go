@@ -8,15 +8,24 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
@@ -82,6 +91,9 @@ func TestSidecar(t *testing.T) {
 	}
 	if n := r.GetNode().GetAttributes(); n.GetMethod() != Method || n.GetK8S().GetCluster() != "prod" || n.GetK8S().GetName() != "n1" || n.GetK8S().GetUid() != "uid-n1" {
 		t.Errorf("node %v", n)
+	}
+	if id := r.GetNode().GetId(); id != "spiffe://example.org/meshid/node/istio/prod.uid-n1" {
+		t.Errorf("the node is %s, which is not how k8s_psat names it", id)
 	}
 	// Its own name is not needed, and none of the clients' habits is refused.
 	c.names = nil
@@ -166,11 +178,16 @@ func TestCredentials(t *testing.T) {
 	m.pods.change(func(pods map[string]*Pod) { pods["uid-web-3"] = &Pod{Node: "n1", Facts: pods["uid-web-1"].Facts} })
 	gone := m.run("shop/web", "web-4", "n1")
 	m.stop("web-4")
+	reborn := m.run("shop/web", "web-6", "n1")
+	m.pods.change(func(pods map[string]*Pod) {
+		pods["uid-web-6"] = &Pod{Node: "n1", NodeUID: "another", Facts: pods["uid-web-6"].Facts}
+	})
 	m.tokens.known["unbound"] = &Token{Namespace: "shop", ServiceAccount: "web"}
 	for name, c := range map[string]*client{
 		"no token":        {m: m, conn: m.conn, key: newKey(t)},
 		"unknown token":   {m: m, conn: m.conn, key: newKey(t), token: "x"},
 		"other cluster":   {m: m, conn: m.conn, key: newKey(t), token: good, cluster: "test"},
+		"node reborn":     {m: m, conn: m.conn, key: newKey(t), token: reborn},
 		"pod elsewhere":   {m: m, conn: m.conn, key: newKey(t), token: moved},
 		"pod of others":   {m: m, conn: m.conn, key: newKey(t), token: borrowed},
 		"pod gone":        {m: m, conn: m.conn, key: newKey(t), token: gone},
@@ -502,4 +519,116 @@ func TestListener(t *testing.T) {
 	c.conn = conn
 	_, err := c.call("")
 	wantCode(t, "another name", err, codes.Unavailable)
+}
+
+// A place in the network is no identity: without TLS there is no call, and from the CA's
+// own machine none without a token. Istio's had that (CVE-2022-39388).
+func TestV_E2_NoIdentityByAddress(t *testing.T) {
+	m := newMesh(t)
+	g := m.server.DirectGRPC(server.DirectListener{})
+	istiov1.RegisterIstioCertificateServiceServer(g, m.service)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(l) }()
+	t.Cleanup(func() {
+		g.Stop()
+		<-served
+	})
+	m.run("istio-system/istiod", "istiod-1", "n1")
+	for name, creds := range map[string]credentials.TransportCredentials{
+		"plaintext": insecure.NewCredentials(),
+		"TLS":       credentials.NewTLS(&tls.Config{InsecureSkipVerify: true}),
+	} {
+		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(creds))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &client{m: m, conn: conn, key: newKey(t)}
+		for _, id := range []string{"", "spiffe://example.org/ns/istio-system/sa/istiod"} {
+			if _, err := c.call(id); err == nil {
+				t.Errorf("%s from the CA's own machine gives %q", name, id)
+			}
+		}
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Tokens of an OpenID Connect provider are good for machines, by entries for them.
+func TestOIDC(t *testing.T) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var provider *httptest.Server
+	down := true
+	provider = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case down:
+			w.WriteHeader(http.StatusInternalServerError)
+		case r.URL.Path == "/.well-known/openid-configuration":
+			_, _ = fmt.Fprintf(w, `{"issuer":%[1]q,"jwks_uri":"%[1]s/keys","authorization_endpoint":"x","id_token_signing_alg_values_supported":["RS256"]}`, provider.URL)
+		default:
+			_ = json.NewEncoder(w).Encode(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: key.Public(), KeyID: "k", Algorithm: "RS256", Use: "sig"}}})
+		}
+	}))
+	defer provider.Close()
+	token := func(change map[string]any) string {
+		t.Helper()
+		claims := map[string]any{
+			"iss": provider.URL, "sub": "system:serviceaccount:vms:db", "aud": []string{DefaultAudience}, "exp": time.Now().Add(time.Hour).Unix(), "iat": time.Now().Unix(),
+		}
+		maps.Copy(claims, change)
+		text, err := json.Marshal(claims)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signed, err := signer.Sign(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		compact, err := signed.CompactSerialize()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return compact
+	}
+	idp := NewOIDC(provider.URL, provider.Client())
+	m := newMesh(t, func(c *Config, _ *server.Config) {
+		c.Clusters = append(c.Clusters, Cluster{Name: "idp", Issuer: provider.URL, Tokens: idp})
+	})
+	m.apply(&entryv1.Entry{
+		Name: "machines", SpiffeId: "spiffe://example.org/ns/{k8s.namespace}/sa/{k8s.service_account}",
+		Nodes: `node.method == "istio" && node.id == "idp"`, Workloads: `k8s.namespace == "vms"`,
+	})
+	_, err = m.client(token(nil)).call("")
+	wantCode(t, "no provider", err, codes.Unavailable)
+	down = false
+	idp.tried = time.Time{}
+	answer, err := m.client(token(map[string]any{"jti": "1"})).call("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if chain, _ := chainOf(t, answer); chain[0].URIs[0].String() != "spiffe://example.org/ns/vms/sa/db" {
+		t.Errorf("it is %v", chain[0].URIs)
+	}
+	for name, change := range map[string]map[string]any{
+		"another audience": {"aud": "istiod"}, "expired": {"exp": 1}, "no service account": {"sub": "alice"}, "two parts": {"sub": "system:serviceaccount:vms"},
+		"four parts": {"sub": "system:serviceaccount:vms:db:x"}, "another issuer": {"iss": "https://idp.example.org"},
+	} {
+		_, err := m.client(token(change)).call("")
+		wantCode(t, name, err, codes.Unauthenticated)
+	}
+	_, err = m.client(token(map[string]any{"sub": "system:serviceaccount:shop:web"})).call("")
+	wantCode(t, "another namespace", err, codes.PermissionDenied)
+	_, err = m.client(token(map[string]any{"jti": "2"})).call("spiffe://example.org/ns/shop/sa/web")
+	wantCode(t, "on behalf of others", err, codes.Unauthenticated)
 }

@@ -47,7 +47,7 @@ func (c clusterPods) found(pod *kube.Pod) (*Pod, error) {
 		Namespace: pod.Namespace(), ServiceAccount: pod.ServiceAccount(), PodName: pod.Name, PodUid: pod.UID, Labels: pod.Labels(),
 	}
 	facts.OwnerKind, facts.OwnerName, facts.OwnerUid = pod.Owner()
-	return &Pod{Node: pod.Node(), Facts: facts}, nil
+	return &Pod{Node: pod.Node(), NodeUID: c.pods.NodeUID(pod.Node()), Facts: facts}, nil
 }
 
 // verifiedTokens are the Tokens of a cluster.

@@ -216,6 +216,11 @@ func TestMoveCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	const secrets = "/api/v1/namespaces/istio-system/secrets"
+	t.Cleanup(func() {
+		for _, name := range []string{"istio-ca-secret", "cacerts"} {
+			_ = s.Do(context.Background(), http.MethodDelete, secrets+"/"+name, nil, nil) // it may not be there
+		}
+	})
 	if err := s.Do(t.Context(), http.MethodPost, secrets, object{
 		"metadata": object{"name": "istio-ca-secret"},
 		"data":     object{"ca-cert.pem": []byte(old.roots), "ca-key.pem": []byte(encode("EC PRIVATE KEY", key))},
