@@ -111,10 +111,11 @@ func podItem(t testing.TB, entry string, pod kube.Pod, change ...func(*attribute
 	return i
 }
 
-// awaitRecord waits until the newest record of an issuance says whose word it was that
-// the workload is there.
-func (c *cluster) awaitRecord(t *testing.T, by, detail string) {
+// awaitRecord waits until the newest record of what was issued for a pod says whose word
+// it was that the pod is there.
+func (c *cluster) awaitRecord(t *testing.T, pod kube.Pod, by, detail string) {
 	t.Helper()
+	id := "spiffe://" + td + "/ns/" + pod.Namespace + "/sa/" + pod.ServiceAccount
 	local.Await(t, "the newest record has verified_by: "+by, func(context.Context) error {
 		var found struct {
 			Record struct {
@@ -122,12 +123,12 @@ func (c *cluster) awaitRecord(t *testing.T, by, detail string) {
 				Detail     string `json:"detail"`
 			} `json:"record"`
 		}
-		out, err := c.ca.Command(t, "ledger", "find", "--event", "issue", "--outcome", "success", "--limit", "1", "-o", "jsonl")
+		out, err := c.ca.Command(t, "ledger", "find", "--event", "issue", "--outcome", "success", "--spiffe-id", id, "--limit", "1", "-o", "jsonl")
 		if err != nil {
 			return err
 		}
 		if err := json.Unmarshal([]byte(out), &found); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
+			return fmt.Errorf("not in the index yet: %w: %s", err, out)
 		}
 		if r := found.Record; r.VerifiedBy != by || !strings.Contains(r.Detail, detail) {
 			return fmt.Errorf("it has %s, and says %q", r.VerifiedBy, r.Detail)
@@ -157,7 +158,7 @@ func TestV_E1_E9_RogueNodeOfKubernetes(t *testing.T) {
 	deleted := c.api.CreatePod(t, kube.Pod{Namespace: "team-0", Name: "again", ServiceAccount: "again", Node: "n1", Labels: map[string]string{"app": "again"}})
 	r := c.rogueNode(t, "n1")
 	r.issued(t, podItem(t, "accounts", deleted))
-	c.awaitRecord(t, "ca", "")
+	c.awaitRecord(t, deleted, "ca", "")
 	c.api.DeletePod(t, deleted)
 	again := c.api.CreatePod(t, kube.Pod{Namespace: "team-0", Name: "again", ServiceAccount: "again", Node: "n2"})
 
@@ -251,7 +252,7 @@ func TestFault_F65_APIServer(t *testing.T) {
 	served := func(by, detail string) {
 		t.Helper()
 		r.issued(t, podItem(t, "accounts", pod))
-		c.awaitRecord(t, by, detail)
+		c.awaitRecord(t, pod, by, detail)
 		r.refused(t, podItem(t, "accounts", unknown), nodev1.Reason_REASON_UNAVAILABLE)
 	}
 	served("ca", "")
