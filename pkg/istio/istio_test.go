@@ -397,6 +397,34 @@ func TestStorm(t *testing.T) {
 	}
 }
 
+// The same for a client that may not have what it asks for: until an entry says so.
+func TestStormOfDenied(t *testing.T) {
+	m := newMesh(t)
+	denied := m.client(m.run("kube-system/dns", "dns-1", "n1"))
+	before := len(m.records())
+	for range 100 {
+		_, err := denied.call("")
+		wantCode(t, "no entry", err, codes.PermissionDenied)
+	}
+	if n := len(m.records()) - before; n != 1 {
+		t.Errorf("%d records of one refusal", n)
+	}
+	m.apply(&entryv1.Entry{
+		Name: "dns", SpiffeId: "spiffe://example.org/ns/{k8s.namespace}/sa/{k8s.service_account}",
+		Nodes: `node.method == "istio"`, Workloads: `has(k8s.pod_uid) && k8s.namespace == "kube-system"`,
+	})
+	deadline := time.Now().Add(time.Minute)
+	for {
+		_, err := denied.call("")
+		if err == nil {
+			break
+		}
+		if wantCode(t, "not served yet", err, codes.PermissionDenied); time.Now().After(deadline) {
+			t.Fatal("it is not served although there is an entry now")
+		}
+	}
+}
+
 // The memory of refusals ends in time, and with a success.
 func TestPauses(t *testing.T) {
 	r := newRefusals()
