@@ -13,9 +13,11 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -659,4 +661,39 @@ func TestOIDC(t *testing.T) {
 	wantCode(t, "another namespace", err, codes.PermissionDenied)
 	_, err = m.client(token(map[string]any{"jti": "2"})).call("spiffe://example.org/ns/shop/sa/web")
 	wantCode(t, "on behalf of others", err, codes.Unauthenticated)
+}
+
+// While a root is replaced, answers have both, and so does a mesh that moves from another
+// CA: all in the last element.
+func TestRootsInAnswers(t *testing.T) {
+	key := newKey(t)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	previous, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMesh(t, func(c *Config, _ *server.Config) { c.PreviousRoots = []*x509.Certificate{previous} })
+	c := m.client(m.run("shop/web", "web-1", "n1"))
+	roots := func() []*x509.Certificate {
+		t.Helper()
+		answer, err := c.call("")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, roots := chainOf(t, answer)
+		return roots
+	}
+	if got := roots(); len(got) != 2 || !slices.ContainsFunc(got, previous.Equal) {
+		t.Errorf("%d roots", len(got))
+	}
+	if _, err := m.admin.ChangeRotation(t.Context(), &adminv1.ChangeRotationRequest{Verb: "prepare"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := roots(); len(got) != 3 {
+		t.Errorf("%d roots while one is prepared", len(got))
+	}
 }
