@@ -38,6 +38,12 @@ type Owner struct {
 	Controller bool `json:"controller,omitempty"`
 }
 
+// SameSpec says whether two states of an object differ at most in what its controllers
+// write into its status.
+func (m *Meta) SameSpec(o *Meta) bool {
+	return m.UID == o.UID && m.Generation == o.Generation && (m.DeletionTimestamp == nil) == (o.DeletionTimestamp == nil)
+}
+
 func (o *Object) object() *Object { return o }
 
 // object is a pointer to a struct T that embeds Object.

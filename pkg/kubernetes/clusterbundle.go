@@ -37,12 +37,10 @@ type ClusterBundleConfig struct {
 
 // ClusterBundle keeps the trust bundle in a ClusterTrustBundle, which pods can mount.
 type ClusterBundle struct {
-	cfg  ClusterBundleConfig
-	wake chan struct{} // capacity 1: look at the state
-
-	mu    sync.Mutex // guards what follows
-	there *clusterTrustBundle
-	newer time.Time // since when it has been newer than ours; zero if it is not
+	cfg   ClusterBundleConfig
+	wake  chan struct{} // capacity 1: look at the state
+	there *kube.Mirror[*clusterTrustBundle]
+	newer time.Time // since when it has been newer than ours; zero if it is not; owned by Run
 }
 
 type clusterTrustBundle struct {
@@ -79,7 +77,9 @@ func NewClusterBundle(cfg ClusterBundleConfig) *ClusterBundle {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	return &ClusterBundle{cfg: cfg, wake: make(chan struct{}, 1)}
+	b := &ClusterBundle{cfg: cfg, wake: make(chan struct{}, 1)}
+	b.there = kube.NewMirror(func(o *clusterTrustBundle) string { return o.Metadata.Name }, nil, b.Changed)
+	return b
 }
 
 // Changed says that the bundle may have changed. It never blocks.
@@ -98,7 +98,7 @@ func (b *ClusterBundle) Run(ctx context.Context) error {
 	}
 	path := kube.Path{Resource: resource}
 	feed := kube.Follow(b.cfg.Client, path, kube.FollowOptions{Fields: "metadata.name=" + b.cfg.Name},
-		func(o *clusterTrustBundle) *clusterTrustBundle { return o }, kube.Reader[*clusterTrustBundle](clusterBundleReader{b}))
+		func(o *clusterTrustBundle) *clusterTrustBundle { return o }, kube.Reader[*clusterTrustBundle](b.there))
 	var following sync.WaitGroup
 	defer following.Wait()
 	ctx, cancel := context.WithCancel(ctx)
@@ -196,17 +196,15 @@ const (
 )
 
 func (b *ClusterBundle) compare(now time.Time, pem string, sequence uint64) comparison {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	since := b.newer
+	since, there := b.newer, b.there.Get(b.cfg.Name)
 	b.newer = time.Time{}
 	switch {
-	case b.there == nil:
+	case there == nil:
 		return other
-	case b.there.Spec.TrustBundle == pem:
+	case there.Spec.TrustBundle == pem:
 		return same
 	}
-	theirs, err := strconv.ParseUint(b.there.Metadata.Annotations[annotationSequence], 10, 64)
+	theirs, err := strconv.ParseUint(there.Metadata.Annotations[annotationSequence], 10, 64)
 	if err != nil || theirs <= sequence || !since.IsZero() && now.Sub(since) >= newerGrace {
 		return other
 	}
@@ -215,27 +213,3 @@ func (b *ClusterBundle) compare(now time.Time, pem string, sequence uint64) comp
 	}
 	return newer
 }
-
-type clusterBundleReader struct{ *ClusterBundle }
-
-func (b clusterBundleReader) is(o *clusterTrustBundle) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.there = o
-	b.Changed()
-}
-
-// Replace implements kube.Reader.
-func (b clusterBundleReader) Replace(all []*clusterTrustBundle) {
-	if len(all) == 0 {
-		b.is(nil)
-		return
-	}
-	b.is(all[0])
-}
-
-// Set implements kube.Reader.
-func (b clusterBundleReader) Set(o *clusterTrustBundle) { b.is(o) }
-
-// Delete implements kube.Reader.
-func (b clusterBundleReader) Delete(*clusterTrustBundle) { b.is(nil) }

@@ -56,14 +56,12 @@ type ConfigMapsConfig struct {
 // ConfigMaps keeps the trust bundle in a ConfigMap of each namespace that is chosen.
 // Changes by others are repaired when they happen.
 type ConfigMaps struct {
-	cfg  ConfigMapsConfig
-	feed []*kube.Feed
-	wake chan struct{} // capacity 1: look at the state
-
-	mu         sync.Mutex // guards what follows
-	namespaces map[string]bool
-	written    map[string]*configMap // by namespace
-	newer      map[string]time.Time  // since when one has a newer bundle than ours
+	cfg        ConfigMapsConfig
+	feed       []*kube.Feed
+	wake       chan struct{} // capacity 1: look at the state
+	namespaces *kube.Mirror[namespaceState]
+	written    *kube.Mirror[*configMap] // by namespace
+	newer      map[string]time.Time     // since when one has a newer bundle than ours; owned by Run
 }
 
 // configMap is a ConfigMap, to be read and to be written.
@@ -85,16 +83,15 @@ func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
 	if cfg.Report == nil {
 		cfg.Report = func(string, int) {}
 	}
-	r := &ConfigMaps{
-		cfg: cfg, wake: make(chan struct{}, 1),
-		namespaces: make(map[string]bool), written: make(map[string]*configMap), newer: make(map[string]time.Time),
-	}
+	r := &ConfigMaps{cfg: cfg, wake: make(chan struct{}, 1), newer: make(map[string]time.Time)}
+	r.namespaces = kube.NewMirror(func(n namespaceState) string { return n.name }, nil, r.Changed)
+	r.written = kube.NewMirror(func(c *configMap) string { return c.Metadata.Namespace }, nil, r.Changed)
 	r.feed = []*kube.Feed{
 		kube.Follow(cfg.Client, namespaces, kube.FollowOptions{Labels: cfg.Selector}, func(n *namespace) namespaceState {
 			return namespaceState{n.Metadata.Name, n.Status.Phase != "Terminating" && n.Metadata.DeletionTimestamp == nil}
-		}, kube.Reader[namespaceState](namespaceReader{r})),
+		}, kube.Reader[namespaceState](r.namespaces)),
 		kube.Follow(cfg.Client, configMaps, kube.FollowOptions{Fields: "metadata.name=" + cfg.Name}, func(c *configMap) *configMap { return c },
-			kube.Reader[*configMap](configMapReader{r})),
+			kube.Reader[*configMap](r.written)),
 	}
 	return r
 }
@@ -164,15 +161,7 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 	if len(due) > 0 {
 		r.cfg.Logger.InfoContext(ctx, "trust bundle written", "cluster", r.cfg.Client.Name(), "namespaces", len(due), "sequence", sequence)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	living := 0
-	for _, live := range r.namespaces {
-		if live {
-			living++
-		}
-	}
-	r.cfg.Report("", living)
+	r.cfg.Report("", len(r.living()))
 	if len(r.newer) > 0 {
 		return retry
 	}
@@ -181,14 +170,11 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 
 // due returns the namespaces whose ConfigMap is not as it should be.
 func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) []string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	living, written := r.living(), r.written.All()
+	maps.DeleteFunc(r.newer, func(namespace string, _ time.Time) bool { return !slices.Contains(living, namespace) })
 	var due []string
-	for _, namespace := range slices.Sorted(maps.Keys(r.namespaces)) {
-		if !r.namespaces[namespace] {
-			continue
-		}
-		c := r.written[namespace]
+	for _, namespace := range living {
+		c := written[namespace]
 		if c != nil && c.Data[r.cfg.Key] == pem && r.labelled(c) {
 			delete(r.newer, namespace)
 			continue
@@ -229,16 +215,22 @@ func (r *ConfigMaps) write(ctx context.Context, namespace, pem string, sequence 
 	if errors.Is(err, kube.ErrNotFound) {
 		return nil
 	}
-	if err != nil && !r.living(namespace) {
+	if err != nil && !r.namespaces.Get(namespace).live {
 		return nil
 	}
 	return err
 }
 
-func (r *ConfigMaps) living(namespace string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.namespaces[namespace]
+// living returns the namespaces that are not being deleted, sorted.
+func (r *ConfigMaps) living() []string {
+	var all []string
+	for name, n := range r.namespaces.All() {
+		if n.live {
+			all = append(all, name)
+		}
+	}
+	slices.Sort(all)
+	return all
 }
 
 func (r *ConfigMaps) labelled(c *configMap) bool {
@@ -253,62 +245,4 @@ func (r *ConfigMaps) labelled(c *configMap) bool {
 type namespaceState struct {
 	name string
 	live bool
-}
-
-type namespaceReader struct{ *ConfigMaps }
-
-// Replace implements kube.Reader.
-func (r namespaceReader) Replace(all []namespaceState) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	clear(r.namespaces)
-	for _, n := range all {
-		r.namespaces[n.name] = n.live
-	}
-	r.Changed()
-}
-
-// Set implements kube.Reader.
-func (r namespaceReader) Set(n namespaceState) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.namespaces[n.name] = n.live
-	r.Changed()
-}
-
-// Delete implements kube.Reader.
-func (r namespaceReader) Delete(n namespaceState) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.namespaces, n.name)
-	r.Changed()
-}
-
-type configMapReader struct{ *ConfigMaps }
-
-// Replace implements kube.Reader.
-func (r configMapReader) Replace(all []*configMap) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	clear(r.written)
-	for _, c := range all {
-		r.written[c.Metadata.Namespace] = c
-	}
-	r.Changed()
-}
-
-// Set implements kube.Reader.
-func (r configMapReader) Set(c *configMap) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.written[c.Metadata.Namespace] = c
-	r.Changed()
-}
-
-// Delete implements kube.Reader.
-func (r configMapReader) Delete(c *configMap) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.written, c.Metadata.Namespace)
-	r.Changed()
 }

@@ -17,6 +17,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -74,12 +75,10 @@ type EntriesConfig struct {
 // They count for the nodes of that cluster alone: whoever may write there must not name
 // workloads elsewhere.
 type Entries struct {
-	cfg  EntriesConfig
-	feed *kube.Feed
-	wake chan struct{} // capacity 1: look at the objects
-
-	mu      sync.Mutex // guards what follows
-	objects map[string]*registrationEntry
+	cfg     EntriesConfig
+	feed    *kube.Feed
+	wake    chan struct{} // capacity 1: look at the objects
+	objects *kube.Mirror[*registrationEntry]
 }
 
 // registrationEntry is an object of the kind RegistrationEntry.
@@ -136,9 +135,11 @@ func NewEntries(cfg EntriesConfig) *Entries {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	e := &Entries{cfg: cfg, wake: make(chan struct{}, 1), objects: make(map[string]*registrationEntry)}
-	e.feed = kube.Follow(cfg.Client, entryPath, kube.FollowOptions{}, func(o *registrationEntry) *registrationEntry { return o },
-		kube.Reader[*registrationEntry](entryReader{e}))
+	e := &Entries{cfg: cfg, wake: make(chan struct{}, 1)}
+	e.objects = kube.NewMirror(func(o *registrationEntry) string { return o.Metadata.Name }, func(a, b *registrationEntry) bool {
+		return a.Metadata.SameSpec(&b.Metadata) // of a status that we or another CA have written, nothing follows
+	}, e.changed)
+	e.feed = kube.Follow(cfg.Client, entryPath, kube.FollowOptions{}, func(o *registrationEntry) *registrationEntry { return o }, kube.Reader[*registrationEntry](e.objects))
 	return e
 }
 
@@ -237,15 +238,8 @@ func (s *entryStatus) behind() bool {
 
 // snapshot returns the objects that are not being deleted, by name.
 func (e *Entries) snapshot() []*registrationEntry {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	var all []*registrationEntry
-	for _, name := range slices.Sorted(maps.Keys(e.objects)) {
-		if o := e.objects[name]; o.Metadata.DeletionTimestamp == nil {
-			all = append(all, o)
-		}
-	}
-	return all
+	all := slices.SortedFunc(maps.Values(e.objects.All()), func(a, b *registrationEntry) int { return strings.Compare(a.Metadata.Name, b.Metadata.Name) })
+	return slices.DeleteFunc(all, func(o *registrationEntry) bool { return o.Metadata.DeletionTimestamp != nil })
 }
 
 // name is that of the entry.
@@ -331,40 +325,6 @@ func cut(s string) string {
 		return s
 	}
 	return s[:maxMessage] + "…"
-}
-
-type entryReader struct{ *Entries }
-
-// Replace implements kube.Reader.
-func (r entryReader) Replace(all []*registrationEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	clear(r.objects)
-	for _, o := range all {
-		r.objects[o.Metadata.Name] = o
-	}
-	r.changed()
-}
-
-// Set implements kube.Reader.
-func (r entryReader) Set(o *registrationEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	before := r.objects[o.Metadata.Name]
-	r.objects[o.Metadata.Name] = o
-	// Of a status that we or another CA have written, nothing follows.
-	if before == nil || before.Metadata.UID != o.Metadata.UID || before.Metadata.Generation != o.Metadata.Generation ||
-		(before.Metadata.DeletionTimestamp == nil) != (o.Metadata.DeletionTimestamp == nil) {
-		r.changed()
-	}
-}
-
-// Delete implements kube.Reader.
-func (r entryReader) Delete(o *registrationEntry) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.objects, o.Metadata.Name)
-	r.changed()
 }
 
 func (e *Entries) changed() {

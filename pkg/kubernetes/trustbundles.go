@@ -53,13 +53,13 @@ type TrustBundlesConfig struct {
 // TrustBundles publishes the trust bundle where the TrustBundle objects of a cluster
 // say. What was published goes with the object.
 type TrustBundles struct {
-	cfg  TrustBundlesConfig
-	feed *kube.Feed
-	wake chan struct{} // capacity 1: look at the objects and at what was reported
+	cfg     TrustBundlesConfig
+	feed    *kube.Feed
+	wake    chan struct{} // capacity 1: look at the objects and at what was reported
+	objects *kube.Mirror[*trustBundle]
 
-	mu      sync.Mutex // guards what follows
-	objects map[string]*trustBundle
-	running map[string]*publication // by the object's name; owned by Run
+	mu      sync.Mutex              // guards what follows
+	running map[string]*publication // by the object's name; changed by Run alone
 }
 
 type trustBundle struct {
@@ -112,9 +112,9 @@ func NewTrustBundles(cfg TrustBundlesConfig) *TrustBundles {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	t := &TrustBundles{cfg: cfg, wake: make(chan struct{}, 1), objects: make(map[string]*trustBundle), running: make(map[string]*publication)}
-	t.feed = kube.Follow(cfg.Client, trustBundlePath, kube.FollowOptions{}, func(o *trustBundle) *trustBundle { return o },
-		kube.Reader[*trustBundle](trustBundleReader{t}))
+	t := &TrustBundles{cfg: cfg, wake: make(chan struct{}, 1), running: make(map[string]*publication)}
+	t.objects = kube.NewMirror(func(o *trustBundle) string { return o.Metadata.Name }, nil, t.look)
+	t.feed = kube.Follow(cfg.Client, trustBundlePath, kube.FollowOptions{}, func(o *trustBundle) *trustBundle { return o }, kube.Reader[*trustBundle](t.objects))
 	return t
 }
 
@@ -170,9 +170,7 @@ func (t *TrustBundles) reconcile(ctx context.Context) time.Duration {
 		}
 		return retry
 	}
-	t.mu.Lock()
-	objects := maps.Clone(t.objects)
-	t.mu.Unlock()
+	objects := t.objects.All()
 	for name, p := range t.running {
 		if o := objects[name]; o == nil || o.Metadata.UID != p.uid || o.Metadata.Generation != p.generation || o.Metadata.DeletionTimestamp != nil {
 			p.stop()
@@ -322,33 +320,4 @@ func writeStatus(ctx context.Context, client *kube.Client, path kube.Path, o *ku
 		return nil // it has gone, or changed: that is told
 	}
 	return err
-}
-
-type trustBundleReader struct{ *TrustBundles }
-
-// Replace implements kube.Reader.
-func (r trustBundleReader) Replace(all []*trustBundle) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	clear(r.objects)
-	for _, o := range all {
-		r.objects[o.Metadata.Name] = o
-	}
-	r.look()
-}
-
-// Set implements kube.Reader.
-func (r trustBundleReader) Set(o *trustBundle) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.objects[o.Metadata.Name] = o
-	r.look()
-}
-
-// Delete implements kube.Reader.
-func (r trustBundleReader) Delete(o *trustBundle) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.objects, o.Metadata.Name)
-	r.look()
 }
