@@ -277,6 +277,10 @@ func (a *api) call(ctx context.Context, action string, in, out any) error {
 // maxBody bounds what is signed: requests are ours, and small.
 const maxBody = 64 << 10
 
+// minSecret is the least length of a secret access key; those of AWS have 40
+// characters. The FIPS 140-3 module does not sign with shorter ones.
+const minSecret = 16
+
 // signing is a transport that signs requests (AWS Signature Version 4).
 type signing struct {
 	next        http.RoundTripper
@@ -293,6 +297,9 @@ func (s *signing) RoundTrip(r *http.Request) (*http.Response, error) {
 	who, err := s.credentials.Retrieve(r.Context())
 	if err != nil {
 		return nil, fmt.Errorf("find credentials for AWS: %w", err)
+	}
+	if len(who.SecretAccessKey) < minSecret {
+		return nil, errors.New("the secret access key for AWS is too short to be one")
 	}
 	sum := sha256.Sum256(body)
 	signed := r.Clone(r.Context())

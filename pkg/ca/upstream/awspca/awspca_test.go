@@ -76,7 +76,8 @@ func TestCredentials(t *testing.T) {
 	}{
 		"none":         {"AWS_ACCESS_KEY_ID", "", upstream.ErrUnavailable, "credentials"},
 		"unknown":      {"AWS_ACCESS_KEY_ID", "AKIAUNKNOWN", upstream.ErrDenied, "UnrecognizedClientException"},
-		"wrong secret": {"AWS_SECRET_ACCESS_KEY", "wrong", upstream.ErrDenied, "InvalidSignatureException"},
+		"wrong secret": {"AWS_SECRET_ACCESS_KEY", strings.Repeat("wrong", 8), upstream.ErrDenied, "InvalidSignatureException"},
+		"short secret": {"AWS_SECRET_ACCESS_KEY", "short", upstream.ErrUnavailable, "too short"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, config := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
