@@ -55,19 +55,40 @@ type Server struct {
 	t         testing.TB
 	authority *upstreamtest.Authority
 	behaviour upstreamtest.Behaviour
-	account   *rsa.PrivateKey
 
 	mu       sync.Mutex // guards what follows
+	account  *rsa.PrivateKey
 	tokens   map[string]time.Time
 	requests map[string]any // request id → answer
 	ids      map[string]bool
 	roots    []*x509.Certificate
 }
 
+// accountKey is that of all fakes, since it takes a while to make; secondKey that of those
+// whose account has changed it.
+var accountKey, secondKey = makeKey(), makeKey()
+
+func makeKey() func() (*rsa.PrivateKey, error) {
+	return sync.OnceValues(func() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) })
+}
+
+// ChangeKey has the account's key changed: what was signed with the one before is
+// refused.
+func (s *Server) ChangeKey() {
+	s.t.Helper()
+	key, err := secondKey()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.account = key
+}
+
 // New starts a server which signs as a does, and behaves as b.
 func New(t testing.TB, a *upstreamtest.Authority, b upstreamtest.Behaviour) *Server {
 	t.Helper()
-	account, err := rsa.GenerateKey(rand.Reader, 2048)
+	account, err := accountKey()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +181,10 @@ func (s *Server) token(w http.ResponseWriter, r *http.Request, body []byte) {
 		jwt.Claims
 		Scope string `json:"scope"`
 	}
-	if err := statement.Claims(s.account.Public(), &claims); err != nil {
+	s.mu.Lock()
+	account := s.account.Public()
+	s.mu.Unlock()
+	if err := statement.Claims(account, &claims); err != nil {
 		refused("Invalid JWT Signature.")
 		return
 	}

@@ -1,7 +1,6 @@
 package gcpcas
 
 import (
-	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -64,12 +63,8 @@ func TestRefusals(t *testing.T) {
 	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "root-2") {
 		t.Errorf("%v", err)
 	}
-	_, c = start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
-	other, _ := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
-	key := bytes.ReplaceAll(other.Key, []byte(other.URL), []byte(c.Endpoint))
-	if err := os.WriteFile(c.CredentialsFile, key, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	server, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
+	server.ChangeKey()
 	_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
 	if err == nil || !strings.Contains(err.Error(), "Invalid JWT Signature") {
 		t.Errorf("%v", err)
