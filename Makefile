@@ -8,7 +8,7 @@ FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
 
 .DEFAULT_GOAL := all
-.PHONY: all help build build-pkcs11 build-cloudkms release vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
+.PHONY: all help build build-pkcs11 build-cloudkms release images vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
 
 all: build vet quick ## build, vet, and run the tests that need nothing installed
 
@@ -18,8 +18,8 @@ help: ## list the targets
 build: ## build ca and node-agent into bin/
 	go build -o bin/ ./cmd/ca ./cmd/node-agent
 
-release: ## the same as they are shipped: static, position independent, reproducible
-	CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ ./cmd/ca ./cmd/node-agent
+release images: ## the same as they are shipped: static, position independent, reproducible; as images for containers
+	CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ ./cmd/ca ./cmd/node-agent$(if $(filter images,$@), && go run ./scripts/images bin/release bin/images)
 
 build-pkcs11 build-cloudkms: build-%: ## bin/ca that can keep the root's key in an HSM, or in a cloud (docs/keys.md)
 	go build -tags=grpcnotrace,$* -o bin/ca ./cmd/ca
@@ -38,7 +38,7 @@ bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
-	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin && scripts/install-certmanager && scripts/install-docker -own && scripts/install-kubernetes && scripts/install-tools fsck omniwitness step-ca pilot-agent
+	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin && scripts/install-certmanager && scripts/install-docker -own && scripts/install-kubernetes && scripts/install-tools fsck omniwitness step-ca pilot-agent helm
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker
@@ -51,7 +51,7 @@ e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
 	$(ROOT) env REQUIRE_ALL=1 go test -race -v -timeout 20m ./test/...
 
 cluster-test: ## the tests in whole Kubernetes clusters: real nodes, real pods
-	scripts/install-envoy && scripts/install-kubernetes
+	scripts/install-envoy && scripts/install-kubernetes && scripts/install-tools helm
 	$(ROOT) env REQUIRE_ALL=1 MESHID_CLUSTER=1 go test -race -count=1 -p 1 -timeout 30m -run Cluster $$(grep -rl --include='*_test.go' 'StartCluster(' test | xargs -n 1 dirname | sort -u | sed 's:^:./:')
 
 lint: ## golangci-lint, with the rules of .golangci.yml
@@ -67,11 +67,11 @@ bench: ## the benchmarks; docs/performance.md says what they should be
 	scripts/install-envoy && $(ROOT) go test -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 generate: ## Go from .proto files, and what is generated into docs/ and deploy/
-	scripts/install-packages protobuf-compiler libprotobuf-dev && scripts/install-tools protoc-gen-go protoc-gen-go-grpc
+	scripts/install-packages protobuf-compiler libprotobuf-dev && scripts/install-tools protoc-gen-go protoc-gen-go-grpc helm
 	PATH=$(CURDIR)/bin:$$PATH protoc -I. --go_out=. --go_opt=module=github.com/meshid/meshid \
 		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid $(PROTOS)
 	go generate ./...
-	go test -count=1 -run 'TestConfiguration|TestMetrics|TestRecord' ./test/docs -update
+	go test -count=1 -run 'TestConfiguration|TestMetrics|TestRecord|TestManifests' ./test/docs ./test/helm -update
 
 clean: ## remove what was built and installed here
 	rm -rf bin .cache

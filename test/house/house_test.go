@@ -86,7 +86,7 @@ var arrows = []struct {
 	{"deploy/grafana", nil},
 	{"deploy/demo", []string{"test/shop/**", "proto/admin/v1"}},
 	{"deploy/plugin/*", []string{"proto/plugin/v1"}},
-	{"scripts/*", []string{"test/shop/engine"}},
+	{"scripts/*", []string{"test/shop/engine", "test/shop/image"}},
 }
 
 func allowed(from, to string) (known, ok bool) {
