@@ -48,7 +48,7 @@ then let a machine join, and say who gets which identity:
 			root.AddCommand(c)
 		}
 	}
-	add("server", newRunCommand(), newCheckCommand(), newUpstreamCommand(), newLedgerCommand(), newStoreCommand())
+	add("server", newRunCommand(), newCheckCommand(), newUpstreamCommand(), newKubernetesCommand(), newLedgerCommand(), newStoreCommand())
 	add("operate", newEntryCommand(), newNodeCommand(), newQuarantineCommand(), newWithdrawalCommand(), newTokenCommand(), newWhoCommand(),
 		newAuthorityCommand(), newBundleCommand(), newSVIDCommand(), newClockCommand(), newConsoleCommand(), newStatusCommand())
 	return root

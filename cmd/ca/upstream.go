@@ -150,8 +150,8 @@ type upstreamTrial struct {
 	notAfter time.Time
 }
 
-// upstreamCheck is one check and how it went.
-type upstreamCheck struct {
+// check is one thing that is looked at, and how it went.
+type check struct {
 	Check   string `json:"check"`
 	Outcome string `json:"outcome"` // ok, failed or skipped
 	Detail  string `json:"detail,omitempty"`
@@ -165,7 +165,7 @@ var errSkipped = errors.New("skipped")
 
 // checks are all, in the order in which they are made. A CA that signs nothing is
 // asked nothing further.
-func (t *upstreamTrial) checks() []*upstreamCheck {
+func (t *upstreamTrial) checks() []*check {
 	// What repairs it is for who writes a plug-in, or for who operates a CA.
 	fix := func(plugin, operator string) string {
 		if t.kind == pluginKind {
@@ -177,7 +177,7 @@ func (t *upstreamTrial) checks() []*upstreamCheck {
 	if t.kind == "disk" {
 		configure = "the error says what to change"
 	}
-	return []*upstreamCheck{
+	return []*check{
 		{Check: "signs an intermediate", Fix: fix("the error says what to change; a plug-in's log lines are above", configure), run: t.first},
 		{
 			Check: "is the same CA the second time", run: t.second,
@@ -254,7 +254,7 @@ func (t *upstreamTrial) report(cmd *cobra.Command) error {
 	return nil
 }
 
-func printCheck(w io.Writer, c *upstreamCheck) {
+func printCheck(w io.Writer, c *check) {
 	mark := map[string]string{"ok": cli.Paint(w, cli.Green, "ok     "), "failed": cli.Paint(w, cli.Red, "FAILED "), "skipped": "skipped"}[c.Outcome]
 	fmt.Fprintf(w, "%s  %s", mark, c.Check)
 	if c.Detail != "" {

@@ -152,6 +152,37 @@ func checkServer(config *rest.Config) error {
 // Name is the cluster's, as Config has it.
 func (c *Client) Name() string { return c.name }
 
+// Server says which version the API server has, such as v1.37.2, and what time it is
+// there, to a second.
+func (c *Client) Server(ctx context.Context) (version string, now time.Time, err error) {
+	path := Path{Resource: Resource{Plural: "version"}}
+	ctx, cancel := context.WithTimeout(c.context(ctx), callTimeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.rest.Get().AbsPath("version").URL().String(), nil)
+	if err != nil {
+		return "", time.Time{}, err
+	}
+	answer, err := c.rest.Client.Do(request)
+	if err != nil {
+		return "", time.Time{}, c.failed("get", path, err)
+	}
+	defer answer.Body.Close() //nolint:errcheck // it was read
+	var body struct {
+		GitVersion string `json:"gitVersion"`
+	}
+	if answer.StatusCode != http.StatusOK {
+		return "", time.Time{}, c.failed("get", path, fmt.Errorf("the answer is %s", answer.Status))
+	}
+	if err := json.NewDecoder(io.LimitReader(answer.Body, 1<<16)).Decode(&body); err != nil {
+		return "", time.Time{}, c.failed("get", path, err)
+	}
+	now, err = http.ParseTime(answer.Header.Get("Date"))
+	if err != nil {
+		return "", time.Time{}, c.failed("get", path, fmt.Errorf("its time: %w", err))
+	}
+	return body.GitVersion, now, nil
+}
+
 // Resource is a kind of objects, as the API's paths write it.
 type Resource struct {
 	// Group is empty for the core group.

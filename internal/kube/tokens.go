@@ -225,6 +225,21 @@ func (r *Reviewer) Verify(ctx context.Context, token, audience string) (*TokenId
 	return answer.Status.identity(c, audience)
 }
 
+// Try has something reviewed that is no token, which needs the same right and answers
+// nothing about anybody.
+func (r *Reviewer) Try(ctx context.Context) error {
+	review := &tokenReview{APIVersion: "authentication.k8s.io/v1", Kind: "TokenReview"}
+	review.Spec.Token = "none"
+	var answer tokenReview
+	if err := r.client.Create(ctx, tokenReviews, review, &answer); err != nil {
+		return err
+	}
+	if answer.Status == nil || answer.Status.Authenticated {
+		return errors.New("the cluster takes anything for a token")
+	}
+	return nil
+}
+
 // identity is what was authenticated.
 func (r *reviewed) identity(c *claims, audience string) (*TokenIdentity, error) {
 	if r == nil {
