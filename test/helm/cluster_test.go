@@ -68,6 +68,9 @@ spec:
           csi: {driver: csi.meshid.io, readOnly: true}
 `
 
+// hostPath makes of shop's pods such that have the socket without the driver.
+var hostPath = strings.NewReplacer("csi: {driver: csi.meshid.io, readOnly: true}", "hostPath: {path: /run/meshid/workload, type: Directory}", "enforce: restricted", "enforce: privileged")
+
 // entry gives each pod of the shop a name of its own, so that a wrong one is seen.
 const entry = `
 apiVersion: meshid.io/v1alpha1
@@ -267,12 +270,16 @@ agent: {caAddress: '`+caIP+`:8443'}
 		}
 	}
 	within("agents attest", func(i installation) {
-		nodes := i.documented("kubectl -n meshid exec meshid-ca-0 -- ca node list")
-		for uid := range strings.FieldsSeq(i.MustKubectl(i.t, "get", "nodes", "-o", "jsonpath={.items[*].metadata.uid}")) {
-			if !strings.Contains(nodes, "/k8s_psat/kubernetes."+uid) {
-				i.t.Errorf("node %s is not there:\n%s", uid, nodes)
+		uids := strings.Fields(i.MustKubectl(i.t, "get", "nodes", "-o", "jsonpath={.items[*].metadata.uid}"))
+		local.Await(i.t, "all nodes attest", func(context.Context) error {
+			nodes := i.documented("kubectl -n meshid exec meshid-ca-0 -- ca node list")
+			for _, uid := range uids {
+				if !strings.Contains(nodes, "/k8s_psat/kubernetes."+uid) {
+					return fmt.Errorf("node %s is not there:\n%s", uid, nodes)
+				}
 			}
-		}
+			return nil
+		})
 	})
 	within("nothing is found wrong", func(i installation) {
 		i.t.Log(i.documented("kubectl -n meshid exec meshid-ca-0 -- ca k8s check"))
@@ -288,7 +295,7 @@ agent: {caAddress: '`+caIP+`:8443'}
 	within("pods come and go", func(i installation) {
 		var waited []time.Duration
 		for range 2 {
-			for _, count := range []int{0, 40} {
+			for _, count := range []int{0, 20, 40} { // in steps: each is waited for as long as a loaded machine may need
 				i.MustKubectl(i.t, "scale", "-n", "shop", "deployment/web", fmt.Sprint("--replicas=", count))
 				pods = i.AwaitPods(i.t, "shop", "app=web", count)
 			}
@@ -335,6 +342,17 @@ agent: {caAddress: '`+caIP+`:8443'}
 				i.t.Errorf("an X.509-SVID lives %v: the value is not in force", r.Life)
 			}
 		}
+	})
+	within("without CSI, agents are not privileged", func(i installation) {
+		i.MustKubectl(i.t, "delete", "namespace", "shop", "--timeout=110s")
+		i.documented("helm upgrade", "--timeout=4m", "--set=agent.csi=false")
+		i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-agent", 2)
+		if out := i.MustKubectl(i.t, "get", "pods", "-n", "meshid", "-o", "jsonpath={.items[*].spec.containers[*].securityContext}"); strings.Contains(out, "privileged") {
+			i.t.Errorf("a container is: %s", out)
+		}
+		i.Apply(i.t, hostPath.Replace(shop))
+		pods = i.AwaitPods(i.t, "shop", "app=web", 4)
+		i.named(pods, i.reports(pods))
 	})
 	within("what is uninstalled is gone", func(i installation) {
 		i.MustKubectl(i.t, "delete", "namespace", "shop", "--timeout=110s")
