@@ -140,6 +140,8 @@ type upstreamSettings struct {
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
 	// A CA pool of Google Cloud; see docs/upstream/gcpcas.md.
 	GCPCAS config.Section `yaml:"gcpcas" settings:"pkg/ca/upstream/gcpcas"`
+	// Another meshid, of the same trust domain; see docs/upstream/meshid.md.
+	Meshid config.Section `yaml:"meshid" settings:"pkg/ca/upstream/meshid"`
 	// A step-ca; see docs/upstream/stepca.md.
 	StepCA config.Section `yaml:"stepca" settings:"pkg/ca/upstream/stepca"`
 	// A PKI mount of HashiCorp Vault or OpenBao; see docs/upstream/vault.md.

@@ -26,13 +26,14 @@ type entryYAML struct {
 	DNSNames   []string        `yaml:"dns_names"`
 	Hint       string          `yaml:"hint"`
 	Admin      bool            `yaml:"admin"`
+	Downstream bool            `yaml:"downstream"`
 	AcceptWeak bool            `yaml:"accept_weak"`
 }
 
 func (e *entryYAML) proto() *entryv1.Entry {
 	p := &entryv1.Entry{
 		Name: e.Name, SpiffeId: e.SPIFFEID, Nodes: e.Nodes, Workloads: e.Workloads,
-		DnsNames: e.DNSNames, Hint: e.Hint, Admin: e.Admin, AcceptWeak: e.AcceptWeak,
+		DnsNames: e.DNSNames, Hint: e.Hint, Admin: e.Admin, Downstream: e.Downstream, AcceptWeak: e.AcceptWeak,
 	}
 	if e.TTL != 0 {
 		p.Ttl = durationpb.New(e.TTL.Or(0))

@@ -17,6 +17,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream/ejbca"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/gcpcas"
+	"github.com/meshid/meshid/pkg/ca/upstream/meshid"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
 	"github.com/meshid/meshid/pkg/ca/upstream/vault"
 	"github.com/meshid/meshid/pkg/config"
@@ -77,6 +78,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 		{"ejbca", u.EJBCA, openUpstream(ejbca.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"gcpcas", u.GCPCAS, openUpstream(gcpcas.New)},
+		{"meshid", u.Meshid, openUpstream(meshid.New)},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
 		{"vault", u.Vault, openUpstream(vault.New)},
 	}

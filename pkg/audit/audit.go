@@ -233,23 +233,27 @@ type history struct {
 	// complete says that it begins with a start of the CA: then it has every
 	// version that was in force since.
 	complete bool
-	// admins are entries that were admin's and give the SPIFFE ID of the decision.
-	admins map[string]bool
+	// marks are those of entries that give the SPIFFE ID of the decision: "admin" or
+	// "downstream", which reserve it, or "".
+	marks map[string][]string
 }
 
 // historyOf goes back to the last start of the CA before index.
 func historyOf(ctx context.Context, dir string, index uint64, r *ledgerv1.Record, progress func(done, all int)) (*history, error) {
-	h := &history{admins: map[string]bool{}}
+	h := &history{marks: map[string][]string{}}
 	var here []*Version
-	admins := map[string]bool{}
+	marks := map[string][]string{}
 	err := backwards(ctx, dir, index, progress, func(e ledger.Entry) {
 		switch e.Record.GetEvent() { //nolint:exhaustive // no others are about entries
 		case ledgerv1.Event_EVENT_STARTED:
 			here, h.complete = nil, true
-			clear(admins)
+			clear(marks)
 		case ledgerv1.Event_EVENT_ENTRY_APPLIED, ledgerv1.Event_EVENT_ENTRY_LOADED, ledgerv1.Event_EVENT_ENTRY_DELETED:
 			version := versionOf(e)
-			admins[version.Name] = !version.deleted && version.definition.GetAdmin() && version.definition.GetSpiffeId() == r.GetSpiffeId()
+			marks[version.Name] = nil
+			if !version.deleted && version.definition.GetSpiffeId() == r.GetSpiffeId() {
+				marks[version.Name] = marksOf(version.definition.GetAdmin(), version.definition.GetDownstream())
+			}
 			if version.Name == r.GetEntry().GetName() {
 				here = append(here, version)
 			}
@@ -257,12 +261,12 @@ func historyOf(ctx context.Context, dir string, index uint64, r *ledgerv1.Record
 	}, func() bool {
 		h.versions = append(here, h.versions...)
 		here = nil
-		for name, admin := range admins {
-			if _, known := h.admins[name]; !known {
-				h.admins[name] = admin
+		for name, mark := range marks {
+			if _, known := h.marks[name]; !known {
+				h.marks[name] = mark
 			}
 		}
-		clear(admins)
+		clear(marks)
 		return h.complete
 	})
 	return h, err
@@ -380,22 +384,34 @@ func (v *Verdict) judgeIssued(entry *identity.Entry, h *history) {
 	if a.ttl > 0 && life > a.ttl+a.ttl/4+2*time.Second {
 		v.problem("the certificate lives for %s, and the entry allows %s", life, a.ttl)
 	}
-	for _, name := range h.adminsOf(entry) {
-		v.problem("the SPIFFE ID belongs to entry %q, which is marked admin", name)
+	for _, text := range h.reservedFrom(entry) {
+		v.problem("%s", text)
 	}
 }
 
-// adminsOf returns the entries to which alone the SPIFFE ID of the decision
-// belongs.
-func (h *history) adminsOf(entry *identity.Entry) []string {
-	var names []string
-	for name, admin := range h.admins {
-		if admin && !entry.Admin() && name != entry.Name() {
-			names = append(names, name)
+func marksOf(admin, downstream bool) (marks []string) {
+	if admin {
+		marks = append(marks, "admin")
+	}
+	if downstream {
+		marks = append(marks, "downstream")
+	}
+	return marks
+}
+
+// reservedFrom says to which entries alone the SPIFFE ID of the decision belongs.
+func (h *history) reservedFrom(entry *identity.Entry) []string {
+	var texts []string
+	own := marksOf(entry.Admin(), entry.Downstream())
+	for name, marks := range h.marks {
+		for _, mark := range marks {
+			if !slices.Contains(own, mark) && name != entry.Name() {
+				texts = append(texts, fmt.Sprintf("the SPIFFE ID belongs to entry %q, which is marked %s", name, mark))
+			}
 		}
 	}
-	slices.Sort(names)
-	return names
+	slices.Sort(texts)
+	return texts
 }
 
 func (v *Verdict) judgeRefused(entry *identity.Entry, facts *identity.Facts, h *history) {
@@ -411,13 +427,13 @@ func (v *Verdict) judgeRefused(entry *identity.Entry, facts *identity.Facts, h *
 			v.problem("it was refused by the rule for workloads, and that holds")
 		}
 	case reasonTemplate:
-		switch admins := h.adminsOf(entry); {
+		switch reserved := h.reservedFrom(entry); {
 		case !nodes || !workloads:
 			v.problem("it was refused by a template, and a rule refuses it before that")
-		case v.Again.Allowed && len(admins) > 0:
+		case v.Again.Allowed && len(reserved) > 0:
 			v.Again = &Answer{Miss: &identity.Miss{
 				Field: "spiffe_id", Term: entry.Proto().GetSpiffeId(),
-				Why: fmt.Sprintf("the SPIFFE ID belongs to entry %q, which is marked admin", admins[0]),
+				Why: reserved[0],
 			}}
 		case v.Again.Allowed:
 			v.problem("it was refused by a template, and the templates give legal names")

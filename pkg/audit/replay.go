@@ -296,13 +296,15 @@ func (p *replayer) entryGives(name string, facts *identity.Facts) *Answer {
 		return &Answer{Miss: &identity.Miss{Why: fmt.Sprintf("there is no entry %q", name)}}
 	}
 	a := evaluate(entry, facts)
-	if !a.Allowed || entry.Admin() {
+	if !a.Allowed {
 		return a
 	}
-	if id, err := entry.Render(facts); err == nil && p.set.AdminID(id.ID) {
-		return &Answer{Miss: &identity.Miss{
-			Field: "spiffe_id", Term: entry.Proto().GetSpiffeId(), Why: "the SPIFFE ID belongs to an entry marked admin",
-		}}
+	if id, err := entry.Render(facts); err == nil {
+		if mark := p.set.Reserved(id.ID, entry); mark != "" {
+			return &Answer{Miss: &identity.Miss{
+				Field: "spiffe_id", Term: entry.Proto().GetSpiffeId(), Why: "the SPIFFE ID belongs to an entry marked " + mark,
+			}}
+		}
 	}
 	return a
 }

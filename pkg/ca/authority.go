@@ -129,13 +129,22 @@ func (c *CA) makeIntermediate(r *root, sequence uint64, now time.Time) (*authori
 	if err != nil {
 		return nil, fmt.Errorf("generate its key: %w", err)
 	}
-	t, err := authorityTemplate(c.cfg.TrustDomain, "meshid intermediate", key.Public())
+	cert, err := c.certify(r, key.Public(), now, c.intermediateEnd(r, now))
+	if err != nil {
+		return nil, err
+	}
+	return newAuthority([]*x509.Certificate{cert}, cert.NotAfter, r, key, sequence, now)
+}
+
+// certify has r sign an intermediate for a key, and checks what was signed.
+func (c *CA) certify(r *root, pub crypto.PublicKey, now, notAfter time.Time) (*x509.Certificate, error) {
+	t, err := authorityTemplate(c.cfg.TrustDomain, "meshid intermediate", pub)
 	if err != nil {
 		return nil, err
 	}
 	t.MaxPathLenZero = true
 	t.NotBefore = later(floor(now.Add(-2*c.cfg.Backdate)), r.cert.NotBefore)
-	t.NotAfter = c.intermediateEnd(r, now)
+	t.NotAfter = notAfter
 	if c.cfg.NameConstraints {
 		constrain(t, c.cfg.TrustDomain)
 	}
@@ -147,14 +156,14 @@ func (c *CA) makeIntermediate(r *root, sequence uint64, now time.Time) (*authori
 		return nil, fmt.Errorf("the root expires at %s, too soon for an intermediate: a new root is needed: %w",
 			r.cert.NotAfter.UTC().Format(time.RFC3339), ErrNoAuthority)
 	}
-	cert, err := sign(t, r.cert, key.Public(), r.key)
+	cert, err := sign(t, r.cert, pub, r.key)
 	if err != nil {
 		return nil, fmt.Errorf("sign it with root %s: %w", r.id, err)
 	}
 	if err := checkIntermediate(cert, r.cert, c.cfg.TrustDomain); err != nil {
 		return nil, fmt.Errorf("check what root %s signed: %w", r.id, err)
 	}
-	return newAuthority([]*x509.Certificate{cert}, cert.NotAfter, r, key, sequence, now)
+	return cert, nil
 }
 
 // intermediateEnd is when an intermediate made at now would expire.

@@ -76,7 +76,9 @@ func (c *CA) Run(ctx context.Context) error {
 			return nil
 		}
 		last = time.Now()
-		timer := time.NewTimer(c.maintain(ctx, time.Now()))
+		nap := c.maintain(ctx, time.Now())
+		c.tellAbove(ctx)
+		timer := time.NewTimer(nap)
 		select {
 		case <-ctx.Done():
 			timer.Stop()

@@ -141,6 +141,7 @@ func (c *CA) inputs(ctx context.Context, now time.Time, s *state) (rotation.Inpu
 			in.Horizons[i.Root] = i.LiveUntil
 		}
 	}
+	waitBelow(in.Nodes, intermediates)
 	for _, r := range s.roots {
 		if r.state != StateRetiring || !drained(in, r.id) {
 			delete(c.drained, r.id)

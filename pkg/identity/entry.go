@@ -101,7 +101,8 @@ func (e *Entry) Revision() uint64 { return e.proto.GetRevision() }
 // this order: name, spiffe_id, nodes, workloads; ttl in nanoseconds; the number
 // of dns_names and each of them; hint; admin, accept_weak. A text is its length
 // in bytes and its bytes, a number is 8 bytes (big-endian), a condition is the
-// number 0 or 1. Nothing is normalized: a rule with another spacing is another
+// number 0 or 1. At the end of an entry with downstream: true stands the text
+// "downstream". Nothing is normalized: a rule with another spacing is another
 // entry.
 func (e *Entry) Digest() [32]byte { return e.digest }
 
@@ -110,6 +111,9 @@ func DigestOf(p *entryv1.Entry) [32]byte { return digest(p) }
 
 // Admin reports whether who holds this identity may use the admin API.
 func (e *Entry) Admin() bool { return e.proto.GetAdmin() }
+
+// Downstream reports whether who holds this identity is a CA below this one.
+func (e *Entry) Downstream() bool { return e.proto.GetDownstream() }
 
 // TTL returns the life of an X.509-SVID, 0 for the CA's default.
 func (e *Entry) TTL() time.Duration { return e.proto.GetTtl().AsDuration() }
@@ -194,6 +198,9 @@ func (c *entryCompiler) spiffeID() {
 	if e.proto.GetAdmin() {
 		c.fail(field, "an entry with admin: true must spell its SPIFFE ID out", "write one entry for each administrator")
 	}
+	if e.proto.GetDownstream() {
+		c.fail(field, "an entry with downstream: true must spell its SPIFFE ID out", "write one entry for each CA")
+	}
 	// The trust domain is never made from facts, so that equality is certain.
 	own := scheme + c.td.Name() + "/"
 	rest, ok := strings.CutPrefix(prefix, own)
@@ -244,6 +251,9 @@ func (c *entryCompiler) rules() {
 	if e.proto.GetAcceptWeak() {
 		if e.proto.GetAdmin() {
 			c.fail("accept_weak", "an entry with admin: true cannot accept a weak rule", "pin the workload down")
+		}
+		if e.proto.GetDownstream() {
+			c.fail("accept_weak", "an entry with downstream: true cannot accept a weak rule", "pin the CA down")
 		}
 		return
 	}
@@ -338,6 +348,9 @@ func digest(p *entryv1.Entry) [32]byte {
 	text(p.GetHint())
 	condition(p.GetAdmin())
 	condition(p.GetAcceptWeak())
+	if p.GetDownstream() { // only then: older entries keep their digests
+		text("downstream")
+	}
 	return sha256.Sum256(form)
 }
 

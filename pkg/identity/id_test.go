@@ -299,7 +299,7 @@ func TestV_A5_ByteWiseComparison(t *testing.T) {
 		t.Error("entry for Example.org registered at example.org")
 	}
 	lower := NewSet(mustCompile(t, &entry{Name: "admin", SpiffeId: "spiffe://example.org/admin", Workloads: "unix.uid == 0", Admin: true}))
-	if lower.AdminID(spiffeid.RequireFromString("spiffe://example.org/Admin")) {
+	if lower.Reserved(spiffeid.RequireFromString("spiffe://example.org/Admin"), mustCompile(t, shop())) != "" {
 		t.Error("/Admin is taken for /admin")
 	}
 	// Values are compared as bytes too.

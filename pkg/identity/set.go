@@ -17,8 +17,12 @@ type Set struct {
 	sorted    []*Entry // by name
 	nodes     *index
 	workloads *index
-	admins    map[spiffeid.ID]struct{}
+	reserved  map[spiffeid.ID]reservation
 }
+
+// reservation is what comes with a SPIFFE ID, beside what peers make of it: only
+// entries that say so may give it.
+type reservation struct{ admin, downstream bool }
 
 // NewSet returns a set of entries. Of several with one name the last one stays.
 func NewSet(entries ...*Entry) *Set {
@@ -39,7 +43,7 @@ func build(sorted []*Entry) *Set {
 		sorted:    sorted,
 		nodes:     newIndex(sorted, (*Entry).nodesRule),
 		workloads: newIndex(sorted, (*Entry).workloadsRule),
-		admins:    adminIDs(sorted),
+		reserved:  reservedIDs(sorted),
 	}
 }
 
@@ -81,15 +85,15 @@ func (s *Set) With(upserts []*Entry, removed []string) *Set {
 	if (len(added)+len(gone))*16 > len(sorted) {
 		return build(sorted)
 	}
-	admins := s.admins
-	if slices.ContainsFunc(added, (*Entry).Admin) || slices.ContainsFunc(gone, (*Entry).Admin) {
-		admins = adminIDs(sorted)
+	reserved := s.reserved
+	if slices.ContainsFunc(added, (*Entry).reserves) || slices.ContainsFunc(gone, (*Entry).reserves) {
+		reserved = reservedIDs(sorted)
 	}
 	return &Set{
 		sorted:    sorted,
 		nodes:     s.nodes.with(added, gone, (*Entry).nodesRule),
 		workloads: s.workloads.with(added, gone, (*Entry).workloadsRule),
-		admins:    admins,
+		reserved:  reserved,
 	}
 }
 
@@ -113,12 +117,21 @@ func (s *Set) Len() int { return len(s.sorted) }
 // All returns the entries, sorted by name.
 func (s *Set) All() iter.Seq[*Entry] { return slices.Values(s.sorted) }
 
-// AdminID reports whether an entry with admin: true gives this SPIFFE ID. No
-// other entry may be allowed to give it: an ID is all that a certificate says.
-func (s *Set) AdminID(id spiffeid.ID) bool {
-	_, ok := s.admins[id]
-	return ok
+// Reserved says which mark the entries of this SPIFFE ID have ("admin", or
+// "downstream") that e does not have; "" if e may give it. An ID is all that a
+// certificate says: whoever has it has what comes with it.
+func (s *Set) Reserved(id spiffeid.ID, e *Entry) string {
+	switch r := s.reserved[id]; {
+	case r.admin && !e.Admin():
+		return "admin"
+	case r.downstream && !e.Downstream():
+		return "downstream"
+	default:
+		return ""
+	}
 }
+
+func (e *Entry) reserves() bool { return e.Admin() || e.Downstream() }
 
 // MatchNode returns the entries for a node, sorted by name. The caller owns the
 // slice.
@@ -138,11 +151,12 @@ func (s *Set) MatchWorkload(f *Facts) []*Entry {
 	return s.workloads.match(f, (*Entry).workloadsRule)
 }
 
-func adminIDs(entries []*Entry) map[spiffeid.ID]struct{} {
-	ids := map[spiffeid.ID]struct{}{}
+func reservedIDs(entries []*Entry) map[spiffeid.ID]reservation {
+	ids := map[spiffeid.ID]reservation{}
 	for _, e := range entries {
-		if e.Admin() {
-			ids[e.staticID] = struct{}{}
+		if e.reserves() {
+			r := ids[e.staticID]
+			ids[e.staticID] = reservation{admin: r.admin || e.Admin(), downstream: r.downstream || e.Downstream()}
 		}
 	}
 	return ids

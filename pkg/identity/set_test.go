@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -138,14 +139,52 @@ func TestSet(t *testing.T) {
 	}
 }
 
-func TestSetAdminID(t *testing.T) {
-	admin := &entry{Name: "ops", SpiffeId: "spiffe://example.org/ops", Workloads: "unix.uid == 0", Admin: true}
-	set := NewSet(mustCompile(t, shop()), mustCompile(t, admin))
-	ops, web := spiffeid.RequireFromString("spiffe://example.org/ops"), spiffeid.RequireFromString("spiffe://example.org/web")
-	if !set.AdminID(ops) || set.AdminID(web) || set.AdminID(spiffeid.ID{}) {
-		t.Error("AdminID")
+func TestSetReserved(t *testing.T) {
+	admin := mustCompile(t, &entry{Name: "ops", SpiffeId: "spiffe://example.org/ops", Workloads: "unix.uid == 0", Admin: true})
+	below := mustCompile(t, &entry{Name: "ca", SpiffeId: "spiffe://example.org/ca", Workloads: "unix.uid == 0", Downstream: true})
+	other := mustCompile(t, shop())
+	set := NewSet(other, admin, below)
+	for _, c := range []struct {
+		id    string
+		entry *Entry
+		want  string
+	}{
+		{"spiffe://example.org/ops", other, "admin"},
+		{"spiffe://example.org/ops", admin, ""},
+		{"spiffe://example.org/ops", below, "admin"},
+		{"spiffe://example.org/ca", other, "downstream"},
+		{"spiffe://example.org/ca", admin, "downstream"},
+		{"spiffe://example.org/ca", below, ""},
+		{"spiffe://example.org/web", other, ""},
+	} {
+		id := spiffeid.RequireFromString(c.id)
+		if got := set.Reserved(id, c.entry); got != c.want {
+			t.Errorf("%s for entry %s: %q, want %q", c.id, c.entry.Name(), got, c.want)
+		}
+		if got := set.With(nil, []string{"ops", "ca"}).Reserved(id, other); got != "" {
+			t.Errorf("%s is reserved for %s though its entry is gone", c.id, got)
+		}
 	}
-	if set.With(nil, []string{"ops"}).AdminID(ops) || !set.AdminID(ops) {
-		t.Error("AdminID after With")
+}
+
+func TestDownstream(t *testing.T) {
+	e := &entry{Name: "ca", SpiffeId: "spiffe://example.org/ca", Workloads: "unix.uid == 0"}
+	without := mustCompile(t, e).Digest()
+	e.Downstream = true
+	if compiled := mustCompile(t, e); !compiled.Downstream() || compiled.Digest() == without {
+		t.Error("the mark means nothing")
+	}
+	if text := FormatYAML(e); !strings.Contains(text, "downstream: true\n") {
+		t.Error(text)
+	}
+	for _, spoil := range []func(*entry){
+		func(e *entry) { e.SpiffeId = `spiffe://example.org/ca/{docker.labels["x"]}` },
+		func(e *entry) { e.AcceptWeak = true },
+	} {
+		bad := &entry{Name: "ca", SpiffeId: e.GetSpiffeId(), Workloads: e.GetWorkloads(), Downstream: true}
+		spoil(bad)
+		if _, err := Compile(exampleOrg, bad); err == nil || !strings.Contains(err.Error(), "downstream: true") {
+			t.Errorf("%v", err)
+		}
 	}
 }

@@ -41,6 +41,9 @@ func FormatYAML(e *entryv1.Entry) string {
 	if e.GetAdmin() {
 		line("admin", "true")
 	}
+	if e.GetDownstream() {
+		line("downstream", "true")
+	}
 	if e.GetAcceptWeak() {
 		line("accept_weak", "true")
 	}

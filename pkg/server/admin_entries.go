@@ -253,6 +253,7 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 		apply()
 	}
 	s.hub.wakeAll()
+	s.below.wakeAll()
 	s.cfg.Anchor.changed(records)
 	s.reportBroken()
 	s.keepAnchor(ctx)

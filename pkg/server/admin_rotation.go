@@ -81,7 +81,7 @@ func (s *Server) Fleet() []rotation.Node {
 		}
 		fleet = append(fleet, node)
 	}
-	return fleet
+	return append(fleet, s.below.fleet(s.registry.Entries())...)
 }
 
 // Retiring has the nodes renew what chains to a root; it is what

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	downstreamv1 "github.com/meshid/meshid/proto/downstream/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
@@ -35,6 +36,9 @@ const (
 	roleAnyone role = iota + 1
 	// roleNode: an agent, with the X.509-SVID of an active node.
 	roleNode
+	// roleDownstream: a CA below this one, with an X.509-SVID whose SPIFFE ID is that
+	// of an entry marked downstream.
+	roleDownstream
 	// roleAdmin: root or the CA's own user on the Unix socket, or an X.509-SVID
 	// whose SPIFFE ID is that of an entry marked admin.
 	roleAdmin
@@ -46,6 +50,9 @@ var methods = map[string]role{
 	nodev1.NodeService_Renew_FullMethodName:  roleNode,
 	nodev1.NodeService_Sync_FullMethodName:   roleNode,
 	nodev1.NodeService_Issue_FullMethodName:  roleNode,
+
+	downstreamv1.DownstreamService_Mint_FullMethodName:   roleDownstream,
+	downstreamv1.DownstreamService_Follow_FullMethodName: roleDownstream,
 
 	adminv1.AdminService_ApplyEntries_FullMethodName:       roleAdmin,
 	adminv1.AdminService_DeleteEntries_FullMethodName:      roleAdmin,
@@ -194,6 +201,12 @@ func (s *Server) authorizeTLS(ctx context.Context, c *caller, info *tlsInfo, nee
 			return fail(kindDenied, "permission denied", fmt.Errorf("%s is not the SPIFFE ID of an admin entry", id))
 		}
 		return nil
+	case roleDownstream:
+		c.actor = id
+		if _, ok := s.registry.Entries().Downstream(id); !ok {
+			return fail(kindDenied, "permission denied: no entry marked downstream has this SPIFFE ID", fmt.Errorf("%s is not the SPIFFE ID of a downstream entry", id))
+		}
+		return nil
 	case roleAnyone:
 		return nil
 	default:
@@ -263,7 +276,8 @@ func changes(method string, req any) bool {
 		adminv1.AdminService_LiftQuarantine_FullMethodName,
 		adminv1.AdminService_RotateIntermediate_FullMethodName,
 		adminv1.AdminService_ChangeRotation_FullMethodName,
-		adminv1.AdminService_RenewSVIDs_FullMethodName:
+		adminv1.AdminService_RenewSVIDs_FullMethodName,
+		downstreamv1.DownstreamService_Mint_FullMethodName:
 		return true
 	default:
 		return false

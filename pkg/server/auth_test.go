@@ -129,6 +129,8 @@ func TestV_J7_J11_EveryMethodEveryRole(t *testing.T) {
 	h := newHouse(t)
 	h.apply(shopEntry("web"), &entryv1.Entry{
 		Name: "ops", SpiffeId: "spiffe://example.org/ops", Workloads: `unix.uid == 1000 && unix.path == "/app"`, Admin: true,
+	}, &entryv1.Entry{
+		Name: "below", SpiffeId: "spiffe://example.org/below", Workloads: `unix.uid == 1000 && unix.path == "/app"`, Downstream: true,
 	})
 	served := servedMethods(t, h.server.GRPC())
 	maps.Copy(served, servedMethods(t, h.server.AdminGRPC()))
@@ -144,17 +146,17 @@ func TestV_J7_J11_EveryMethodEveryRole(t *testing.T) {
 		if (need == roleAnyone) != (full == nodev1.NodeService_Attest_FullMethodName) {
 			t.Errorf("%s is for anyone", full)
 		}
-		if strings.HasPrefix(full, "/meshid.admin.") != (need == roleAdmin) {
+		if strings.HasPrefix(full, "/meshid.admin.") != (need == roleAdmin) || strings.HasPrefix(full, "/meshid.downstream.") != (need == roleDownstream) {
 			t.Errorf("%s has role %d", full, need)
 		}
 	}
 
 	a := h.join("n1", nil)
-	workloadKey, opsKey := newKey(t), newKey(t)
-	web, ops := a.item("web", workload("web")), a.item("ops", workload("web"))
-	web.Csr, ops.Csr = newCSR(t, workloadKey), newCSR(t, opsKey)
-	ops.Instance = "unix:ops"
-	res := a.issue(web, ops)
+	workloadKey, opsKey, belowKey := newKey(t), newKey(t), newKey(t)
+	web, ops, below := a.item("web", workload("web")), a.item("ops", workload("web")), a.item("below", workload("web"))
+	web.Csr, ops.Csr, below.Csr = newCSR(t, workloadKey), newCSR(t, opsKey), newCSR(t, belowKey)
+	ops.Instance, below.Instance = "unix:ops", "unix:below"
+	res := a.issue(web, ops, below)
 	callers := map[string]struct {
 		conn *grpc.ClientConn
 		role role
@@ -163,6 +165,7 @@ func TestV_J7_J11_EveryMethodEveryRole(t *testing.T) {
 		"workload": {h.dial(workloadKey, parseChain(t, res[0].GetSvid().GetChain())), roleAnyone},
 		"node":     {a.conn, roleNode},
 		"admin":    {h.dial(opsKey, parseChain(t, res[1].GetSvid().GetChain())), roleAdmin},
+		"CA below": {h.dial(belowKey, parseChain(t, res[2].GetSvid().GetChain())), roleDownstream},
 	}
 	for who, c := range callers {
 		for _, full := range slices.Sorted(maps.Keys(served)) {

@@ -307,8 +307,8 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 		return
 	}
 	// Whoever has an admin's SPIFFE ID is an admin: no other entry makes it.
-	if _, taken := b.entries.Admin(id.ID.String()); taken && !entry.Admin() {
-		const problem = "the SPIFFE ID belongs to an entry marked admin"
+	if mark := b.entries.Set.Reserved(id.ID, entry); mark != "" {
+		problem := "the SPIFFE ID belongs to an entry marked " + mark
 		r.SpiffeId = id.ID.String()
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, problem, problem, 0)
 		return

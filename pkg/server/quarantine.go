@@ -60,6 +60,7 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 		return s.registry.Quarantines().Sequence
 	})
 	s.hub.wakeAll()
+	s.below.wakeAll()
 	s.metrics.quarantines.WithLabelValues(quarantineAdd).Inc()
 	s.log.InfoContext(ctx, "quarantined", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
 
@@ -103,6 +104,7 @@ func (a *adminService) LiftQuarantine(ctx context.Context, req *adminv1.LiftQuar
 	}
 	s.registry.ChangeQuarantines(time.Now(), nil, q)
 	s.hub.wakeAll()
+	s.below.wakeAll()
 	s.metrics.quarantines.WithLabelValues(quarantineLift).Inc()
 	s.log.InfoContext(ctx, "quarantine lifted", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
 	return &adminv1.LiftQuarantineResponse{}, nil

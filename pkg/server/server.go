@@ -203,6 +203,7 @@ type Server struct {
 	metrics   *metrics
 	registry  *registry.Registry
 	hub       *hub
+	below     *below
 	orders    orders
 	conns     *connections
 	verifiers map[string]attest.NodeVerifier
@@ -256,6 +257,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		conns:     newConnections(cfg.Limits.Handshakes, cfg.Limits.Anonymous, anonymousLife),
 		verifiers: make(map[string]attest.NodeVerifier, len(cfg.Verifiers)),
 		refusals:  newRefusalLog(),
+		below:     newBelow(),
 		started:   time.Now(),
 		workers:   make(chan struct{}, runtime.GOMAXPROCS(0)),
 		attests:   NewPlaces(cfg.Limits.Attestations),
@@ -361,6 +363,7 @@ func (s *Server) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			s.hub.shutdown()
+			s.below.shutdown()
 			s.tasks.wait()
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
 			defer cancel()
@@ -384,6 +387,7 @@ func (s *Server) BundleChanged() {
 	default:
 	}
 	s.hub.wakeAll()
+	s.below.wakeAll()
 }
 
 // noteBundle follows the revision, which the CA's store has advanced.

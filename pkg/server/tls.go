@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	downstreamv1 "github.com/meshid/meshid/proto/downstream/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/attest/peer"
@@ -60,6 +61,7 @@ func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
 		s: s, base: s.tlsConfig(), conns: s.conns, counted: func(outcome string) { s.metrics.handshakes.WithLabelValues(outcome).Inc() },
 	}, opts)
 	nodev1.RegisterNodeServiceServer(g, s.NodeService())
+	downstreamv1.RegisterDownstreamServiceServer(g, &downstreamService{s: s})
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
 	adminv1.RegisterLedgerServiceServer(g, s.LedgerService())
 	adminv1.RegisterConsoleServiceServer(g, &consoleService{s: s})

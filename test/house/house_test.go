@@ -65,7 +65,7 @@ var arrows = []struct {
 	{"pkg/ca/keys", []string{"pkg/config", "internal/*"}},
 	{"pkg/ca/rotation", nil},
 	{"pkg/ca/upstream", []string{"internal/*"}},
-	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "internal/*"}},
+	{"pkg/ca/upstream/*", []string{"pkg/ca/upstream", "pkg/config", "proto/plugin/v1", "proto/node/v1", "proto/downstream/v1", "internal/*"}},
 	{"pkg/store/**", []string{"pkg/store/**", "pkg/identity", "pkg/ca", "pkg/ledger", "pkg/ledger/search", "pkg/attest", "pkg/attest/node/jointoken", "pkg/server", "pkg/server/**", "proto/**", "internal/*"}},
 	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/ca/rotation", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/istio", []string{"pkg/kubernetes", "pkg/server", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},

@@ -38,6 +38,24 @@ type RootWatcher interface {
 	WatchRoots(ctx context.Context, changed func(roots []*x509.Certificate) error) error
 }
 
+// RootFollower is a CA that signs with a new root only once that is in force below
+// it, and keeps an old one for as long as something below needs it.
+type RootFollower interface {
+	// InForce is called with what the mesh has of each root in its bundle, now and
+	// then and after each change. It does not block. It may be called while the
+	// other methods are.
+	InForce(roots []InForce)
+}
+
+// InForce is what a mesh has of a root.
+type InForce struct {
+	Root *x509.Certificate
+	// Acknowledged: every live proxy trusts it.
+	Acknowledged bool
+	// Held: something that has not expired chains to it.
+	Held bool
+}
+
 // CrossSigner is a CA that certifies the key of another root.
 type CrossSigner interface {
 	// CrossSign returns a certificate of root's subject and key that was issued by

@@ -42,9 +42,10 @@ type Entries struct {
 	// are kept for the operator to see; nothing is issued under them.
 	Broken map[string]*entryv1.Entry
 
-	admins  map[string]*identity.Entry // by SPIFFE ID
-	changes []change                   // oldest first; everything after since is in it
-	since   uint64
+	// By SPIFFE ID, the entries marked admin, and those marked downstream.
+	admins, downstreams map[string]*identity.Entry
+	changes             []change // oldest first; everything after since is in it
+	since               uint64
 }
 
 // change is what one revision did to the entries.
@@ -65,6 +66,16 @@ func (e *Entries) Admin(id string) (*identity.Entry, bool) {
 	a, ok := e.admins[id]
 	return a, ok
 }
+
+// Downstream returns the entry marked downstream whose SPIFFE ID is exactly id,
+// likewise.
+func (e *Entries) Downstream(id string) (*identity.Entry, bool) {
+	d, ok := e.downstreams[id]
+	return d, ok
+}
+
+// Downstreams returns the SPIFFE IDs of the entries marked downstream, sorted.
+func (e *Entries) Downstreams() []string { return slices.Sorted(maps.Keys(e.downstreams)) }
 
 // Names returns the names of all entries, broken ones included, sorted.
 func (e *Entries) Names() []string {
@@ -128,7 +139,7 @@ func (e *Entries) Delta(from uint64, node *identity.Facts) (upserts []*identity.
 func (e *Entries) with(revision uint64, upserts []*identity.Entry, removed []string) *Entries {
 	next := &Entries{Revision: revision, Set: e.Set, Broken: e.Broken, since: e.since}
 	if len(upserts) == 0 && len(removed) == 0 {
-		next.admins, next.changes = e.admins, e.changes
+		next.admins, next.downstreams, next.changes = e.admins, e.downstreams, e.changes
 		return next
 	}
 	c := change{revision: revision, before: make([]before, 0, len(upserts)+len(removed))}
@@ -150,7 +161,7 @@ func (e *Entries) with(revision uint64, upserts []*identity.Entry, removed []str
 	for _, b := range c.before {
 		delete(next.Broken, b.name)
 	}
-	next.admins = adminsOf(next.Set)
+	next.admins, next.downstreams = marked(next.Set, (*identity.Entry).Admin), marked(next.Set, (*identity.Entry).Downstream)
 	next.changes = append(slices.Clone(e.changes), c)
 	names := 0
 	for i, c := range slices.Backward(next.changes) {
@@ -164,14 +175,15 @@ func (e *Entries) with(revision uint64, upserts []*identity.Entry, removed []str
 	return next
 }
 
-func adminsOf(set *identity.Set) map[string]*identity.Entry {
-	admins := make(map[string]*identity.Entry)
+// marked returns the entries of a set that have a mark, by SPIFFE ID.
+func marked(set *identity.Set, has func(*identity.Entry) bool) map[string]*identity.Entry {
+	entries := make(map[string]*identity.Entry)
 	for entry := range set.All() {
-		if entry.Admin() {
-			admins[entry.Proto().GetSpiffeId()] = entry
+		if has(entry) {
+			entries[entry.Proto().GetSpiffeId()] = entry
 		}
 	}
-	return admins
+	return entries
 }
 
 // State says whether a node may use the CA.
@@ -272,7 +284,8 @@ func newSlot(n *Node) *slot {
 func New(epoch string, revision uint64, set *identity.Set, broken map[string]*entryv1.Entry, nodes []*Node) *Registry {
 	r := &Registry{epoch: epoch, nodes: make(map[string]*slot, len(nodes))}
 	r.entries.Store(&Entries{
-		Revision: revision, Set: set, Broken: broken, admins: adminsOf(set), since: revision,
+		Revision: revision, Set: set, Broken: broken, since: revision,
+		admins: marked(set, (*identity.Entry).Admin), downstreams: marked(set, (*identity.Entry).Downstream),
 	})
 	for _, n := range nodes {
 		r.nodes[n.ID] = newSlot(n)

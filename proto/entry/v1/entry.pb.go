@@ -48,6 +48,9 @@ type Entry struct {
 	// Accept a rule that rests only on facts which a workload or a tenant could
 	// choose for itself.
 	AcceptWeak bool `protobuf:"varint,9,opt,name=accept_weak,json=acceptWeak,proto3" json:"accept_weak,omitempty"`
+	// Whoever holds this identity is a CA below this one, which may have its
+	// intermediates signed.
+	Downstream bool `protobuf:"varint,10,opt,name=downstream,proto3" json:"downstream,omitempty"`
 	// The revision that last changed this entry.
 	Revision      uint64 `protobuf:"varint,20,opt,name=revision,proto3" json:"revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -147,6 +150,13 @@ func (x *Entry) GetAcceptWeak() bool {
 	return false
 }
 
+func (x *Entry) GetDownstream() bool {
+	if x != nil {
+		return x.Downstream
+	}
+	return false
+}
+
 func (x *Entry) GetRevision() uint64 {
 	if x != nil {
 		return x.Revision
@@ -158,7 +168,7 @@ var File_proto_entry_v1_entry_proto protoreflect.FileDescriptor
 
 const file_proto_entry_v1_entry_proto_rawDesc = "" +
 	"\n" +
-	"\x1aproto/entry/v1/entry.proto\x12\x0fmeshid.entry.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9d\x02\n" +
+	"\x1aproto/entry/v1/entry.proto\x12\x0fmeshid.entry.v1\x1a\x1egoogle/protobuf/duration.proto\"\xbd\x02\n" +
 	"\x05Entry\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x14\n" +
@@ -169,7 +179,11 @@ const file_proto_entry_v1_entry_proto_rawDesc = "" +
 	"\x04hint\x18\a \x01(\tR\x04hint\x12\x14\n" +
 	"\x05admin\x18\b \x01(\bR\x05admin\x12\x1f\n" +
 	"\vaccept_weak\x18\t \x01(\bR\n" +
-	"acceptWeak\x12\x1a\n" +
+	"acceptWeak\x12\x1e\n" +
+	"\n" +
+	"downstream\x18\n" +
+	" \x01(\bR\n" +
+	"downstream\x12\x1a\n" +
 	"\brevision\x18\x14 \x01(\x04R\brevisionB1Z/github.com/meshid/meshid/proto/entry/v1;entryv1b\x06proto3"
 
 var (

@@ -165,10 +165,10 @@ func (c *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 		return nil, explain(ctx, "Mint", err, trailer)
 	}
 	m := &upstream.Minted{}
-	if m.Chain, err = certificates(answer.GetChain(), 2*upstream.MaxChain); err != nil {
+	if m.Chain, err = upstream.ParseDER(2*upstream.MaxChain, answer.GetChain()); err != nil {
 		return nil, fmt.Errorf("chain from the plug-in: %w", err)
 	}
-	if m.Roots, err = certificates(answer.GetRoots(), upstream.MaxRoots); err != nil {
+	if m.Roots, err = upstream.ParseDER(upstream.MaxRoots, answer.GetRoots()); err != nil {
 		return nil, fmt.Errorf("roots from the plug-in: %w", err)
 	}
 	return m, nil
@@ -210,7 +210,7 @@ func (c *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) e
 			continue
 		}
 		known = answer.GetRoots()
-		roots, err := certificates(known, upstream.MaxRoots)
+		roots, err := upstream.ParseDER(upstream.MaxRoots, known)
 		if err != nil {
 			return fmt.Errorf("roots from the plug-in: %w", err)
 		}
@@ -224,24 +224,6 @@ func (c *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) e
 			return err
 		}
 	}
-}
-
-// certificates parses what came, within bounds.
-func certificates(ders [][]byte, most int) ([]*x509.Certificate, error) {
-	if len(ders) > most {
-		return nil, fmt.Errorf("%d certificates: at most %d are accepted", len(ders), most)
-	}
-	all := make([]*x509.Certificate, len(ders))
-	for i, der := range ders {
-		if len(der) > upstream.MaxCertificate {
-			return nil, fmt.Errorf("certificate %d has %d bytes: at most %d are accepted", i+1, len(der), upstream.MaxCertificate)
-		}
-		var err error
-		if all[i], err = x509.ParseCertificate(der); err != nil {
-			return nil, fmt.Errorf("certificate %d is not X.509 in DER: %.200w", i+1, err)
-		}
-	}
-	return all, nil
 }
 
 func unavailable(err error) error { return fmt.Errorf("%w: %w", upstream.ErrUnavailable, err) }

@@ -1,0 +1,140 @@
+package server
+
+import (
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	downstreamv1 "github.com/meshid/meshid/proto/downstream/v1"
+	entryv1 "github.com/meshid/meshid/proto/entry/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+)
+
+// A CA below gets what its entry allows it, and nothing that its request says.
+func TestDownstream(t *testing.T) {
+	h := newHouse(t)
+	const id = "spiffe://example.org/below"
+	h.apply(&entryv1.Entry{Name: "below", SpiffeId: id, Workloads: `unix.uid == 1000 && unix.path == "/app"`, Downstream: true},
+		&entryv1.Entry{Name: "thief", SpiffeId: id, Workloads: `unix.uid == 1000 && unix.path == "/app"`})
+	a := h.join("n1", nil)
+	key := newKey(t)
+	item, stolen := a.item("below", workload("web")), a.item("thief", workload("web"))
+	item.Csr = newCSR(t, key)
+	res := a.issue(item, stolen)
+	if res[1].GetSvid() != nil {
+		t.Error("an entry without the mark gives the SPIFFE ID of one that has it")
+	}
+	client := downstreamv1.NewDownstreamServiceClient(h.dial(key, parseChain(t, res[0].GetSvid().GetChain())))
+
+	for name, req := range map[string]*downstreamv1.MintRequest{
+		"no CSR":  {Life: durationpb.New(time.Hour)},
+		"no life": {Csr: newCSR(t, newKey(t))},
+	} {
+		if _, err := client.Mint(t.Context(), req); err == nil {
+			t.Errorf("%s: signed", name)
+		} else {
+			h.wantCode(err, codes.InvalidArgument)
+		}
+	}
+
+	lower := newKey(t)
+	minted, err := client.Mint(t.Context(), &downstreamv1.MintRequest{Csr: newCSR(t, lower), Life: durationpb.New(100 * 365 * 24 * time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := parseChain(t, minted.GetChain())[0]
+	roots, _ := h.ca.Bundle()
+	switch {
+	case !c.IsCA || !c.MaxPathLenZero || c.MaxPathLen != 0 || !lower.PublicKey.Equal(c.PublicKey):
+		t.Error("it is no CA of path length 0 for the key")
+	case len(c.URIs) != 1 || c.URIs[0].String() != td.IDString() || len(c.DNSNames) > 0:
+		t.Errorf("it is named %v %v", c.URIs, c.DNSNames)
+	case time.Until(c.NotAfter) > 8*24*time.Hour:
+		t.Errorf("it lives until %s", c.NotAfter)
+	case c.CheckSignatureFrom(roots[0]) != nil:
+		t.Error("it is not below the root")
+	}
+	found := false
+	for _, r := range h.records(ledgerv1.Event_EVENT_AUTHORITY) {
+		if r.GetActor() == id && r.GetAuthority().GetRole() == "intermediate" {
+			found = string(r.GetCertificate().GetSerial()) == string(c.SerialNumber.Bytes())
+		}
+	}
+	if !found {
+		t.Error("there is no record of it")
+	}
+	// Nobody knows yet what is in force below, and its intermediate lives.
+	fleet := func() (connected, counted bool, sequence uint64) {
+		for _, n := range h.server.Fleet() {
+			if n.ID == id {
+				return n.Connected, n.Counted, n.Sequence
+			}
+		}
+		t.Error("the CA below is not among the nodes")
+		return false, false, 0
+	}
+	r, err := h.ca.Rotation(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range r.Inputs.Nodes {
+		if n.ID == id && !n.Lease.Equal(c.NotAfter) {
+			t.Errorf("it is waited for until %s, and its intermediate lives until %s", n.Lease, c.NotAfter)
+		}
+	}
+	stream, err := client.Follow(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	told, err := stream.Recv()
+	if err != nil || len(told.GetRoots()) != 1 {
+		t.Fatalf("%v %v", told, err)
+	}
+	if connected, counted, sequence := fleet(); !connected || counted || sequence != 0 {
+		t.Error("it counts as if it had said something")
+	}
+	if err := stream.Send(&downstreamv1.FollowRequest{Acknowledged: told.GetSequence(), Held: []string{"00ff"}}); err != nil {
+		t.Fatal(err)
+	}
+	if !h.eventually(func() bool {
+		connected, counted, sequence := fleet()
+		return connected && counted && sequence == told.GetSequence()
+	}) {
+		t.Error("what it has acknowledged does not count")
+	}
+	// A second process of it has not.
+	second, err := client.Follow(t.Context())
+	if err == nil {
+		_, err = second.Recv()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, counted, sequence := fleet(); counted || sequence != 0 {
+		t.Error("one of its processes speaks for another")
+	}
+
+	// The rate is bounded, and so is the right.
+	for range mintBurst + 1 {
+		if _, err = client.Mint(t.Context(), &downstreamv1.MintRequest{Csr: newCSR(t, newKey(t)), Life: durationpb.New(time.Hour)}); err != nil {
+			break
+		}
+	}
+	h.wantCode(err, codes.ResourceExhausted)
+	admin, ctx := h.admin()
+	if _, err := admin.DeleteEntries(ctx, &adminv1.DeleteEntriesRequest{Names: []string{"below"}}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	h.wantCode(err, codes.PermissionDenied)
+	_, err = client.Mint(t.Context(), &downstreamv1.MintRequest{Csr: newCSR(t, newKey(t)), Life: durationpb.New(time.Hour)})
+	h.wantCode(err, codes.PermissionDenied)
+	for _, n := range h.server.Fleet() {
+		if n.ID == id {
+			t.Error("a CA without an entry is waited for")
+		}
+	}
+}
