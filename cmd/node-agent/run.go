@@ -67,7 +67,7 @@ func newCheckCommand() *cobra.Command {
 	var path string
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Check the configuration, and that the CA can be reached",
+		Short: "Check the configuration, and that the CA, the kubelet and the container runtime answer",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v, err := loadSettings(path)
@@ -77,7 +77,8 @@ func newCheckCommand() *cobra.Command {
 			if _, err := nodeAttester(v.NodeAttestation); err != nil {
 				return err
 			}
-			if _, err := workloadAttestors(v.WorkloadAttestation, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
+			workloads, err := workloadAttestors(v.WorkloadAttestation, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+			if err != nil {
 				return err
 			}
 			if _, err := csiDriver(v, slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
@@ -88,10 +89,25 @@ func newCheckCommand() *cobra.Command {
 			defer cancel()
 			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", v.CA.Address)
 			if err != nil {
-				return fmt.Errorf("reach the CA: %w\n  Check ca.address, and that the CA runs and no firewall is between", err)
+				err = fmt.Errorf("reach the CA: %w\n  Check ca.address, and that the CA runs and no firewall is between", err)
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "the CA answers at %s\n", conn.RemoteAddr())
+				err = conn.Close()
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "the CA answers at %s\n", conn.RemoteAddr())
-			return conn.Close()
+			for _, w := range workloads {
+				c, ok := w.(interface {
+					Check(ctx context.Context) (found string, err error)
+				})
+				if !ok {
+					continue
+				}
+				found, failed := c.Check(cmd.Context())
+				if failed == nil {
+					fmt.Fprintln(cmd.OutOrStdout(), found)
+				}
+				err = errors.Join(err, failed)
+			}
+			return err
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", defaultConfigPath, "configuration file")

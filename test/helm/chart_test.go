@@ -179,7 +179,7 @@ func documents(t testing.TB, args ...string) (all []document) {
 
 // Whatever the values are, the programs accept the configuration that the chart
 // writes.
-func TestConfigurationOfChart(t *testing.T) {
+func TestChartConfiguration(t *testing.T) {
 	for name, args := range map[string][]string{
 		"default":    nil,
 		"everything": {"--values=" + values(t, everything)},
@@ -276,7 +276,7 @@ func TestChecksums(t *testing.T) {
 
 // A real API server accepts all of it, and what the CA's pod may do and may not is what
 // the chart says.
-func TestManifestsInAPIServer(t *testing.T) {
+func TestAPIServerAcceptsManifests(t *testing.T) {
 	s := kube.StartAPIServer(t)
 	read := func(name string) string {
 		text, err := os.ReadFile(filepath.Join(require.Repository(), "deploy", "kubernetes", name))

@@ -283,6 +283,7 @@ agent: {caAddress: '`+caIP+`:8443'}
 	})
 	within("nothing is found wrong", func(i installation) {
 		i.t.Log(i.documented("kubectl -n meshid exec meshid-ca-0 -- ca k8s check"))
+		i.t.Log(i.documented("kubectl -n meshid exec daemonset/meshid-agent -- node-agent check"))
 	})
 	var pods []kube.RunningPod
 	within("restricted pods have their identities", func(i installation) {

@@ -169,6 +169,20 @@ func New(c Config, logger *slog.Logger, reg prometheus.Registerer) (*Attestor, e
 	return a, nil
 }
 
+// Check asks the kubelet and the container runtime once, and says what they know. Its
+// errors say what to change.
+func (a *Attestor) Check(ctx context.Context) (string, error) {
+	pods, err := a.kubelet.pods(ctx)
+	if err != nil {
+		return "", err
+	}
+	ids, err := a.runtime.list(ctx)
+	if err != nil {
+		return "", fmt.Errorf("%w; see that the runtime runs, that the folder of its socket is mounted, and that runtime_socket names it", err)
+	}
+	return fmt.Sprintf("the kubelet at %s has %d pods, the container runtime %d containers", a.config.Kubelet, len(pods), len(ids)), nil
+}
+
 // Name returns "k8s".
 func (*Attestor) Name() string { return Name }
 

@@ -807,3 +807,23 @@ func BenchmarkPods(b *testing.B) {
 		})
 	}
 }
+
+// Check says what answers, and what to change if something does not.
+func TestCheck(t *testing.T) {
+	w := newWorld(t)
+	w.run("A")
+	found, err := w.attestor.Check(t.Context())
+	if want := "has 1 pods, the container runtime 1 containers"; err != nil || !strings.Contains(found, want) {
+		t.Errorf("%q (%v), want %q", found, err, want)
+	}
+	w.kubelet.set(func() { w.kubelet.code = http.StatusForbidden })
+	if _, err := w.attestor.Check(t.Context()); err == nil || !strings.Contains(err.Error(), "nodes/pods") {
+		t.Errorf("%v, want what right is missing", err)
+	}
+	w.kubelet.set(func() { w.kubelet.code = 0 })
+	w.attestor.runtime.sockets = []string{filepath.Join(t.TempDir(), "none.sock")}
+	w.attestor.runtime.conn = nil
+	if _, err := w.attestor.Check(t.Context()); err == nil || !strings.Contains(err.Error(), "runtime_socket") {
+		t.Errorf("%v, want which setting names the socket", err)
+	}
+}
