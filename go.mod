@@ -48,6 +48,8 @@ require (
 	modernc.org/sqlite v1.62.0
 )
 
+require github.com/spiffe/spire-api-sdk v1.2.5-0.20250109200630-101d5e7de758
+
 require (
 	cel.dev/expr v0.25.3 // indirect
 	cloud.google.com/go v0.123.0 // indirect

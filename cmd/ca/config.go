@@ -142,6 +142,8 @@ type upstreamSettings struct {
 	GCPCAS config.Section `yaml:"gcpcas" settings:"pkg/ca/upstream/gcpcas"`
 	// Another meshid, of the same trust domain; see docs/upstream/meshid.md.
 	Meshid config.Section `yaml:"meshid" settings:"pkg/ca/upstream/meshid"`
+	// A SPIRE deployment of the same trust domain; see docs/upstream/spire.md.
+	SPIRE config.Section `yaml:"spire" settings:"pkg/ca/upstream/spire"`
 	// A step-ca; see docs/upstream/stepca.md.
 	StepCA config.Section `yaml:"stepca" settings:"pkg/ca/upstream/stepca"`
 	// A PKI mount of HashiCorp Vault or OpenBao; see docs/upstream/vault.md.

@@ -18,6 +18,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/gcpcas"
 	"github.com/meshid/meshid/pkg/ca/upstream/meshid"
+	"github.com/meshid/meshid/pkg/ca/upstream/spire"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
 	"github.com/meshid/meshid/pkg/ca/upstream/vault"
 	"github.com/meshid/meshid/pkg/config"
@@ -79,6 +80,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"gcpcas", u.GCPCAS, openUpstream(gcpcas.New)},
 		{"meshid", u.Meshid, openUpstream(meshid.New)},
+		{"spire", u.SPIRE, openUpstream(spire.New)},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
 		{"vault", u.Vault, openUpstream(vault.New)},
 	}

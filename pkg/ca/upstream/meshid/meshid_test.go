@@ -94,7 +94,7 @@ func (f *fake) Follow(stream grpc.BidiStreamingServer[downstreamv1.FollowRequest
 func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*fake, Config) {
 	t.Helper()
 	f := &fake{t: t, authority: a, behaviour: b, said: make(chan *downstreamv1.FollowRequest)}
-	address, member, end := upstreamtest.ServeMesh(t, serverPath, func(s *grpc.Server) { downstreamv1.RegisterDownstreamServiceServer(s, f) })
+	address, member, end := upstreamtest.ServeMesh(t, upstreamtest.NewAuthority(t, upstreamtest.Good), serverPath, func(s *grpc.Server) { downstreamv1.RegisterDownstreamServiceServer(s, f) })
 	if b == upstreamtest.Gone {
 		end()
 	}
@@ -167,7 +167,7 @@ func TestAcknowledges(t *testing.T) {
 // A server of the mesh that is no CA is told nothing.
 func TestServerIsNoCA(t *testing.T) {
 	f := &fake{t: t, authority: upstreamtest.NewAuthority(t, upstreamtest.Good)}
-	address, member, _ := upstreamtest.ServeMesh(t, "/workload", func(s *grpc.Server) { downstreamv1.RegisterDownstreamServiceServer(s, f) })
+	address, member, _ := upstreamtest.ServeMesh(t, f.authority, "/workload", func(s *grpc.Server) { downstreamv1.RegisterDownstreamServiceServer(s, f) })
 	ca := open(t, Config{Address: address, Certificate: member.Certificate, Key: member.Key, Bundle: member.Bundle})
 	_, err := upstreamtest.Mint(t.Context(), t, ca)
 	if !errors.Is(err, upstream.ErrUnavailable) || !strings.Contains(err.Error(), "unexpected ID") {

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"math/big"
 	"net"
 	"net/http"
@@ -45,10 +46,9 @@ type Member struct{ Certificate, Key, Bundle string }
 
 // ServeMesh serves gRPC on this machine for a fake that is part of a mesh and has a
 // SPIFFE ID with this path, until the test ends or close is called. Callers have to be
-// of the same trust domain; member is one.
-func ServeMesh(t testing.TB, path string, register func(*grpc.Server)) (address string, member Member, close func()) {
+// of the same trust domain; member is one. a has issued all certificates, with its root.
+func ServeMesh(t testing.TB, a *Authority, path string, register func(*grpc.Server)) (address string, member Member, close func()) {
 	t.Helper()
-	a := NewAuthority(t, Good)
 	certificate, key := a.SVID(path)
 	pair, err := tls.X509KeyPair(certificate, key)
 	if err != nil {
@@ -70,7 +70,7 @@ func ServeMesh(t testing.TB, path string, register func(*grpc.Server)) (address 
 	end := func() {
 		once.Do(func() {
 			s.Stop()
-			if err := <-served; err != nil {
+			if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) { // it may not have begun
 				t.Errorf("serve: %v", err)
 			}
 		})
@@ -88,7 +88,8 @@ func ServeMesh(t testing.TB, path string, register func(*grpc.Server)) (address 
 	return l.Addr().String(), Member{write("svid.pem", certificate), write("key.pem", key), write("bundle.pem", PEM(a.Root))}, end
 }
 
-// SVID returns an X.509-SVID of this CA and its key, PEM; it lives for an hour.
+// SVID returns an X.509-SVID that the root has issued, whatever is wrong with the
+// issuing CA, and its key, PEM; it lives for an hour.
 func (a *Authority) SVID(path string) (certificate, private []byte) {
 	a.t.Helper()
 	key := newKey(a.t)
@@ -96,6 +97,6 @@ func (a *Authority) SVID(path string) (certificate, private []byte) {
 		URIs: []*url.URL{TrustDomain.ID().URL().JoinPath(path)}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		BasicConstraintsValid: true,
-	}, a.Issuer, key.Public(), a.Key)
-	return PEM(c, a.Issuer), KeyPEM(a.t, key)
+	}, a.Root, key.Public(), a.RootKey)
+	return PEM(c), KeyPEM(a.t, key)
 }
