@@ -149,23 +149,10 @@ func provenOther(der []byte) (*PublicKey, error) {
 	if err != nil {
 		return nil, errMalformedCSR
 	}
-	var algorithm string
-	switch pub := request.PublicKey.(type) {
-	case *ecdsa.PublicKey:
-		if pub.Curve != elliptic.P384() {
-			return nil, fmt.Errorf("elliptic curve %s is not allowed: use P-256", pub.Params().Name)
-		}
-		algorithm = "EC-P384"
-	case *rsa.PublicKey:
-		// Before the proof: verification with a huge key costs much.
-		if err := checkRSASize(pub); err != nil {
-			return nil, err
-		}
-		algorithm = "RSA-" + strconv.Itoa(pub.N.BitLen())
-	case ed25519.PublicKey:
-		algorithm = "Ed25519"
-	default:
-		return nil, errors.New("keys of its type are not allowed: use P-256")
+	// Before the proof: verification with a huge key costs much.
+	algorithm, err := allowed(request.PublicKey)
+	if err != nil {
+		return nil, err
 	}
 	switch request.SignatureAlgorithm {
 	case x509.ECDSAWithSHA256, x509.ECDSAWithSHA384, x509.ECDSAWithSHA512,
@@ -178,15 +165,66 @@ func provenOther(der []byte) (*PublicKey, error) {
 	if err := request.CheckSignature(); err != nil {
 		return nil, errNoPossession
 	}
-	if pub, ok := request.PublicKey.(*rsa.PublicKey); ok {
+	return publicKey(request.PublicKey, request.RawSubjectPublicKeyInfo, algorithm)
+}
+
+// ProvenKey is ParseCSR for a key whose holder has proved to have the private key in
+// another way, which the caller has verified. spki is a SubjectPublicKeyInfo in DER.
+func ProvenKey(spki []byte) (*PublicKey, error) {
+	key, err := provenKey(spki)
+	if err != nil {
+		return nil, &RequestError{Reason: ReasonCSR, Err: err}
+	}
+	return key, nil
+}
+
+func provenKey(spki []byte) (*PublicKey, error) {
+	if len(spki) > maxCSR {
+		return nil, fmt.Errorf("key of %d bytes: at most %d are allowed", len(spki), maxCSR)
+	}
+	parsed, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		return nil, errors.New("malformed public key")
+	}
+	algorithm, err := allowed(parsed)
+	if err != nil {
+		return nil, err
+	}
+	return publicKey(parsed, spki, algorithm)
+}
+
+// allowed returns the name of a key's algorithm, if the key policy allows it.
+func allowed(key any) (algorithm string, err error) {
+	switch pub := key.(type) {
+	case *ecdsa.PublicKey:
+		switch pub.Curve {
+		case elliptic.P256():
+			return "EC-P256", nil
+		case elliptic.P384():
+			return "EC-P384", nil
+		default:
+			return "", fmt.Errorf("elliptic curve %s is not allowed: use P-256", pub.Params().Name)
+		}
+	case *rsa.PublicKey:
+		return "RSA-" + strconv.Itoa(pub.N.BitLen()), checkRSASize(pub)
+	case ed25519.PublicKey:
+		return "Ed25519", nil
+	default:
+		return "", errors.New("keys of its type are not allowed: use P-256")
+	}
+}
+
+// publicKey is the last step for a key that was parsed and proved.
+func publicKey(parsed any, spki []byte, algorithm string) (*PublicKey, error) {
+	if pub, ok := parsed.(*rsa.PublicKey); ok {
 		if err := checkRSAModulus(pub.N); err != nil {
 			return nil, err
 		}
 	}
 	// One key has one encoding: what two parsers may read differently is not
 	// copied into a certificate.
-	canonical, err := x509.MarshalPKIXPublicKey(request.PublicKey)
-	if err != nil || !bytes.Equal(canonical, request.RawSubjectPublicKeyInfo) {
+	canonical, err := x509.MarshalPKIXPublicKey(parsed)
+	if err != nil || !bytes.Equal(canonical, spki) {
 		return nil, errors.New("its key is not encoded as the standards say")
 	}
 	return publicKeyOf(canonical, algorithm)

@@ -68,6 +68,9 @@ type Request struct {
 	// Backdate is how far NotBefore may lie before the moment of signing at most; zero
 	// means as far as configured.
 	Backdate time.Duration
+	// MinLife and MaxLife bound the time from NotBefore to NotAfter; zero for no bound.
+	// What is more is cut off at its end, and what is less is refused.
+	MinLife, MaxLife time.Duration
 	// Record has the facts: event, kind, node, entry, workload, instance and how
 	// long the request took. Sign fills in the rest and puts it in the draft; on
 	// an error it is the caller's again, for the record of the refusal. Its node
@@ -125,6 +128,16 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	l := leaf{id: id, dnsNames: r.DNSNames, key: r.Key}
 	var shrunk int
 	l.notBefore, l.notAfter, shrunk, err = c.choose(a, now, r.TTL, r.Backdate)
+	if end := l.notBefore.Add(r.MaxLife); r.MaxLife > 0 && l.notAfter.After(end) {
+		l.notAfter = end
+	}
+	if life := l.notAfter.Sub(l.notBefore); err == nil && life < r.MinLife {
+		if shrunk != shrunkByAuthority {
+			c.metrics.refused[refusedTTL].Inc()
+			return nil, &RequestError{Reason: ReasonTTL, Err: fmt.Errorf("a life of %s: at least %s is needed here", life, r.MinLife)}
+		}
+		err = ErrNoAuthority // until the next one
+	}
 	if err != nil {
 		c.wake()
 		c.metrics.refused[refusedAuthority].Inc()

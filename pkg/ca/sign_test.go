@@ -226,6 +226,23 @@ func TestV_B8_Backdating(t *testing.T) {
 	}
 }
 
+// Who is told what a life may be gets no other.
+func TestBoundsOfLife(t *testing.T) {
+	f := open(t, Config{})
+	leaf, _, _ := f.issue(t, time.Now(), &Request{TTL: time.Hour, Backdate: time.Minute, MinLife: time.Hour, MaxLife: time.Hour})
+	if life := leaf.NotAfter.Sub(leaf.NotBefore); life != time.Hour {
+		t.Errorf("a life of %s", life)
+	}
+	_, err := f.Sign(time.Now(), &Request{ID: id("/app"), Key: parseKey(t, newKey(t)), TTL: 30 * time.Minute, MinLife: time.Hour})
+	wantReason(t, err, ReasonTTL)
+	// What is too short because the authority ends is no fault of the request.
+	f = open(t, Config{IntermediateLife: 48 * time.Hour, MaxTTL: 24 * time.Hour})
+	late := time.Now().Add(30 * time.Hour)
+	if _, err = f.Sign(late, &Request{ID: id("/app"), Key: parseKey(t, newKey(t)), TTL: 24 * time.Hour, MinLife: 23 * time.Hour}); !errors.Is(err, ErrNoAuthority) {
+		t.Errorf("beyond the authority's end: %v", err)
+	}
+}
+
 func TestSpec_B09_NotBeforeBackdated(t *testing.T) {
 	_, leaf, _ := one(t, &Request{})
 	if time.Since(leaf.NotBefore) < 10*time.Second {
@@ -521,9 +538,12 @@ func TestV_B4_KeyPolicy(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = ParseCSR(withSPKI(t, spki))
-			wantReason(t, err, ReasonCSR)
-			if err == nil || !strings.Contains(err.Error(), tc.want) {
-				t.Errorf("got %v, want %q", err, tc.want)
+			_, proven := ProvenKey(spki)
+			for _, err := range []error{err, proven} {
+				wantReason(t, err, ReasonCSR)
+				if err == nil || !strings.Contains(err.Error(), tc.want) {
+					t.Errorf("got %v, want %q", err, tc.want)
+				}
 			}
 		})
 	}
@@ -564,6 +584,28 @@ func TestV_B4_Points(t *testing.T) {
 		} else {
 			wantReason(t, err, ReasonCSR)
 		}
+		_, err := ProvenKey(spki)
+		wantReason(t, err, ReasonCSR)
+	}
+}
+
+// A key that was proved otherwise is the same one.
+func TestProvenKey(t *testing.T) {
+	for name, private := range allowedKeys(t) {
+		want := parseKey(t, private)
+		spki, err := x509.MarshalPKIXPublicKey(private.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := ProvenKey(spki)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got.SPKI(), want.SPKI()) || got.Hash() != want.Hash() || got.ski != want.ski || got.Algorithm() != name {
+			t.Errorf("%s: another key", name)
+		}
+		_, err = ProvenKey(append(spki, 0))
+		wantReason(t, err, ReasonCSR)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/server/registry"
 )
@@ -28,31 +29,51 @@ type Direct struct {
 	// SPIFFEID is the identity that is asked for. It is issued if there is an entry
 	// that gives it to this workload on this node, and in no other way.
 	SPIFFEID string
+	// AnyID asks for whichever identity the entries give, and SPIFFEID is empty: of
+	// several entries that of the first by name, as in the Workload API.
+	AnyID bool
 	// CSR is a PKCS #10 request, DER: its public key is taken, and nothing else.
 	CSR []byte
+	// PublicKey is in place of a CSR, a SubjectPublicKeyInfo in DER, if whoever calls
+	// IssueDirect has verified that the workload holds the private key.
+	PublicKey []byte
 	// TTL is the longest life that is wanted; zero means the entry's. It lowers what
 	// the entry says and never raises it; less than a certificate may have is raised.
 	TTL time.Duration
 	// Backdate is how far NotBefore may lie in the past at most; zero means as far as
 	// configured.
 	Backdate time.Duration
+	// MinLife and MaxLife bound the time from NotBefore to NotAfter; zero for no bound.
+	// What is less is refused.
+	MinLife, MaxLife time.Duration
 	// Actor is who asked on behalf of the workload, if it is not the workload itself.
 	Actor string
 	// Address is where the request came from.
 	Address string
 }
 
-func (d *Direct) backdate() time.Duration {
-	if d == nil {
-		return 0
+// key returns the public key that a certificate is asked for, proved and allowed.
+func (b *batch) key(item *nodev1.IssueItem) (*ca.PublicKey, error) {
+	if b.direct != nil && len(b.direct.PublicKey) > 0 {
+		return ca.ProvenKey(b.direct.PublicKey)
 	}
-	return d.Backdate
+	return ca.ParseCSR(item.GetCsr())
+}
+
+// bound has a request to the CA say what a workload without an agent wants.
+func (d *Direct) bound(r *ca.Request) *ca.Request {
+	if d != nil {
+		r.Backdate, r.MinLife, r.MaxLife = d.Backdate, d.MinLife, d.MaxLife
+	}
+	return r
 }
 
 // DirectSVID is an X.509-SVID whose record is durable.
 type DirectSVID struct {
 	// Chain is DER, leaf first, without the root.
 	Chain [][]byte
+	// RenewAt is when it should be replaced.
+	RenewAt time.Time
 	// Roots are all roots of the trust domain: an old and a new one while they change.
 	Roots []*x509.Certificate
 }
@@ -121,7 +142,7 @@ func (s *Server) IssueDirect(ctx context.Context, d *Direct) (*DirectSVID, error
 	}
 	svid := res.GetResults()[0].GetSvid()
 	roots, _ := s.cfg.CA.Bundle()
-	return &DirectSVID{Chain: svid.GetChain(), Roots: roots}, nil
+	return &DirectSVID{Chain: svid.GetChain(), RenewAt: svid.GetRenewAt().AsTime(), Roots: roots}, nil
 }
 
 // Reasons of a refusal before IssueDirect.
@@ -180,9 +201,16 @@ func (b *batch) entryFor(d *Direct) string {
 		return err == nil && id.ID.String() == d.SPIFFEID
 	}
 	for _, e := range b.entries.Set.MatchWorkload(facts) {
-		if e.MatchNode(facts) && gives(e) {
+		if e.MatchNode(facts) && (d.AnyID || gives(e)) {
 			return e.Name()
 		}
+	}
+	if d.AnyID {
+		// Only if there is one for the node is it the one that was meant.
+		if all := b.entries.Set.MatchNode(facts); len(all) == 1 {
+			return all[0].Name()
+		}
+		return ""
 	}
 	tried := 0
 	for e := range b.entries.Set.All() {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"crypto/x509"
 	"errors"
 	"testing"
 	"time"
@@ -66,10 +67,35 @@ func TestIssueDirect(t *testing.T) {
 		t.Errorf("a short life is raised, not refused: %v", err)
 	}
 
+	// Whatever the entries give, and a key that was proved otherwise.
+	key := newKey(t)
+	any := request(func(d *Direct) { d.SPIFFEID, d.AnyID, d.CSR = "", true, nil })
+	if any.PublicKey, err = x509.MarshalPKIXPublicKey(key.Public()); err != nil {
+		t.Fatal(err)
+	}
+	if svid, err = h.server.IssueDirect(t.Context(), any); err != nil {
+		t.Fatal(err)
+	}
+	leaf = parseChain(t, svid.Chain)[0]
+	if got := leaf.URIs[0].String(); got != "spiffe://example.org/ns/shop/sa/web" || !key.PublicKey.Equal(leaf.PublicKey) {
+		t.Errorf("%s for another key", got)
+	}
+	if svid.RenewAt.Before(leaf.NotBefore) || svid.RenewAt.After(leaf.NotAfter) {
+		t.Errorf("to be renewed at %s, it is valid from %s to %s", svid.RenewAt, leaf.NotBefore, leaf.NotAfter)
+	}
+
 	for name, c := range map[string]struct {
 		change func(*Direct)
 		reason string
 	}{
+		"no life that is long enough": {func(d *Direct) { d.MinLife = 2 * time.Hour }, reasonTemplate},
+		"nothing for the node": {func(d *Direct) {
+			d.AnyID, d.SPIFFEID, d.Node.K8S.Cluster = true, "", "test"
+		}, reasonEntryUnknown},
+		"nothing for the workload": {func(d *Direct) {
+			d.AnyID, d.SPIFFEID, d.Workload.K8S.Namespace = true, "", "kube-system"
+		}, reasonRule},
+		"no key":            {func(d *Direct) { d.PublicKey = []byte{1} }, reasonCSR},
 		"other identity":    {func(d *Direct) { d.SPIFFEID = "spiffe://example.org/ns/shop/sa/admin" }, reasonEntryUnknown},
 		"other namespace":   {func(d *Direct) { d.SPIFFEID = "spiffe://example.org/ns/bank/sa/web" }, reasonEntryUnknown},
 		"other domain":      {func(d *Direct) { d.SPIFFEID = "spiffe://evil.example/ns/shop/sa/web" }, reasonEntryUnknown},

@@ -239,7 +239,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	}
 	if b.quarantines.Len() > 0 {
 		// What is wrong with the CSR is said below, if it is its turn.
-		if key, err := ca.ParseCSR(item.GetCsr()); err == nil {
+		if key, err := b.key(item); err == nil {
 			sum := key.Hash()
 			if q, ok := b.quarantines.Of("", sum[:], nil); ok {
 				quarantined(q)
@@ -296,7 +296,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(err.Error()), err.Error(), 0)
 		return
 	}
-	if b.direct != nil && id.ID.String() != b.direct.SPIFFEID {
+	if b.direct != nil && !b.direct.AnyID && id.ID.String() != b.direct.SPIFFEID {
 		const problem = "there is no entry that gives the workload this SPIFFE ID"
 		refused(nodev1.Reason_REASON_RULE_NOT_MATCHED, reasonRule, problem, problem, 0)
 		return
@@ -313,7 +313,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 		refused(nodev1.Reason_REASON_TEMPLATE, reasonTemplate, problem, problem, 0)
 		return
 	}
-	key, err := ca.ParseCSR(item.GetCsr())
+	key, err := b.key(item)
 	if err != nil {
 		r.SpiffeId = id.ID.String()
 		refused(nodev1.Reason_REASON_CSR, reasonCSR, truncate(err.Error()), err.Error(), 0)
@@ -321,9 +321,7 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	}
 	r.Outcome = ledgerv1.Outcome_OUTCOME_SUCCESS
 	r.Took = durationpb.New(time.Since(b.c.began))
-	signed, err := b.s.cfg.CA.Sign(time.Now(), &ca.Request{
-		ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: b.ttl(id.TTL), Backdate: b.direct.backdate(), Record: r,
-	})
+	signed, err := b.s.cfg.CA.Sign(time.Now(), b.direct.bound(&ca.Request{ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: b.ttl(id.TTL), Record: r}))
 	if err != nil {
 		reason, label, message, retryAfter := refusalOf(err)
 		if label == reasonUnavailable {
