@@ -255,6 +255,12 @@ type clusterSettings struct {
 		// Name of a ClusterTrustBundle, such as meshid.io:svid:bundle.
 		ClusterTrustBundle string `yaml:"cluster_trust_bundle" default:"none"`
 	} `yaml:"bundle"`
+	// Certificates as files, which the kubelet writes into podCertificate volumes.
+	PodCertificates struct {
+		// The name by which these volumes ask for this CA, such as meshid.io/svid: the CA
+		// then answers the cluster's PodCertificateRequest objects for it.
+		Signer string `yaml:"signer" default:"none"`
+	} `yaml:"pod_certificates"`
 }
 
 // istioSettings are those of the CA for an unmodified Istio.

@@ -104,14 +104,24 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 				bad(at+".bundle.cluster_trust_bundle", "%v", err)
 			}
 		}
-		all.kept = append(all.kept, keptCluster{client, c})
+		signer := c.PodCertificates.Signer
+		if err := kubernetes.CheckSigner(signer); signer != "" && err != nil {
+			bad(at+".pod_certificates.signer", "%v", err)
+		}
+		kept := keptCluster{client: client, settings: c}
 		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel}
-		if policy != placement.Off {
-			if followed.Pods, err = kube.NewPods(client, reg); err != nil {
+		if policy != placement.Off || signer != "" {
+			pods, err := kube.NewPods(client, reg)
+			if err != nil {
 				return nil, err
 			}
-			all.pods = append(all.pods, clusterPods{c.Name, followed.Pods})
+			all.pods = append(all.pods, clusterPods{c.Name, pods})
+			if policy != placement.Off {
+				followed.Pods = pods
+			}
+			kept.certificates = kubernetes.PodCertificatesConfig{Client: client, Pods: pods, Signer: signer, Instance: v.Instance, Registerer: reg}
 		}
+		all.kept = append(all.kept, kept)
 		config.Clusters = append(config.Clusters, followed)
 	}
 	if len(problems) > 0 {
@@ -163,6 +173,9 @@ func (c *clusters) conditions() []string {
 type keptCluster struct {
 	client   *kube.Client
 	settings clusterSettings
+	// certificates is what is needed to answer PodCertificateRequest objects, but for what
+	// belongs to the server.
+	certificates kubernetes.PodCertificatesConfig
 }
 
 // keptPart is one thing that is kept. Its condition is a warning while it is not.
@@ -200,6 +213,17 @@ func (k keptCluster) parts(srv *server.Server, bundle kubernetes.Bundle) []keptP
 			Client: k.client, Bundle: bundle, Name: s.Bundle.ClusterTrustBundle, Logger: logger, Report: report,
 		})
 		return b.Run, b.Changed
+	})
+	add(s.PodCertificates.Signer != "", "pod_certificates", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
+		config := k.certificates
+		config.Issuer, config.Logger, config.Report = srv, logger, report
+		return func(ctx context.Context) error {
+			c, err := kubernetes.NewPodCertificates(config)
+			if err != nil {
+				return err
+			}
+			return c.Run(ctx)
+		}, func() {}
 	})
 	return all
 }

@@ -15,8 +15,8 @@ import (
 
 const certificatesGroup = "certificates.k8s.io"
 
-// clusterBundleVersions are those of ClusterTrustBundle, the best first.
-var clusterBundleVersions = []string{"v1", "v1beta1", "v1alpha1"}
+// certificatesVersions are those of the group, the best first.
+var certificatesVersions = []string{"v1", "v1beta1", "v1alpha1"}
 
 // ClusterBundleConfig is what NewClusterBundle needs.
 type ClusterBundleConfig struct {
@@ -121,7 +121,7 @@ func (b *ClusterBundle) Run(ctx context.Context) error {
 func (b *ClusterBundle) discover(ctx context.Context) (kube.Resource, error) {
 	for {
 		var failed error
-		for _, version := range clusterBundleVersions {
+		for _, version := range certificatesVersions {
 			r := kube.Resource{Group: certificatesGroup, Version: version, Plural: "clustertrustbundles"}
 			err := b.cfg.Client.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
 			if err == nil {

@@ -8,6 +8,7 @@
 //	configmaps.go    the trust bundle is in a ConfigMap of each namespace that is chosen
 //	clusterbundle.go ... and in a ClusterTrustBundle
 //	trustbundles.go  TrustBundle objects say where it is to be
+//	podcerts.go      PodCertificateRequest objects get their certificates
 package kubernetes
 
 import (

@@ -9,13 +9,13 @@ import (
 	"testing"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
-	"github.com/meshid/meshid/test/kube"
+	testkube "github.com/meshid/meshid/test/kube"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
 )
 
 func TestMain(m *testing.M) {
-	os.Exit(kube.Main(m)) //nolint:forbidigo // as every TestMain
+	os.Exit(testkube.Main(m)) //nolint:forbidigo // as every TestMain
 }
 
 // crds are the kinds as they are shipped.
@@ -29,7 +29,7 @@ func crds(t *testing.T) string {
 }
 
 // startCA starts a CA that follows the cluster.
-func startCA(t *testing.T, s *kube.APIServer, more string) *local.CA {
+func startCA(t *testing.T, s *testkube.APIServer, more string) *local.CA {
 	t.Helper()
 	return local.StartCA(t, local.CAOptions{Config: fmt.Sprintf("kubernetes:\n  clusters:\n    - {name: prod, kubeconfig: %s, placement: 'off'%s}\n", s.Kubeconfig, more)})
 }
@@ -72,7 +72,7 @@ spec:
 // Objects become entries, their status says what became of them, and an API server that
 // is away takes nothing out of force.
 func TestRegistrationEntries(t *testing.T) {
-	s := kube.StartAPIServer(t)
+	s := testkube.StartAPIServer(t)
 	ca := startCA(t, s, ", entries: true")
 	// The kinds come later than the CA: it waits for them.
 	s.Apply(t, crds(t))
@@ -136,7 +136,7 @@ func TestRegistrationEntries(t *testing.T) {
 
 // The API server itself refuses what it can judge.
 func TestAdmission(t *testing.T) {
-	s := kube.Shared(t)
+	s := testkube.Shared(t)
 	s.Apply(t, crds(t))
 	local.Await(t, "the new kind", func(context.Context) error {
 		_, err := s.Kubectl(t, "get", "registrationentries")

@@ -210,7 +210,7 @@ func TestMetrics(t *testing.T) {
 	if err := os.WriteFile(config, []byte(fmt.Sprintf(`trust_domain: example.org
 console: {listen: '127.0.0.1:0', one_time_link: true}
 istio: {listen: '127.0.0.1:0', dns_names: [ca.example.org], issuers: [{name: idp, issuer: 'https://idp.example.org'}]}
-kubernetes: {clusters: [{name: docs, kubeconfig: '%s/kubeconfig'}]}
+kubernetes: {clusters: [{name: docs, kubeconfig: '%s/kubeconfig', pod_certificates: {signer: meshid.io/svid}}]}
 `, dir)), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -70,7 +70,7 @@ var arrows = []struct {
 	{"pkg/server/**", []string{"pkg/server/**", "pkg/ca", "pkg/ca/rotation", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/ledger", "pkg/ledger/search", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/istio", []string{"pkg/kubernetes", "pkg/server", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	{"pkg/placement", []string{"pkg/server", "proto/attributes/v1", "internal/*"}},
-	{"pkg/kubernetes", []string{"pkg/server", "pkg/identity", "proto/entry/v1", "internal/*"}},
+	{"pkg/kubernetes", []string{"pkg/server", "pkg/placement", "pkg/identity", "proto/attributes/v1", "proto/entry/v1", "proto/node/v1", "internal/*"}},
 	{"pkg/console", []string{"pkg/ledger", "pkg/ledger/search", "proto/**", "internal/*"}},
 	{"pkg/agent", []string{"pkg/agent/cache", "pkg/attest", "pkg/attest/peer", "pkg/identity", "pkg/health", "proto/**", "internal/*"}},
 	// Level 4.

@@ -130,6 +130,8 @@ type Pod struct {
 	Annotations map[string]string
 	// Images are those of its containers c0, c1, …; one if there is none.
 	Images []string
+	// Signer is the one of its podCertificate volume, which it has if this is not empty.
+	Signer string
 	// UID is the API server's.
 	UID string
 }
@@ -161,6 +163,11 @@ func (s *APIServer) createPod(ctx context.Context, p Pod) (Pod, error) {
 	for i, image := range p.Images {
 		containers[i] = object{"name": fmt.Sprint("c", i), "image": image}
 	}
+	var volumes []object
+	if p.Signer != "" {
+		source := object{"signerName": p.Signer, "keyType": "ECDSAP256", "credentialBundlePath": "bundle.pem"}
+		volumes = []object{{"name": "certificate", "projected": object{"sources": []object{{"podCertificate": source}}}}}
+	}
 	var created struct {
 		Metadata struct {
 			UID string `json:"uid"`
@@ -168,7 +175,7 @@ func (s *APIServer) createPod(ctx context.Context, p Pod) (Pod, error) {
 	}
 	err := s.Do(ctx, http.MethodPost, "/api/v1/namespaces/"+p.Namespace+"/pods", object{
 		"metadata": object{"name": p.Name, "labels": p.Labels, "annotations": p.Annotations},
-		"spec":     object{"serviceAccountName": p.ServiceAccount, "nodeName": p.Node, "containers": containers},
+		"spec":     object{"serviceAccountName": p.ServiceAccount, "nodeName": p.Node, "containers": containers, "volumes": volumes},
 	}, &created)
 	p.UID = created.Metadata.UID
 	return p, err
