@@ -5,6 +5,7 @@ package local
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -205,6 +206,8 @@ type CA struct {
 type CAOptions struct {
 	// Config is added to ca.yaml.
 	Config string
+	// Listen is where it listens, if not on loopback.
+	Listen string
 	// Wrap stands before the program's own arguments.
 	Wrap []string
 }
@@ -214,7 +217,7 @@ func StartCA(t testing.TB, o CAOptions) *CA {
 	t.Helper()
 	dir := shortDir(t)
 	c := &CA{
-		Dir: dir, Listen: FreeAddress(t), Metrics: FreeAddress(t),
+		Dir: dir, Listen: cmp.Or(o.Listen, FreeAddress(t)), Metrics: FreeAddress(t),
 		AdminSocket: filepath.Join(dir, "admin.sock"), DataDir: filepath.Join(dir, "ca"),
 	}
 	config := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: '%s'\nadmin_socket: %s\nmetrics_listen: '%s'\n%s",

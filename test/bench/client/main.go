@@ -3,14 +3,16 @@
 // answers "how long does a new process wait", with as little of its own in the
 // figure as can be: no gRPC library, no poller, one write and one read.
 //
-//	client SOCKET RESOURCE NODE_BYTES
+//	client SOCKET RESOURCE NODE_BYTES [once]
 //
 // The gate is its standard input: it goes on when that ends. On its standard
-// output it says "ready", and then "secret BEGIN END" in nanoseconds of the
-// monotonic clock, which all processes of a machine share.
+// output it says "ready", and then "secret BEGIN END LEAF": the times in
+// nanoseconds of the monotonic clock, which all processes of a machine share, and
+// the certificate, so that it can be seen whose it is. With "once" it ends then.
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,14 +26,16 @@ import (
 )
 
 func main() {
-	// It runs until it is killed.
-	fmt.Fprintln(os.Stderr, "client:", run(os.Args[1:]))
-	os.Exit(1) //nolint:forbidigo // this is main
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "client:", err)
+		os.Exit(1) //nolint:forbidigo // this is main
+	}
 }
 
 func run(args []string) error {
-	if len(args) != 3 {
-		return errors.New("usage: client SOCKET RESOURCE NODE_BYTES")
+	once := len(args) == 4 && args[3] == "once"
+	if len(args) != 3 && !once {
+		return errors.New("usage: client SOCKET RESOURCE NODE_BYTES [once]")
 	}
 	nodeBytes, err := strconv.Atoi(args[2])
 	if err != nil {
@@ -78,11 +82,18 @@ func run(args []string) error {
 		}
 		if !served {
 			served = true
-			if err := say(fmt.Sprintf("secret %d %d\n", begin, end)); err != nil {
+			if err := say(fmt.Sprintf("secret %d %d %s\n", begin, end, leaf(m))); err != nil || once {
 				return err
 			}
 		}
 	}
+}
+
+// leaf returns the first certificate of a message, in the letters of PEM (RFC 7468).
+func leaf(m []byte) []byte {
+	_, after, _ := bytes.Cut(m, []byte("-----BEGIN CERTIFICATE-----"))
+	base64, _, _ := bytes.Cut(after, []byte("-----END"))
+	return bytes.ReplaceAll(base64, []byte("\n"), nil)
 }
 
 // say writes one line in one piece: many processes share the pipe.
