@@ -136,6 +136,7 @@ type Attestor struct {
 	kubelet   *kubelet
 	pods      *pods
 	index     *container.Index
+	wanted    wanted
 	processes container.Processes
 	wait      time.Duration // maxWait
 	logger    *slog.Logger
@@ -199,7 +200,7 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Peer) (*attest.Facts, err
 	if err != nil {
 		return nil, fmt.Errorf("k8s: %w", err)
 	}
-	c, err := a.index.Find(ctx, p, memberships)
+	c, err := a.find(ctx, p, memberships)
 	if errors.Is(err, attest.ErrNotMine) {
 		// A process in a pod's cgroup is in a pod, or wants to pass for one. It is not
 		// left with what others know of it because the runtime is slow.
@@ -215,6 +216,25 @@ func (a *Attestor) Attest(ctx context.Context, p *peer.Peer) (*attest.Facts, err
 		return nil, fmt.Errorf("k8s: process %d: pod %s/%s has ended (phase %s), and its containers are being stopped", p.PID, pod.namespace, pod.name, pod.phase)
 	}
 	return &attest.Facts{Workload: c.Workload, Instance: c.Instance, Rank: attest.RankContainer}, nil
+}
+
+// find finds the container of a process that waits for it. The runtime may take longer
+// to say that it has been started than the one who asked it first would wait.
+func (a *Attestor) find(ctx context.Context, p *peer.Peer, memberships container.Memberships) (*container.Container, error) {
+	ids, err := memberships.Candidates()
+	if err != nil {
+		return nil, fmt.Errorf("process %d: %w", p.PID, err)
+	}
+	for _, id := range ids {
+		_, release := a.wanted.hold(id, true)
+		defer release()
+	}
+	for {
+		c, err := a.index.Find(ctx, p, memberships)
+		if !errors.Is(err, errCreated) || ctx.Err() != nil {
+			return c, err
+		}
+	}
 }
 
 // askAgain makes the next question about the containers that the memberships name

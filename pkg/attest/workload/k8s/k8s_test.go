@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/meshid/meshid/internal/backoff"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
@@ -313,6 +314,69 @@ func TestWaitForStart(t *testing.T) {
 	until(t, "the runtime is asked twice", func() bool { return w.runtime.count(id("A")) >= 2 })
 	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_RUNNING })
 	wg.Wait()
+}
+
+// A container that was seen to be made is asked about now and then until a process of it
+// waits: that one is not kept waiting for the next time.
+func TestWaitForStartIsShort(t *testing.T) {
+	usual := startBackoff
+	startBackoff = backoff.Policy{Base: 1000 * time.Hour, Max: 1000 * time.Hour}
+	t.Cleanup(func() { startBackoff = usual })
+	w := newWorld(t)
+	w.attestor.wait = time.Hour
+	init, _ := w.run("A")
+	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_CREATED })
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := w.attestor.index.Get(t.Context(), id("A")); err != nil { // as Watch does
+			t.Error(err)
+		}
+	})
+	until(t, "the runtime is asked", func() bool { return w.runtime.count(id("A")) >= 1 })
+	wg.Go(func() {
+		if _, err := w.attestor.Attest(t.Context(), init); err != nil {
+			t.Error(err)
+		}
+	})
+	until(t, "the runtime is asked again", func() bool { return w.runtime.count(id("A")) >= 3 })
+	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_RUNNING })
+	wg.Wait()
+	if n := len(w.attestor.wanted.byID); n != 0 {
+		t.Errorf("%d containers are still waited for", n)
+	}
+}
+
+// A process is served although whoever asked first about its container has given up.
+func TestWaitForStartOutlivesOthers(t *testing.T) {
+	w := newWorld(t)
+	w.attestor.wait = time.Hour
+	init, _ := w.run("A")
+	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_CREATED })
+	ctx, giveUp := context.WithCancel(t.Context())
+	defer giveUp()
+	var first, second sync.WaitGroup
+	first.Go(func() {
+		if _, err := w.attestor.index.Get(ctx, id("A")); !errors.Is(err, errCreated) {
+			t.Errorf("a container that has not been started: %v", err)
+		}
+	})
+	until(t, "the runtime is asked", func() bool { return w.runtime.count(id("A")) >= 1 })
+	second.Go(func() {
+		if _, err := w.attestor.Attest(t.Context(), init); err != nil {
+			t.Error(err)
+		}
+	})
+	until(t, "the process waits", func() bool {
+		w.attestor.wanted.mu.Lock()
+		defer w.attestor.wanted.mu.Unlock()
+		held := w.attestor.wanted.byID[id("A")]
+		return held != nil && held.waiting
+	})
+	until(t, "the runtime has said that it was not started", func() bool { return w.runtime.count(id("A")) >= 2 })
+	giveUp()
+	first.Wait()
+	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_RUNNING })
+	second.Wait()
 }
 
 // One pod that does not come costs the others nothing.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/meshid/meshid/internal/backoff"
@@ -16,8 +17,13 @@ import (
 // deadline himself.
 const maxWait = 2 * time.Second
 
-// startBackoff is between questions about a container that is being started.
-var startBackoff = backoff.Policy{Base: 10 * time.Millisecond, Max: 500 * time.Millisecond}
+// The pauses between questions about a container that is being started. As long as
+// nobody waits for it they are long. Who asks on its behalf is a process of it, so that
+// it has been started and the runtime is about to say so.
+var (
+	startBackoff  = backoff.Policy{Base: 100 * time.Millisecond, Max: time.Second}
+	wantedBackoff = backoff.Policy{Base: 10 * time.Millisecond, Max: 40 * time.Millisecond}
+)
 
 // load asks the runtime for a container, the kubelet for its pod, and the kernel for
 // its init process.
@@ -60,14 +66,65 @@ func (a *Attestor) load(ctx context.Context, id string) (*container.Container, e
 
 // started asks for a container, again and again while it is being started.
 func (a *Attestor) started(ctx context.Context, id string) (*running, error) {
+	wanted, release := a.wanted.hold(id, false)
+	defer release()
 	tries := backoff.New(startBackoff)
-	for {
+	for created := false; ; created = true {
 		r, err := a.runtime.container(ctx, id)
-		if !errors.Is(err, errCreated) {
+		cut := created && ctx.Err() != nil // what is known of it stays
+		if !errors.Is(err, errCreated) && !cut {
 			return r, err
 		}
-		if backoff.Wait(ctx, tries.Next()) != nil {
-			return nil, err
+		pause := time.NewTimer(tries.Next())
+		select {
+		case <-pause.C:
+		case <-wanted:
+			wanted, tries = nil, backoff.New(wantedBackoff)
+		case <-ctx.Done():
+		}
+		pause.Stop()
+		if ctx.Err() != nil {
+			return nil, errCreated
+		}
+	}
+}
+
+// wanted are containers that a process waits for, or that the runtime is being asked
+// for. It is safe for concurrent use.
+type wanted struct {
+	mu   sync.Mutex // guards what follows
+	byID map[string]*want
+}
+
+type want struct {
+	holders int
+	waiting bool
+	arrived chan struct{} // closed when waiting is set
+}
+
+// hold notes a container until release is called: for a process that waits for it, or
+// for one who wants to know of such a process. arrived is closed when there is one.
+func (w *wanted) hold(id string, waits bool) (arrived <-chan struct{}, release func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.byID == nil {
+		w.byID = make(map[string]*want)
+	}
+	held := w.byID[id]
+	if held == nil {
+		held = &want{arrived: make(chan struct{})}
+		w.byID[id] = held
+	}
+	held.holders++
+	if waits && !held.waiting {
+		held.waiting = true
+		close(held.arrived)
+	}
+	return held.arrived, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if held.holders--; held.holders == 0 {
+			delete(w.byID, id)
 		}
 	}
 }
