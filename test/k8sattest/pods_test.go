@@ -332,8 +332,8 @@ func (f *fleet) nothingHeld() {
 	}
 }
 
-// processorTime is what the agents have used.
-func (f *fleet) processorTime() (all []time.Duration) {
+// pids are the processes of the agents, and of the CA.
+func (f *fleet) pids() (agents []int, ca int) {
 	f.t.Helper()
 	for _, a := range f.agents {
 		children, err := os.ReadFile(fmt.Sprintf("/proc/%[1]d/task/%[1]d/children", a.PID()))
@@ -344,13 +344,29 @@ func (f *fleet) processorTime() (all []time.Duration) {
 		if err != nil {
 			f.t.Fatal(err)
 		}
-		var ts unix.Timespec
-		if err := unix.ClockGettime(int32(^pid<<3|2), &ts); err != nil { //nolint:gosec // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
-			f.t.Fatal(err)
-		}
-		all = append(all, time.Duration(ts.Nano()))
+		agents = append(agents, pid)
 	}
-	return all
+	return agents, f.ca.PID()
+}
+
+// processorTime is what a process has used.
+func (f *fleet) processorTime(pid int) time.Duration {
+	f.t.Helper()
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|2), &ts); err != nil { //nolint:gosec // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
+		f.t.Fatal(err)
+	}
+	return time.Duration(ts.Nano())
+}
+
+// usage is what agents and CA have used of the processors.
+func (f *fleet) usage() (agents []time.Duration, ca time.Duration) {
+	f.t.Helper()
+	pids, pid := f.pids()
+	for _, p := range pids {
+		agents = append(agents, f.processorTime(p))
+	}
+	return agents, f.processorTime(pid)
 }
 
 // calls are how often the agents have asked their kubelet or their runtime so.
@@ -361,17 +377,37 @@ func (f *fleet) calls(call string) (n float64) {
 		if err != nil {
 			f.t.Fatal(err)
 		}
-		for line := range strings.Lines(text) {
-			if v, ok := strings.CutPrefix(line, fmt.Sprintf("meshid_agent_k8s_calls_total{call=%q,outcome=\"ok\"} ", call)); ok {
-				one, err := strconv.ParseFloat(strings.TrimSpace(v), 64)
-				if err != nil {
-					f.t.Fatal(err)
-				}
-				n += one
-			}
-		}
+		n += f.series(text, fmt.Sprintf("meshid_agent_k8s_calls_total{call=%q,outcome=\"ok\"}", call))
 	}
 	return n
+}
+
+// mean returns the mean of a histogram of the CA since before, in milliseconds; with
+// what it is to be given as before the next time.
+func (f *fleet) mean(histogram string, before [2]float64) (float64, [2]float64) {
+	f.t.Helper()
+	text, err := exec.CommandContext(f.t.Context(), "busybox", "wget", "-q", "-O", "-", "http://"+f.ca.Metrics+"/metrics").Output() //nolint:gosec // our own address
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	now := [2]float64{f.series(string(text), histogram+"_sum"), f.series(string(text), histogram+"_count")}
+	return 1000 * (now[0] - before[0]) / (now[1] - before[1]), now
+}
+
+// series returns the value of one series of a program's metrics.
+func (f *fleet) series(text, name string) float64 {
+	f.t.Helper()
+	for line := range strings.Lines(text) {
+		if v, ok := strings.CutPrefix(line, name+" "); ok {
+			n, err := strconv.ParseFloat(strings.TrimSpace(v), 64)
+			if err != nil {
+				f.t.Fatal(err)
+			}
+			return n
+		}
+	}
+	f.t.Fatalf("there is no %s", name)
+	return 0
 }
 
 // volume is the agent's socket in a pod of a node.
@@ -484,7 +520,15 @@ spec:
 	var together []time.Duration
 	reviews := f.reviews("ca")
 	polls, asked := f.calls("kubelet_pods"), f.calls("runtime_container_status")
-	began, used := time.Now(), f.processorTime()
+	histograms := map[string]string{
+		"CA-request-ms": "meshid_ca_issue_duration_seconds", "CA-disk-ms": "meshid_ca_ledger_fsync_duration_seconds", "CA-placement-ms": "meshid_ca_placement_duration_seconds",
+	}
+	before := make(map[string][2]float64)
+	for name, h := range histograms {
+		_, before[name] = f.mean(h, before[name])
+	}
+	began := time.Now()
+	used, usedCA := f.usage()
 	for range s.rounds {
 		scale(replicas)
 		for _, d := range all {
@@ -506,9 +550,15 @@ spec:
 	took := time.Since(began)
 	quantiles("40-pods", together)
 	var most, sum time.Duration
-	for i, now := range f.processorTime() {
+	nowUsed, nowCA := f.usage()
+	for i, now := range nowUsed {
 		most, sum = max(most, now-used[i]), sum+now-used[i]
 	}
+	for name, h := range histograms {
+		mean, _ := f.mean(h, before[name])
+		report(name, mean)
+	}
+	report("CA-cpu-ms/pod", (nowCA-usedCA).Seconds()*1000/float64(len(together)))
 	report("agent-cores", most.Seconds()/took.Seconds())
 	report("agent-cpu-ms/pod", sum.Seconds()*1000/float64(len(together)))
 	report("kubelet-polls/pod", (f.calls("kubelet_pods")-polls)/float64(len(together)))
