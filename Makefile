@@ -64,7 +64,7 @@ crash: install ## 10,000 power failures of the ledger, 300 kills of the CA under
 	$(ROOT) env MESHID_CRASH_POINTS=10000 MESHID_CRASH_KILLS=300 go test -count=1 -v -timeout 60m -run '^TestFault_F([1-5]|14|18)_' ./pkg/ledger ./test/hostile
 
 bench: ## the benchmarks; docs/performance.md says what they should be
-	scripts/install-envoy && $(ROOT) go test -run '^$$' -bench . -benchmem -timeout 60m ./...
+	scripts/install-envoy && scripts/install-kubernetes && $(ROOT) env MESHID_CLUSTER=1 go test -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 generate: ## Go from .proto files, and what is generated into docs/ and deploy/
 	scripts/install-packages protobuf-compiler libprotobuf-dev && scripts/install-tools protoc-gen-go protoc-gen-go-grpc helm

@@ -48,7 +48,7 @@ func TestClusterPodsComeAndGo(t *testing.T) {
 // that kwok plays.
 func BenchmarkClusterPods(b *testing.B) {
 	for b.Loop() {
-		comeAndGo(b, size{rounds: 5, single: 20, containers: 10, processes: 100, fake: 2000}, func(name string, v float64) {
+		comeAndGo(b, size{rounds: 4, single: 6, containers: 10, processes: 60, fake: 2000}, func(name string, v float64) {
 			b.Logf("%10.2f %s", v, name)
 			b.ReportMetric(v, name)
 		})
@@ -132,7 +132,7 @@ func startFleet(t testing.TB) *fleet {
 		"--audit-policy-file=" + write("audit.yaml", audit), "--audit-log-path=" + f.audit,
 	}})
 	program := filepath.Join(dir, "probe")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./test/bench/client") //nolint:gosec // the arguments are ours
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./test/bench/client")
 	build.Dir, build.Env = require.Repository(), append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the probe: %v\n%s", err, out)
@@ -353,7 +353,7 @@ func (f *fleet) pids() (agents []int, ca int) {
 func (f *fleet) processorTime(pid int) time.Duration {
 	f.t.Helper()
 	var ts unix.Timespec
-	if err := unix.ClockGettime(int32(^pid<<3|2), &ts); err != nil { //nolint:gosec // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
+	if err := unix.ClockGettime(int32(^pid<<3|2), &ts); err != nil { // CPUCLOCK_SCHED of the process, clock_getcpuclockid(3)
 		f.t.Fatal(err)
 	}
 	return time.Duration(ts.Nano())
@@ -386,7 +386,7 @@ func (f *fleet) calls(call string) (n float64) {
 // what it is to be given as before the next time.
 func (f *fleet) mean(histogram string, before [2]float64) (float64, [2]float64) {
 	f.t.Helper()
-	text, err := exec.CommandContext(f.t.Context(), "busybox", "wget", "-q", "-O", "-", "http://"+f.ca.Metrics+"/metrics").Output() //nolint:gosec // our own address
+	text, err := exec.CommandContext(f.t.Context(), "busybox", "wget", "-q", "-O", "-", "http://"+f.ca.Metrics+"/metrics").Output()
 	if err != nil {
 		f.t.Fatal(err)
 	}
