@@ -484,14 +484,18 @@ func (p *PodCertificates) checkPod(ctx context.Context, r *podRequest, d *server
 	ctx, cancel := context.WithDeadline(ctx, r.seen.Add(secondLook))
 	defer cancel()
 	pod, deleted := p.cfg.Pods.AwaitPod(ctx, spec.NodeName, spec.PodUID, func(pod *kube.Pod) bool { return pod.Node() != "" })
-	if _, behind := p.cfg.Pods.Behind(time.Now()); behind != nil && pod == nil && !deleted {
-		return &later{why: "the pods of the cluster are not known: " + behind.Error()}
+	// What this CA has not heard of is wrong only if it hears everything.
+	unheard := func(format string, args ...any) error {
+		if _, behind := p.cfg.Pods.Behind(time.Now()); behind != nil {
+			return &later{why: "pods and nodes of the cluster are not known: " + behind.Error()}
+		}
+		return wrong(true, format, args...)
 	}
 	switch {
 	case deleted:
 		return wrong(false, "pod %s was deleted", spec.PodUID)
 	case pod == nil || pod.Node() == "":
-		return wrong(true, "there is no pod %s on node %s", spec.PodUID, spec.NodeName)
+		return unheard("there is no pod %s on node %s", spec.PodUID, spec.NodeName)
 	case pod.UID != spec.PodUID || pod.Name != spec.PodName || pod.Namespace() != r.Metadata.Namespace:
 		return wrong(false, "pod %s is not %s/%s", spec.PodUID, r.Metadata.Namespace, spec.PodName)
 	case pod.Node() != spec.NodeName:
@@ -502,7 +506,7 @@ func (p *PodCertificates) checkPod(ctx context.Context, r *podRequest, d *server
 		return wrong(false, "pod %s has ended", spec.PodUID)
 	}
 	if uid := p.cfg.Pods.AwaitNode(ctx, spec.NodeName); uid != spec.NodeUID || uid == "" {
-		return wrong(true, "node %s does not have the UID %s", spec.NodeName, spec.NodeUID)
+		return unheard("node %s does not have the UID %s", spec.NodeName, spec.NodeUID)
 	}
 	d.Workload.K8S = placement.Facts(pod)
 	return nil
