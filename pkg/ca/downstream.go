@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -96,6 +97,20 @@ func (c *CA) SignDownstream(ctx context.Context, r *Downstream) (*x509.Certifica
 	}
 	c.log.InfoContext(ctx, "intermediate of a ca below signed", "spiffe_id", r.ID, "authority", authorityID(cert), "not_after", cert.NotAfter)
 	return cert, nil
+}
+
+// SignedBelow reports whether an issuer is an intermediate of a CA below this one.
+func (c *CA) SignedBelow(ctx context.Context, issuer *x509.Certificate) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	intermediates, err := c.cfg.Store.Intermediates(ctx)
+	if err != nil {
+		return false, fmt.Errorf("read the intermediates: %w", err)
+	}
+	id := authorityID(issuer)
+	return slices.ContainsFunc(intermediates, func(i Intermediate) bool {
+		return i.ID == id && strings.HasPrefix(i.Instance, below)
+	}), nil
 }
 
 // waitBelow has CAs below be waited for as long as something lives that their

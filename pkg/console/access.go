@@ -18,7 +18,7 @@ import (
 type Access struct {
 	// Admin returns the SPIFFE ID that a client's X.509-SVID proves, if it is that of
 	// an entry marked admin.
-	Admin func(*tls.ConnectionState) (string, error)
+	Admin func(context.Context, *tls.ConnectionState) (string, error)
 	// ClientCAs verify other client certificates, of which those with a subject
 	// (RFC 4514) or a DNS name or an e-mail address in Subjects may look.
 	ClientCAs *x509.CertPool
@@ -90,7 +90,7 @@ func (c *Console) user(r *http.Request) (user, bool) {
 		return user{}, false
 	}
 	if c.cfg.Access.Admin != nil {
-		if id, err := c.cfg.Access.Admin(r.TLS); err == nil {
+		if id, err := c.cfg.Access.Admin(r.Context(), r.TLS); err == nil {
 			return user{name: id, method: methodMTLS}, true
 		}
 	}

@@ -1,6 +1,7 @@
 package console
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -254,7 +255,7 @@ func TestCertificates(t *testing.T) {
 	pool.AddCert(ca.cert)
 	svid := ca.issue(t, "an svid", x509.ExtKeyUsageClientAuth, epoch.Add(time.Hour))
 	c := testConsole(t, &world{text: "x"}, func(c *Config) {
-		c.Access = Access{ClientCAs: pool, Subjects: []string{"CN=alice", "bob@example.org"}, Admin: func(s *tls.ConnectionState) (string, error) {
+		c.Access = Access{ClientCAs: pool, Subjects: []string{"CN=alice", "bob@example.org"}, Admin: func(_ context.Context, s *tls.ConnectionState) (string, error) {
 			if s.PeerCertificates[0].Equal(svid) {
 				return "spiffe://example.org/admin", nil
 			}

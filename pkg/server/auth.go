@@ -200,13 +200,13 @@ func (s *Server) authorizeTLS(ctx context.Context, c *caller, info *tlsInfo, nee
 		if _, ok := s.registry.Entries().Admin(id); !ok {
 			return fail(kindDenied, "permission denied", fmt.Errorf("%s is not the SPIFFE ID of an admin entry", id))
 		}
-		return nil
+		return s.checkIssuer(ctx, info.issuer)
 	case roleDownstream:
 		c.actor = id
 		if _, ok := s.registry.Entries().Downstream(id); !ok {
 			return fail(kindDenied, "permission denied: no entry marked downstream has this SPIFFE ID", fmt.Errorf("%s is not the SPIFFE ID of a downstream entry", id))
 		}
-		return nil
+		return s.checkIssuer(ctx, info.issuer)
 	case roleAnyone:
 		return nil
 	default:

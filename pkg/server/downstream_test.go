@@ -1,6 +1,11 @@
 package server
 
 import (
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"math/big"
+	"net/url"
 	"testing"
 	"time"
 
@@ -66,6 +71,23 @@ func TestDownstream(t *testing.T) {
 	if !found {
 		t.Error("there is no record of it")
 	}
+	// What it signs is of its own mesh: it makes nobody an administrator here.
+	h.apply(&entryv1.Entry{Name: "ops", SpiffeId: "spiffe://example.org/ops", Workloads: "unix.uid == 0", Admin: true})
+	boss := newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: big.NewInt(7), URIs: []*url.URL{td.ID().URL().JoinPath("ops")}, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, BasicConstraintsValid: true,
+	}, c, boss.Public(), lower)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forged := parseChain(t, [][]byte{der, c.Raw})
+	_, err = adminv1.NewAdminServiceClient(h.dial(boss, forged)).GetStatus(t.Context(), &adminv1.GetStatusRequest{})
+	h.wantCode(err, codes.PermissionDenied)
+	if id, err := h.server.Admin(t.Context(), &tls.ConnectionState{PeerCertificates: forged}); err == nil {
+		t.Errorf("%s looks at the console", id)
+	}
+
 	// Nobody knows yet what is in force below, and its intermediate lives.
 	fleet := func() (connected, counted bool, sequence uint64) {
 		for _, n := range h.server.Fleet() {

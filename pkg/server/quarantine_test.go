@@ -185,7 +185,7 @@ func TestV_E3_QuarantinedAdmin(t *testing.T) {
 	client := adminv1.NewAdminServiceClient(h.dial(key, chain))
 	use := func() (overAPI, toConsole error) {
 		_, overAPI = client.ListEntries(t.Context(), &adminv1.ListEntriesRequest{})
-		_, toConsole = h.server.Admin(&tls.ConnectionState{PeerCertificates: chain})
+		_, toConsole = h.server.Admin(t.Context(), &tls.ConnectionState{PeerCertificates: chain})
 		return overAPI, toConsole
 	}
 	for _, q := range []*adminv1.Quarantine{

@@ -189,10 +189,22 @@ func (s *Server) clientIdentity(state *tls.ConnectionState) (spiffeid.ID, error)
 	return id, nil
 }
 
+// checkIssuer refuses what a CA below this one has signed: it signs for its own mesh,
+// and would make itself an administrator of ours.
+func (s *Server) checkIssuer(ctx context.Context, issuer *x509.Certificate) error {
+	switch below, err := s.cfg.CA.SignedBelow(ctx, issuer); {
+	case err != nil:
+		return fail(kindUnavailable, "who has signed the X.509-SVID cannot be found out now: use the Unix socket", err)
+	case below:
+		return fail(kindDenied, "permission denied: the X.509-SVID is from a CA below this one", nil)
+	}
+	return nil
+}
+
 // Admin returns the SPIFFE ID of a client whose connection was made elsewhere, with
 // any certificate, if it proves to be that of an entry marked admin: its chain is
 // verified here, against the bundle of the moment.
-func (s *Server) Admin(state *tls.ConnectionState) (string, error) {
+func (s *Server) Admin(ctx context.Context, state *tls.ConnectionState) (string, error) {
 	if len(state.PeerCertificates) == 0 || len(state.PeerCertificates) > maxClientChain {
 		return "", errors.New("client sent no certificate, or too many")
 	}
@@ -217,6 +229,9 @@ func (s *Server) Admin(state *tls.ConnectionState) (string, error) {
 	if _, ok := s.registry.Entries().Admin(id.String()); !ok {
 		return "", fmt.Errorf("%s is not the identity of an entry marked admin", id)
 	}
+	if err := s.checkIssuer(ctx, chains[0][1]); err != nil {
+		return "", err
+	}
 	leaf := state.PeerCertificates[0]
 	key := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
 	if q, ok := s.registry.Quarantines().Of(id.String(), key[:], leaf.SerialNumber.Bytes()); ok {
@@ -232,6 +247,7 @@ type tlsInfo struct {
 	serial   []byte
 	key      []byte // SHA-256 of the public key
 	notAfter time.Time
+	issuer   *x509.Certificate
 }
 
 // AuthType implements credentials.AuthInfo.
@@ -288,6 +304,7 @@ func (t *tlsCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	leaf := state.VerifiedChains[0][0]
 	key := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
 	info.serial, info.key, info.notAfter = leaf.SerialNumber.Bytes(), key[:], leaf.NotAfter
+	info.issuer = state.VerifiedChains[0][1]
 	return tracked, info, nil
 }
 
