@@ -290,8 +290,12 @@ agent: {caAddress: '`+caIP+`:8443'}
 		i.Apply(i.t, entry)
 		i.Apply(i.t, shop)
 		pods = i.AwaitPods(i.t, "shop", "app=web", 4)
-		i.named(pods, i.reports(pods))
-		i.requests(pods, i.reports(pods), 20)
+		reports := i.reports(pods)
+		i.named(pods, reports)
+		for at, r := range reports {
+			i.t.Logf("first X.509-SVID of a pod on %s: %v", pods[at].Spec.NodeName, r.Waited)
+		}
+		i.requests(pods, reports, 20)
 	})
 	within("pods come and go", func(i installation) {
 		var waited []time.Duration
