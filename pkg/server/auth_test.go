@@ -594,6 +594,8 @@ func TestV_I6_NoGoroutineIsLeft(t *testing.T) {
 	h := newHouse(t, func(c *Config) { c.Limits.Attestations = 1000 })
 	a := h.join("n1", nil)
 	a.issue()
+	silent := h.join("n2", nil) // whose streams would end those of n1, if they were of one node
+	silent.issue()
 	before := runtime.NumGoroutine()
 	for i := range 100 {
 		switch i % 5 {
@@ -616,7 +618,7 @@ func TestV_I6_NoGoroutineIsLeft(t *testing.T) {
 			}
 			conn.Close()
 		case 3: // no hello
-			conn := h.dial(a.key, a.chain)
+			conn := h.dial(silent.key, silent.chain)
 			if _, err := nodev1.NewNodeServiceClient(conn).Sync(t.Context()); err != nil {
 				t.Fatal(err)
 			}
