@@ -11,6 +11,7 @@ import (
 	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -149,10 +150,17 @@ func (r *rogue) issue(t testing.TB, items ...*nodev1.IssueItem) []*nodev1.IssueR
 	return answer.GetResults()
 }
 
-// issued asks for one X.509-SVID that must be granted.
+// issued asks for one X.509-SVID that must be granted; again, as agents do, if the
+// answer is not known yet.
 func (r *rogue) issued(t testing.TB, i *nodev1.IssueItem) (*nodev1.IssuedSVID, []*x509.Certificate) {
 	t.Helper()
-	result := r.issue(t, i)[0]
+	var result *nodev1.IssueResult
+	local.Await(t, "an X.509-SVID that must be granted", func(context.Context) error {
+		if result = r.issue(t, i)[0]; result.GetRefusal().GetReason() == nodev1.Reason_REASON_UNAVAILABLE {
+			return errors.New(result.GetRefusal().GetMessage())
+		}
+		return nil
+	})
 	if result.GetSvid() == nil {
 		t.Fatalf("refused: %v", result.GetRefusal())
 	}
