@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/meshid/meshid/internal/kube"
@@ -38,7 +37,7 @@ type ClusterBundleConfig struct {
 // ClusterBundle keeps the trust bundle in a ClusterTrustBundle, which pods can mount.
 type ClusterBundle struct {
 	cfg   ClusterBundleConfig
-	wake  chan struct{} // capacity 1: look at the state
+	waker waker
 	there *kube.Mirror[*clusterTrustBundle]
 	newer time.Time // since when it has been newer than ours; zero if it is not; owned by Run
 }
@@ -77,55 +76,36 @@ func NewClusterBundle(cfg ClusterBundleConfig) *ClusterBundle {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	b := &ClusterBundle{cfg: cfg, wake: make(chan struct{}, 1)}
+	b := &ClusterBundle{cfg: cfg, waker: newWaker()}
 	b.there = kube.NewMirror(func(o *clusterTrustBundle) string { return o.Metadata.Name }, nil, b.Changed)
 	return b
 }
 
 // Changed says that the bundle may have changed. It never blocks.
-func (b *ClusterBundle) Changed() {
-	select {
-	case b.wake <- struct{}{}:
-	default:
-	}
-}
+func (b *ClusterBundle) Changed() { b.waker.wake() }
 
 // Run keeps it until ctx ends.
 func (b *ClusterBundle) Run(ctx context.Context) error {
-	resource, err := b.discover(ctx)
-	if err != nil {
-		return nil // ctx has ended
+	resource, ok := b.discover(ctx)
+	if !ok {
+		return nil
 	}
 	path := kube.Path{Resource: resource}
 	feed := kube.Follow(b.cfg.Client, path, kube.FollowOptions{Fields: "metadata.name=" + b.cfg.Name},
 		func(o *clusterTrustBundle) *clusterTrustBundle { return o }, kube.Reader[*clusterTrustBundle](b.there))
-	var following sync.WaitGroup
-	defer following.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	following.Go(func() { feed.Run(ctx) })
-	timer := time.NewTimer(recheck)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-b.wake:
-		case <-timer.C:
-		}
-		timer.Reset(b.reconcile(ctx, path, feed.State()))
-	}
+	loop(ctx, b.waker, 0, func(ctx context.Context) time.Duration { return b.reconcile(ctx, path, feed.State()) }, feed)
+	return nil
 }
 
-// discover waits until the API server has the kind; it fails if ctx ends.
-func (b *ClusterBundle) discover(ctx context.Context) (kube.Resource, error) {
+// discover waits until the API server has the kind; it returns false if ctx ends.
+func (b *ClusterBundle) discover(ctx context.Context) (r kube.Resource, ok bool) {
 	for {
 		var failed error
 		for _, version := range certificatesVersions {
 			r := kube.Resource{Group: certificatesGroup, Version: version, Plural: "clustertrustbundles"}
 			err := b.cfg.Client.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
 			if err == nil {
-				return r, nil
+				return r, true
 			}
 			if failed = err; !errors.Is(err, kube.ErrNotFound) {
 				break
@@ -139,9 +119,9 @@ func (b *ClusterBundle) discover(ctx context.Context) (kube.Resource, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return kube.Resource{}, ctx.Err()
+			return kube.Resource{}, false
 		case <-time.After(recheck):
-		case <-b.wake:
+		case <-b.waker:
 		}
 	}
 }

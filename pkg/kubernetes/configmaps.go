@@ -58,7 +58,7 @@ type ConfigMapsConfig struct {
 type ConfigMaps struct {
 	cfg        ConfigMapsConfig
 	feed       []*kube.Feed
-	wake       chan struct{} // capacity 1: look at the state
+	waker      waker
 	namespaces *kube.Mirror[namespaceState]
 	written    *kube.Mirror[*configMap] // by namespace
 	newer      map[string]time.Time     // since when one has a newer bundle than ours; owned by Run
@@ -83,7 +83,7 @@ func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
 	if cfg.Report == nil {
 		cfg.Report = func(string, int) {}
 	}
-	r := &ConfigMaps{cfg: cfg, wake: make(chan struct{}, 1), newer: make(map[string]time.Time)}
+	r := &ConfigMaps{cfg: cfg, waker: newWaker(), newer: make(map[string]time.Time)}
 	r.namespaces = kube.NewMirror(func(n namespaceState) string { return n.name }, nil, r.Changed)
 	r.written = kube.NewMirror(func(c *configMap) string { return c.Metadata.Namespace }, nil, r.Changed)
 	r.feed = []*kube.Feed{
@@ -97,33 +97,12 @@ func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
 }
 
 // Changed says that the bundle may have changed. It never blocks.
-func (r *ConfigMaps) Changed() {
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
-}
+func (r *ConfigMaps) Changed() { r.waker.wake() }
 
 // Run keeps them until ctx ends.
 func (r *ConfigMaps) Run(ctx context.Context) error {
-	var feeds sync.WaitGroup
-	defer feeds.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	for _, f := range r.feed {
-		feeds.Go(func() { f.Run(ctx) })
-	}
-	timer := time.NewTimer(recheck)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-r.wake:
-		case <-timer.C:
-		}
-		timer.Reset(r.reconcile(ctx))
-	}
+	loop(ctx, r.waker, 0, r.reconcile, r.feed...)
+	return nil
 }
 
 // reconcile writes what is not as it should be, and returns when to look again.

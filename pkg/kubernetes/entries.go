@@ -8,6 +8,7 @@
 //	configmaps.go    the trust bundle is in a ConfigMap of each namespace that is chosen
 //	clusterbundle.go ... and in a ClusterTrustBundle
 //	trustbundles.go  TrustBundle objects say where it is to be
+//	loop.go          how each of them waits for something to do
 //	podcerts.go      PodCertificateRequest objects get their certificates
 package kubernetes
 
@@ -19,7 +20,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -78,7 +78,7 @@ type EntriesConfig struct {
 type Entries struct {
 	cfg     EntriesConfig
 	feed    *kube.Feed
-	wake    chan struct{} // capacity 1: look at the objects
+	waker   waker
 	objects *kube.Mirror[*registrationEntry]
 }
 
@@ -136,38 +136,18 @@ func NewEntries(cfg EntriesConfig) *Entries {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	e := &Entries{cfg: cfg, wake: make(chan struct{}, 1)}
+	e := &Entries{cfg: cfg, waker: newWaker()}
 	e.objects = kube.NewMirror(func(o *registrationEntry) string { return o.Metadata.Name }, func(a, b *registrationEntry) bool {
 		return a.Metadata.SameSpec(&b.Metadata) // of a status that we or another CA have written, nothing follows
-	}, e.changed)
+	}, e.waker.wake)
 	e.feed = kube.Follow(cfg.Client, entryPath, kube.FollowOptions{}, func(o *registrationEntry) *registrationEntry { return o }, kube.Reader[*registrationEntry](e.objects))
 	return e
 }
 
 // Run keeps them in force until ctx ends.
 func (e *Entries) Run(ctx context.Context) error {
-	var feed sync.WaitGroup
-	defer feed.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	feed.Go(func() { e.feed.Run(ctx) })
-	timer := time.NewTimer(recheck)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-e.wake:
-			// What comes together is one change.
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-time.After(settle):
-			}
-		case <-timer.C:
-		}
-		timer.Reset(e.reconcile(ctx))
-	}
+	loop(ctx, e.waker, settle, e.reconcile, e.feed)
+	return nil
 }
 
 // reconcile puts the objects into force and says in each what became of it. It returns
@@ -326,11 +306,4 @@ func cut(s string) string {
 		return s
 	}
 	return s[:maxMessage] + "…"
-}
-
-func (e *Entries) changed() {
-	select {
-	case e.wake <- struct{}{}:
-	default:
-	}
 }

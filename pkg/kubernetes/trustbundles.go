@@ -55,7 +55,7 @@ type TrustBundlesConfig struct {
 type TrustBundles struct {
 	cfg     TrustBundlesConfig
 	feed    *kube.Feed
-	wake    chan struct{} // capacity 1: look at the objects and at what was reported
+	waker   waker // also of what was reported
 	objects *kube.Mirror[*trustBundle]
 
 	mu      sync.Mutex              // guards what follows
@@ -112,8 +112,8 @@ func NewTrustBundles(cfg TrustBundlesConfig) *TrustBundles {
 	if cfg.Report == nil {
 		cfg.Report = func(string) {}
 	}
-	t := &TrustBundles{cfg: cfg, wake: make(chan struct{}, 1), running: make(map[string]*publication)}
-	t.objects = kube.NewMirror(func(o *trustBundle) string { return o.Metadata.Name }, nil, t.look)
+	t := &TrustBundles{cfg: cfg, waker: newWaker(), running: make(map[string]*publication)}
+	t.objects = kube.NewMirror(func(o *trustBundle) string { return o.Metadata.Name }, nil, t.waker.wake)
 	t.feed = kube.Follow(cfg.Client, trustBundlePath, kube.FollowOptions{}, func(o *trustBundle) *trustBundle { return o }, kube.Reader[*trustBundle](t.objects))
 	return t
 }
@@ -127,39 +127,18 @@ func (t *TrustBundles) Changed() {
 			changed()
 		}
 	}
-	t.look()
-}
-
-func (t *TrustBundles) look() {
-	select {
-	case t.wake <- struct{}{}:
-	default:
-	}
+	t.waker.wake()
 }
 
 // Run publishes until ctx ends.
 func (t *TrustBundles) Run(ctx context.Context) error {
-	var feed sync.WaitGroup
-	defer feed.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	feed.Go(func() { t.feed.Run(ctx) })
 	defer func() {
 		for _, p := range t.running {
 			p.stop()
 		}
 	}()
-	timer := time.NewTimer(recheck)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-t.wake:
-		case <-timer.C:
-		}
-		timer.Reset(t.reconcile(ctx))
-	}
+	loop(ctx, t.waker, 0, t.reconcile, t.feed)
+	return nil
 }
 
 // reconcile starts and stops publications, and writes statuses.
@@ -226,7 +205,7 @@ func (t *TrustBundles) publish(ctx context.Context, o *trustBundle) *publication
 			p.namespaces = namespaces
 		}
 		p.mu.Unlock()
-		t.look()
+		t.waker.wake()
 	}
 	if o.Spec.ConfigMap != nil {
 		p.problems["configMap"] = pending
