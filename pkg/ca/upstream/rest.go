@@ -12,6 +12,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -50,7 +51,7 @@ func (e *StatusError) Error() string {
 // Call sends in as JSON, or nothing if it is nil, and decodes the answer into out,
 // if that is not nil. Errors are as those of CA.Mint; they wrap a *StatusError if
 // there was an answer.
-func (c *REST) Call(ctx context.Context, method, url string, header http.Header, in, out any) error {
+func (c *REST) Call(ctx context.Context, method, address string, header http.Header, in, out any) error {
 	var body io.Reader
 	if in != nil {
 		encoded, err := json.Marshal(in)
@@ -59,7 +60,7 @@ func (c *REST) Call(ctx context.Context, method, url string, header http.Header,
 		}
 		body = bytes.NewReader(encoded)
 	}
-	r, err := http.NewRequestWithContext(ctx, method, url, body)
+	r, err := http.NewRequestWithContext(ctx, method, address, body)
 	if err != nil {
 		return fmt.Errorf("make a request to %s: %w", c.Name, err)
 	}
@@ -181,6 +182,20 @@ func Arrange(signed *x509.Certificate, others []*x509.Certificate) *Minted {
 		rest = slices.Delete(rest, i, i+1)
 	}
 	return m
+}
+
+// ParseAddress reads the address of a server, which is https://host[:port], and a path if
+// one may be there. It returns false if the text is anything else, such as an address with
+// a password, with a query, or of another scheme.
+func ParseAddress(text string, path bool) (*url.URL, bool) {
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" {
+		return nil, false
+	}
+	if strings.Trim(u.Path, "/") == "" {
+		u.Path = ""
+	}
+	return u, path || u.Path == ""
 }
 
 // ParseChain reads PEM certificates in the order in which they stand, most at the

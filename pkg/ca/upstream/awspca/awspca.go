@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
 	"regexp"
 	"strings"
 	"time"
@@ -95,9 +94,11 @@ func New(c Config) (*CA, error) {
 		}
 		s.endpoint = "https://acm-pca." + s.arn.region + "." + suffix
 	}
-	if u, err := url.Parse(s.endpoint); err != nil || u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil {
+	u, ok := upstream.ParseAddress(s.endpoint, false)
+	if !ok {
 		return nil, fmt.Errorf("endpoint: %.100q is not the address of an API; write https://host", c.Endpoint)
 	}
+	s.endpoint = u.String()
 	if c.AssumeRole != "" && !strings.HasPrefix(c.AssumeRole, "arn:") {
 		return nil, fmt.Errorf("assume_role_arn: %.100q is not the ARN of a role", c.AssumeRole)
 	}

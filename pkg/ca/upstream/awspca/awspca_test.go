@@ -52,6 +52,7 @@ func TestConformance(t *testing.T) {
 // The calls that an intermediate takes, and what is said when one is not allowed.
 func TestPermissions(t *testing.T) {
 	s, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
+	c.Endpoint += "/" // as people copy it
 	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); err != nil {
 		t.Fatal(err)
 	}

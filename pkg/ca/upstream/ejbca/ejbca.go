@@ -20,7 +20,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strings"
 	"time"
 
@@ -72,11 +71,11 @@ type CA struct {
 
 // New checks the settings and reads each file once.
 func New(c Config) (*CA, error) {
-	base, err := url.Parse(c.URL)
-	if err != nil || base.Scheme != "https" || base.Host == "" || base.User != nil || base.RawQuery != "" {
+	base, ok := upstream.ParseAddress(c.URL, true)
+	if !ok {
 		return nil, fmt.Errorf("url: %.100q is not the address of an EJBCA; write https://host:port", c.URL)
 	}
-	if strings.Trim(base.Path, "/") == "" {
+	if base.Path == "" {
 		base.Path = restPath
 	}
 	for _, s := range []struct{ name, value, shown string }{

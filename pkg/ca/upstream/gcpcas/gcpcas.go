@@ -77,8 +77,8 @@ func New(c Config) (*CA, error) {
 	if c.Endpoint == "" {
 		c.Endpoint = defaultEndpoint
 	}
-	u, err := url.Parse(c.Endpoint)
-	if err != nil || u.Scheme != "https" || u.Host == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.User != nil {
+	u, ok := upstream.ParseAddress(c.Endpoint, false)
+	if !ok {
 		return nil, fmt.Errorf("endpoint: %.100q is not the address of an API; write https://host", c.Endpoint)
 	}
 	s := &CA{config: c, base: u.JoinPath("v1", c.Pool).String()}

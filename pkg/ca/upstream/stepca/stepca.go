@@ -68,11 +68,10 @@ type CA struct {
 
 // New checks the settings and reads the key once.
 func New(c Config) (*CA, error) {
-	base, err := url.Parse(c.URL)
-	if err != nil || base.Scheme != "https" || base.Host == "" || strings.Trim(base.Path, "/") != "" || base.User != nil || base.RawQuery != "" {
+	base, ok := upstream.ParseAddress(c.URL, false)
+	if !ok {
 		return nil, fmt.Errorf("url: %.100q is not the address of a step-ca; write https://host:port", c.URL)
 	}
-	base.Path = ""
 	pin, err := hex.DecodeString(strings.ReplaceAll(c.RootSHA256, ":", ""))
 	if err != nil || len(pin) != sha256.Size {
 		return nil, fmt.Errorf("root_sha256: %.100q is not a SHA-256; write the 64 digits that `step certificate fingerprint root_ca.crt` prints", c.RootSHA256)

@@ -119,11 +119,10 @@ var segments = regexp.MustCompile(`^[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(/[A-Za-z0-9_~
 
 // New checks the settings and reads each file once.
 func New(c Config) (*CA, error) {
-	base, err := url.Parse(c.URL)
-	if err != nil || base.Scheme != "https" || base.Host == "" || strings.Trim(base.Path, "/") != "" || base.User != nil || base.RawQuery != "" {
+	base, ok := upstream.ParseAddress(c.URL, false)
+	if !ok {
 		return nil, fmt.Errorf("url: %.100q is not the address of a Vault; write https://host:port", c.URL)
 	}
-	base.Path = ""
 	for _, p := range []struct {
 		name      string
 		value     *string
@@ -148,10 +147,11 @@ func New(c Config) (*CA, error) {
 	if strings.Contains(c.Issuer, "/") {
 		return nil, fmt.Errorf("issuer: %.100q is not the name or ID of an issuer; write it as `vault list %s/issuers` shows it", c.Issuer, c.Mount)
 	}
-	v := &CA{config: c, base: base, session: newSession()}
-	if v.method, err = newMethod(c); err != nil {
+	method, err := newMethod(c)
+	if err != nil {
 		return nil, err
 	}
+	v := &CA{config: c, base: base, session: newSession(), method: method}
 	if _, err := v.extraRoots(); err != nil {
 		return nil, err
 	}
