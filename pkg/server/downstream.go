@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"sync"
 	"time"
@@ -102,7 +101,11 @@ func (d *downstreamService) Follow(stream grpc.BidiStreamingServer[downstreamv1.
 		s.below.close(c.actor, link)
 		s.cfg.CA.FleetChanged()
 	}()
-	if !s.tasks.start(func() { link.end(s.receiveFollow(stream, c, link)) }) { // Recv ends when this handler has returned
+	if !s.tasks.start(func() { // Recv ends when this handler has returned
+		link.end(receive(s, stream, c, downstreamv1.DownstreamService_Follow_FullMethodName, followRate, followBurst, func(msg *downstreamv1.FollowRequest) error {
+			return s.takeFollow(link, msg)
+		}))
+	}) {
 		return fail(kindUnavailable, "the CA is shutting down", nil)
 	}
 	expired := time.NewTimer(time.Until(c.notAfter))
@@ -124,7 +127,7 @@ func (d *downstreamService) Follow(stream grpc.BidiStreamingServer[downstreamv1.
 		select {
 		case <-link.wake:
 		case <-link.done:
-			if errors.Is(link.reason, errAgentLeft) {
+			if errors.Is(link.reason, errLeft) {
 				return nil
 			}
 			return link.reason
@@ -136,39 +139,21 @@ func (d *downstreamService) Follow(stream grpc.BidiStreamingServer[downstreamv1.
 	}
 }
 
-// receiveFollow takes what the CA below says until the stream ends.
-func (s *Server) receiveFollow(stream grpc.BidiStreamingServer[downstreamv1.FollowRequest, downstreamv1.Roots], c *caller, link *link) (err error) {
-	// No interceptor is above this goroutine.
-	defer func() {
-		if p := recover(); p != nil {
-			err = s.finish(stream.Context(), c, downstreamv1.DownstreamService_Follow_FullMethodName, p, nil)
-		}
-	}()
-	limit := newBucket(followRate, followBurst)
-	for {
-		msg, err := stream.Recv()
-		switch {
-		case errors.Is(err, io.EOF):
-			return errAgentLeft
-		case err != nil:
-			return err
-		}
-		if got, _ := limit.take(time.Now(), 1); got == 0 {
-			return fail(kindOverload, "too many messages", nil)
-		}
-		held := make(map[string]uint32, len(msg.GetHeld()))
-		for _, root := range msg.GetHeld() {
-			if _, err := hex.DecodeString(root); err != nil || len(root) > maxRootName {
-				return fail(kindInvalid, "a root is not named by its key identifier", nil)
-			}
-			held[root] = 1
-		}
-		if len(msg.GetHeld()) > maxHeldRoots {
-			return fail(kindInvalid, fmt.Sprintf("%d roots, at most %d are allowed", len(msg.GetHeld()), maxHeldRoots), nil)
-		}
-		s.below.report(link, &lowerForce{acknowledged: msg.GetAcknowledged(), held: held})
-		s.cfg.CA.FleetChanged()
+// takeFollow takes what the CA below says.
+func (s *Server) takeFollow(link *link, msg *downstreamv1.FollowRequest) error {
+	if len(msg.GetHeld()) > maxHeldRoots {
+		return fail(kindInvalid, fmt.Sprintf("%d roots, at most %d are allowed", len(msg.GetHeld()), maxHeldRoots), nil)
 	}
+	held := make(map[string]uint32, len(msg.GetHeld()))
+	for _, root := range msg.GetHeld() {
+		if _, err := hex.DecodeString(root); err != nil || len(root) > maxRootName {
+			return fail(kindInvalid, "a root is not named by its key identifier", nil)
+		}
+		held[root] = 1
+	}
+	s.below.report(link, &lowerForce{acknowledged: msg.GetAcknowledged(), held: held})
+	s.cfg.CA.FleetChanged()
+	return nil
 }
 
 // below knows the CAs below this one, by SPIFFE ID. They are as many as there are

@@ -51,7 +51,11 @@ func (n *nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, n
 	if now, ok := s.registry.Node(c.node.ID); !ok || now.State != registry.Active {
 		return fail(kindUnauthenticated, "the node was evicted: attest again", nil)
 	}
-	if !s.tasks.start(func() { session.end(s.receive(stream, session, c)) }) { // Recv ends when this handler has returned
+	if !s.tasks.start(func() { // Recv ends when this handler has returned
+		session.end(receive(s, stream, c, nodev1.NodeService_Sync_FullMethodName, syncRate, syncBurst, func(msg *nodev1.SyncRequest) error {
+			return s.take(stream.Context(), session, c, msg)
+		}))
+	}) {
 		return fail(kindUnavailable, "the CA is shutting down", nil)
 	}
 	sender := &sender{
@@ -62,34 +66,36 @@ func (n *nodeService) Sync(stream grpc.BidiStreamingServer[nodev1.SyncRequest, n
 	return sender.run(c.notAfter)
 }
 
-// receive takes the agent's messages into the session until the stream ends.
-func (s *Server) receive(stream grpc.BidiStreamingServer[nodev1.SyncRequest, nodev1.SyncResponse], session *session, c *caller) (err error) {
+// receive gives take each message of a stream, until the stream ends or take returns an
+// error, which it then returns: errLeft if the other side has closed it. The stream may
+// carry rate messages a second, and burst at once.
+func receive[Req, Res any](s *Server, stream grpc.BidiStreamingServer[Req, Res], c *caller, method string, rate, burst float64, take func(*Req) error) (err error) {
 	// No interceptor is above this goroutine.
 	defer func() {
 		if p := recover(); p != nil {
-			err = s.finish(stream.Context(), c, nodev1.NodeService_Sync_FullMethodName, p, nil)
+			err = s.finish(stream.Context(), c, method, p, nil)
 		}
 	}()
-	limit := newBucket(syncRate, syncBurst)
+	limit := newBucket(rate, burst)
 	for {
 		msg, err := stream.Recv()
 		switch {
 		case errors.Is(err, io.EOF):
-			return errAgentLeft
+			return errLeft
 		case err != nil:
 			return err
 		}
 		if got, _ := limit.take(time.Now(), 1); got == 0 {
 			return fail(kindOverload, "too many messages", nil)
 		}
-		if err := s.take(stream.Context(), session, c, msg); err != nil {
+		if err := take(msg); err != nil {
 			return err
 		}
 	}
 }
 
-// errAgentLeft ends a session in good order.
-var errAgentLeft = errors.New("agent has closed the stream")
+// errLeft ends a session in good order.
+var errLeft = errors.New("the other side has closed the stream")
 
 // take takes one message.
 func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nodev1.SyncRequest) error {
@@ -234,7 +240,7 @@ func (s *sender) run(notAfter time.Time) error {
 		select {
 		case <-s.session.wake:
 		case <-s.session.done:
-			if reason := s.session.endReason(); !errors.Is(reason, errAgentLeft) {
+			if reason := s.session.endReason(); !errors.Is(reason, errLeft) {
 				return reason
 			}
 			return nil
