@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/identity"
@@ -72,6 +73,14 @@ type settings struct {
 		RootLife config.Duration `yaml:"root_life" default:"87600h"`
 		// Life of this process's intermediate; it is renewed at half of it.
 		IntermediateLife config.Duration `yaml:"intermediate_life" default:"168h"`
+		// Kind of the intermediates' keys, which are in memory and sign the X.509-SVIDs: one of
+		// those of root_key_type. See docs/keys.md for what each costs.
+		IntermediateKeyType string `yaml:"intermediate_key_type" default:"ec-p256"`
+		// Have intermediates below this CA's own root permit URIs of the trust domain only.
+		// Verifiers that do not know such constraints, rustls among them, refuse them.
+		NameConstraints bool `yaml:"name_constraints" default:"false"`
+		// What is in the names of new roots and intermediates.
+		Subject subjectSettings `yaml:"subject"`
 	} `yaml:"authority"`
 	// The CA of somebody else, as the root above this one's intermediates. Without
 	// this section, a root of its own.
@@ -96,6 +105,22 @@ type settings struct {
 	Kubernetes kubernetesSettings `yaml:"kubernetes"`
 	// The CA for the sidecars, gateways and ztunnels of an unmodified Istio. See docs/istio.md.
 	Istio istioSettings `yaml:"istio"`
+}
+
+// subjectSettings is the subject of certificates that sign.
+type subjectSettings struct {
+	// What stands before "root" and "intermediate"; 51 characters at most.
+	CommonName string `yaml:"common_name" default:"meshid"`
+	// O, as RFC 4514 writes it; 64 characters at most.
+	Organization string `yaml:"organization" default:"the trust domain"`
+	// OU; 64 characters at most.
+	OrganizationalUnit string `yaml:"organizational_unit" default:"none"`
+	// C, the code of two letters (ISO 3166).
+	Country string `yaml:"country" default:"none"`
+	// ST; 128 characters at most.
+	Province string `yaml:"province" default:"none"`
+	// L; 128 characters at most.
+	Locality string `yaml:"locality" default:"none"`
 }
 
 // exportSettings is one export, with one section for each kind of target in
@@ -381,6 +406,9 @@ type validated struct {
 	witnesses   []tree.Witness
 	console     *consoleAccess // nil if there is none
 	keys        keys.Store
+	// intermediateKey and subject are the profile of what signs.
+	intermediateKey keys.Kind
+	subject         ca.Subject
 }
 
 // loadSettings reads path, lets the flags stand above it, fills in the
@@ -486,6 +514,7 @@ func (v *validated) check(file *config.File) error {
 	// must still fit into the other half.
 	between("authority.intermediate_life", &v.Authority.IntermediateLife, 7*24*time.Hour, 2*max(maxTTL, nodeTTL), root/2)
 	v.openKeys(bad)
+	v.checkProfile(bad)
 	for i, text := range v.Upstream.RootsSHA256 {
 		sum, err := hex.DecodeString(strings.ReplaceAll(text, ":", ""))
 		if err != nil || len(sum) != sha256.Size {

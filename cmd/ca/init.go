@@ -77,7 +77,7 @@ Both are recorded in the ledger.`,
 			}
 			c := ceremony{v: v, in: cmd.InOrStdin(), said: cmd.ErrOrStderr()}
 			if dryRun {
-				return c.rehearse(cmd.Context(), cmd.OutOrStdout())
+				return c.rehearse(cmd.Context(), cmd.OutOrStdout(), format)
 			}
 			made, err := c.hold(cmd.Context(), approval, yes)
 			if err != nil {
@@ -109,6 +109,18 @@ type ceremony struct {
 	said io.Writer // what is for the people present
 }
 
+// rootPlan is what the ceremony will make.
+type rootPlan struct {
+	TrustDomain   string `json:"trust_domain"`
+	Subject       string `json:"subject"`
+	KeyType       string `json:"key_type"`
+	Key           string `json:"key"`
+	KeySecretFile string `json:"key_secret_file,omitempty"`
+	RootLife      string `json:"root_life"`
+	DataDir       string `json:"data_dir"`
+	Plan          string `json:"plan"`
+}
+
 // plan returns what is agreed on, and its code.
 func (c *ceremony) plan() (text, code string) {
 	a := &c.v.Authority
@@ -116,8 +128,8 @@ func (c *ceremony) plan() (text, code string) {
 	if a.KeySecretFile != "" {
 		secret = "in " + a.KeySecretFile
 	}
-	text = fmt.Sprintf("trust domain  %s\nkey           %s, made in %s\nsecret        %s\nroot          self-signed, valid for %v\ndata folder   %s\n",
-		c.v.trustDomain.Name(), a.RootKeyType, a.Key, secret, a.RootLife.Or(0), c.v.DataDir)
+	text = fmt.Sprintf("trust domain  %s\nsubject       %s\nkey           %s, made in %s\nsecret        %s\nroot          self-signed, valid for %v\ndata folder   %s\n",
+		c.v.trustDomain.Name(), c.v.subject.Root(c.v.trustDomain), a.RootKeyType, a.Key, secret, a.RootLife.Or(0), c.v.DataDir)
 	sum := sha256.Sum256([]byte(text))
 	return text, hex.EncodeToString(sum[:16])
 }
@@ -129,13 +141,22 @@ func (c *ceremony) show(w io.Writer) (code string) {
 }
 
 // rehearse is the dry run.
-func (c *ceremony) rehearse(ctx context.Context, w io.Writer) error {
+func (c *ceremony) rehearse(ctx context.Context, w io.Writer, format string) error {
 	if err := c.possible(); err != nil {
 		return err
 	}
-	c.show(w)
+	if format != "json" {
+		c.show(w)
+	}
 	if err := keys.Reachable(ctx, c.v.keys); err != nil {
 		return fmt.Errorf("nothing was made, and the root's key could not be: %w", err)
+	}
+	if a := &c.v.Authority; format == "json" {
+		_, code := c.plan()
+		return cli.JSON(w, &rootPlan{
+			TrustDomain: c.v.trustDomain.Name(), Subject: c.v.subject.Root(c.v.trustDomain).String(), KeyType: a.RootKeyType,
+			Key: a.Key, KeySecretFile: a.KeySecretFile, RootLife: a.RootLife.Or(0).String(), DataDir: c.v.DataDir, Plan: code,
+		})
 	}
 	fmt.Fprintln(w, "nothing was made: this was a dry run")
 	return nil
@@ -212,6 +233,7 @@ func (c *ceremony) make(ctx context.Context, made *rootMade, why string) (root c
 	root, made.Key, err = ca.Init(ctx, ca.Config{
 		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: v.keys, Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
+		IntermediateKey: v.intermediateKey, Subject: v.subject, NameConstraints: v.Authority.NameConstraints,
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0), Logger: logger,
 	}, why, made.Actor)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
 )
 
@@ -40,6 +41,19 @@ func (v *validated) openKeys(bad func(path, format string, args ...any)) {
 		return
 	}
 	a.RootKeyType, v.keys = string(kind), store
+}
+
+// checkProfile reads what is configured of the certificates that sign.
+func (v *validated) checkProfile(bad func(path, format string, args ...any)) {
+	a := &v.Authority
+	kind, err := keys.ParseKind(a.IntermediateKeyType)
+	if err != nil {
+		bad("authority.intermediate_key_type", "%v", err)
+	}
+	v.intermediateKey, v.subject = kind, ca.Subject(a.Subject)
+	if field, err := v.subject.Check(); err != nil {
+		bad("authority.subject."+field, "%v", err)
+	}
 }
 
 // rootKeyInterval is how often a root's key has to prove itself where that costs

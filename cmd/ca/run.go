@@ -204,6 +204,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	authority, err := ca.Open(ctx, ca.Config{
 		TrustDomain: v.trustDomain, Instance: v.Instance, Version: cli.Version(), Keys: v.keys, Store: db, Ledger: journal,
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
+		IntermediateKey: v.intermediateKey, Subject: v.subject, NameConstraints: v.Authority.NameConstraints,
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
 		DNSNames: mesh.dnsNames(),
 		Upstream: above, Logger: logger, Registerer: registry,

@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -63,8 +62,8 @@ type authority struct {
 	// renewAt is half of its life.
 	renewAt time.Time
 
-	key      *ecdsa.PrivateKey
-	checker  *signatureChecker
+	key      crypto.Signer // in memory
+	scheme   *scheme
 	template template
 	// record is shared by the ledger records of all that it signs: read only.
 	record *ledgerv1.Authority
@@ -111,8 +110,8 @@ func margin(life time.Duration) time.Duration {
 }
 
 // makeRoot makes a self-signed root for key.
-func makeRoot(td spiffeid.TrustDomain, key crypto.Signer, now time.Time, life time.Duration) (*x509.Certificate, error) {
-	t, err := authorityTemplate(td, "meshid root", key.Public())
+func makeRoot(td spiffeid.TrustDomain, subject Subject, key crypto.Signer, now time.Time, life time.Duration) (*x509.Certificate, error) {
+	t, err := authorityTemplate(td, subject.name(td, RoleRoot), key.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -125,9 +124,9 @@ func makeRoot(td spiffeid.TrustDomain, key crypto.Signer, now time.Time, life ti
 // makeIntermediate makes an intermediate with a new key, signed by r and checked
 // as the certificate of another would be.
 func (c *CA) makeIntermediate(r *root, sequence uint64, now time.Time) (*authority, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := c.cfg.IntermediateKey.Generate()
 	if err != nil {
-		return nil, fmt.Errorf("generate its key: %w", err)
+		return nil, err
 	}
 	cert, err := c.certify(r, key.Public(), now, c.intermediateEnd(r, now))
 	if err != nil {
@@ -138,7 +137,7 @@ func (c *CA) makeIntermediate(r *root, sequence uint64, now time.Time) (*authori
 
 // certify has r sign an intermediate for a key, and checks what was signed.
 func (c *CA) certify(r *root, pub crypto.PublicKey, now, notAfter time.Time) (*x509.Certificate, error) {
-	t, err := authorityTemplate(c.cfg.TrustDomain, "meshid intermediate", pub)
+	t, err := authorityTemplate(c.cfg.TrustDomain, c.cfg.Subject.name(c.cfg.TrustDomain, RoleIntermediate), pub)
 	if err != nil {
 		return nil, err
 	}
@@ -177,12 +176,12 @@ func (c *CA) intermediateEnd(r *root, now time.Time) time.Time {
 
 // newAuthority makes an authority of a chain that begins with its certificate and
 // is good until notAfter.
-func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key *ecdsa.PrivateKey, sequence uint64, now time.Time) (*authority, error) {
+func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key crypto.Signer, sequence uint64, now time.Time) (*authority, error) {
 	cert := chain[0]
 	if err := selfCheck(key, cert.PublicKey); err != nil {
 		return nil, fmt.Errorf("check its key: %w", err)
 	}
-	checker, err := newSignatureChecker(key)
+	scheme, err := schemeOf(key)
 	if err != nil {
 		return nil, fmt.Errorf("prepare its key: %w", err)
 	}
@@ -198,8 +197,8 @@ func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key *e
 		leafEnd:   floor(notAfter.Add(-margin(life))),
 		renewAt:   now.Round(0).Add(life / 2),
 		key:       key,
-		checker:   checker,
-		template:  newTemplate(cert.RawSubject, cert.SubjectKeyId),
+		scheme:    scheme,
+		template:  newTemplate(scheme.algorithm, cert.RawSubject, cert.SubjectKeyId),
 	}
 	for _, c := range chain {
 		a.chain = append(a.chain, c.Raw)
@@ -214,7 +213,7 @@ func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key *e
 // authorityTemplate is what roots and intermediates have in common
 // (X509-SVID §3.2, §4.1, §4.3). They have no extended key usage: what they sign
 // for is not narrowed by it.
-func authorityTemplate(td spiffeid.TrustDomain, name string, pub crypto.PublicKey) (*x509.Certificate, error) {
+func authorityTemplate(td spiffeid.TrustDomain, subject pkix.Name, pub crypto.PublicKey) (*x509.Certificate, error) {
 	spki, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
 		return nil, fmt.Errorf("encode its public key: %w", err)
@@ -223,16 +222,9 @@ func authorityTemplate(td spiffeid.TrustDomain, name string, pub crypto.PublicKe
 	if err != nil {
 		return nil, err
 	}
-	subject := pkix.Name{
-		CommonName: name,
-		// Two authorities never have the same subject, so path building by
-		// name alone finds the right one.
-		SerialNumber: hex.EncodeToString(ski[:8]),
-	}
-	// RFC 5280 appendix A.1: ub-organization-name is 64.
-	if td.Name() != "" && len(td.Name()) <= 64 {
-		subject.Organization = []string{td.Name()}
-	}
+	// Two authorities never have the same subject, so path building by name alone
+	// finds the right one.
+	subject.SerialNumber = hex.EncodeToString(ski[:8])
 	var serial [16]byte
 	newSerial(&serial)
 	return &x509.Certificate{

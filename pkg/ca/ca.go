@@ -112,6 +112,11 @@ type Config struct {
 	Backdate time.Duration
 	// DNSNames are in the CA's own X.509-SVID, for clients that know the CA by a name.
 	DNSNames []string
+	// IntermediateKey is the kind of the intermediates' keys; P-256 if "". P-384 and
+	// RSA cost several times as much for each X.509-SVID.
+	IntermediateKey keys.Kind
+	// Subject is in the names of our roots and intermediates.
+	Subject Subject
 	// NameConstraints has intermediates permit URIs of the trust domain only
 	// (X509-SVID §4.2). Off by default: verifiers that do not implement URI
 	// constraints, rustls among them, must refuse the whole chain.
@@ -151,6 +156,9 @@ func (cfg Config) withDefaults() Config {
 	set(&cfg.MaxTTL, min(DefaultMaxTTL, cfg.IntermediateLife/3))
 	set(&cfg.DefaultTTL, min(DefaultTTL, cfg.MaxTTL))
 	set(&cfg.Backdate, DefaultBackdate)
+	if cfg.IntermediateKey == "" {
+		cfg.IntermediateKey = keys.P256
+	}
 	if cfg.Instance == "" {
 		cfg.Instance = "ca"
 	}
@@ -191,6 +199,9 @@ func (cfg Config) check() error {
 	}
 	if err := checkDNSNames(cfg.DNSNames); err != nil {
 		return fmt.Errorf("dns names of the authority: %w", err)
+	}
+	if field, err := cfg.Subject.Check(); err != nil {
+		return fmt.Errorf("%s of the authorities' subject: %w", field, err)
 	}
 	return nil
 }

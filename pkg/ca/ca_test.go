@@ -8,6 +8,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"maps"
 	"path/filepath"
@@ -441,7 +442,7 @@ func TestV_K6_RootAndKeyDoNotBelongTogether(t *testing.T) {
 		},
 		"a leaf": {
 			store: func(key crypto.Signer) Root {
-				t, err := authorityTemplate(td, "x", key.Public())
+				t, err := authorityTemplate(td, pkix.Name{CommonName: "x"}, key.Public())
 				if err != nil {
 					panic(err)
 				}
@@ -493,7 +494,7 @@ func TestV_K6_RootAndKeyDoNotBelongTogether(t *testing.T) {
 
 func rootOf(t *testing.T, td spiffeid.TrustDomain, key crypto.Signer, now time.Time, life time.Duration) Root {
 	t.Helper()
-	cert, err := makeRoot(td, key, now, life)
+	cert, err := makeRoot(td, Subject{}, key, now, life)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -603,7 +604,7 @@ func TestV_B11_LeafUsedAsAuthority(t *testing.T) {
 	if !slices.Equal(leaf.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}) || len(leaf.UnknownExtKeyUsage) != 0 {
 		t.Errorf("extended key usage %v", leaf.ExtKeyUsage)
 	}
-	forged, err := authorityTemplate(testDomain, "x", newKey(t).Public())
+	forged, err := authorityTemplate(testDomain, pkix.Name{CommonName: "x"}, newKey(t).Public())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -941,13 +942,13 @@ func TestFault_F44_OwnCertificateExpired(t *testing.T) {
 func TestFault_F68_DamagedKeyIsReplaced(t *testing.T) {
 	f := open(t, Config{})
 	s := *f.state.Load()
-	damaged := *s.active.key
+	damaged := *s.active.key.(*ecdsa.PrivateKey)
 	other := newKey(t)
 	damaged.D, damaged.PublicKey = other.D, other.PublicKey //nolint:staticcheck // what a damaged key is
 	a := &authority{
 		id: s.active.id, cert: s.active.cert, root: s.active.root, spkiHash: s.active.spkiHash,
 		notBefore: s.active.notBefore, notAfter: s.active.notAfter, leafEnd: s.active.leafEnd, renewAt: s.active.renewAt,
-		key: &damaged, checker: s.active.checker, template: s.active.template, record: s.active.record,
+		key: &damaged, scheme: s.active.scheme, template: s.active.template, record: s.active.record,
 	}
 	s.active = a
 	f.setState(&s)

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"crypto/ecdsa"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/pem"
@@ -160,7 +161,7 @@ func TestV_K4_NoPrivateKeyLeaves(t *testing.T) {
 	}
 	f := open(t, Config{})
 	leaf, intermediate, _ := f.issue(t, time.Now(), &Request{Key: parseKey(t, key)})
-	own, err := f.state.Load().active.key.Bytes()
+	own, err := f.state.Load().active.key.(*ecdsa.PrivateKey).Bytes()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,7 @@ import (
 
 // DER of what never changes in a leaf.
 var (
-	// ecdsa-with-SHA256, without parameters (RFC 5758 §3.2).
+	// ecdsa-with-SHA256, without parameters (RFC 5758 §3.2); scheme.go has the others.
 	derSignatureAlgorithm = []byte{0x30, 0x0a, 0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02}
 	derVersion3           = []byte{0xa0, 0x03, 0x02, 0x01, 0x02}
 	// X509-SVID does not need a subject; without one the SAN must be critical.
@@ -48,15 +48,17 @@ const (
 
 // template is what the leaves of one authority have in common. It is immutable.
 type template struct {
+	// algorithm is that of the authority's signatures.
+	algorithm []byte
 	// issuer is the signature algorithm, then the issuer's name.
 	issuer []byte
 	// extensions are those that do not depend on the leaf.
 	extensions []byte
 }
 
-func newTemplate(issuer, keyID []byte) template {
-	var t template
-	t.issuer = append(append(t.issuer, derSignatureAlgorithm...), issuer...)
+func newTemplate(algorithm, issuer, keyID []byte) template {
+	t := template{algorithm: algorithm}
+	t.issuer = append(append(t.issuer, algorithm...), issuer...)
 	// Authority key identifier: [0] keyIdentifier.
 	aki := appendValue(nil, 0x80, keyID)
 	aki = appendValue(nil, tagSequence, aki)
@@ -79,7 +81,7 @@ const (
 	// bytes of content, as all our certificates have.
 	outerHead = 4
 	// signatureRoom is the most that a P-256 signature takes as an algorithm
-	// and a BIT STRING: 12 + 3 + 72.
+	// and a BIT STRING: 12 + 3 + 72. Larger ones have the buffer copied.
 	signatureRoom = 87
 	maxTBS        = 60_000
 )
@@ -129,8 +131,8 @@ func (t *template) appendTBS(l *leaf) ([]byte, error) {
 }
 
 // appendSignature makes a certificate of what appendTBS returned.
-func appendSignature(b, signature []byte) []byte {
-	b = append(b, derSignatureAlgorithm...)
+func (t *template) appendSignature(b, signature []byte) []byte {
+	b = append(b, t.algorithm...)
 	b = appendHead(b, tagBitString, len(signature)+1)
 	b = append(b, 0)
 	b = append(b, signature...)

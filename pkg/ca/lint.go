@@ -1,6 +1,10 @@
 package ca
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -17,9 +21,11 @@ import (
 //
 //	 1  the certificate is one SEQUENCE and nothing follows it
 //	 2  it has three elements
-//	 3  its algorithm is ecdsa-with-SHA256, without parameters
+//	 3  its algorithm is the one for the issuer's key, ecdsa-with-SHA256 without
+//	    parameters for P-256
 //	 4  its signature is a BIT STRING without unused bits
-//	 5  … that holds two positive INTEGERs
+//	 5  … that holds two positive INTEGERs of an elliptic curve, or has the length for
+//	    another key
 //	 6  its version is 3
 //	 7  its serial is the one drawn, positive, of 64 random bits or more
 //	 8  the signed algorithm is the outer one
@@ -49,6 +55,7 @@ import (
 //	32  no flag is written that is FALSE, and TRUE is 0xff (DER)
 type intent struct {
 	issuer, issuerKeyID         []byte
+	issuerKey                   crypto.PublicKey
 	issuerNotBefore, issuerEnd  time.Time
 	trustDomain                 string
 	serial, spki                []byte
@@ -85,14 +92,14 @@ func (want *intent) lint(certificate []byte) (parsed, error) {
 		!body.ReadASN1(&bits, asn1.BIT_STRING) || !body.Empty() {
 		return parsed{}, broken(2, "not three elements")
 	}
-	if string(algorithm) != "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02" {
+	if meant := lintAlgorithm(want.issuerKey); meant == "" || string(algorithm) != meant {
 		return parsed{}, broken(3, "signature algorithm")
 	}
 	var unused uint8
 	if !bits.ReadUint8(&unused) || unused != 0 {
 		return parsed{}, broken(4, "signature bits")
 	}
-	if !isECDSASignature(bits) {
+	if !lintSignature(want.issuerKey, bits) {
 		return parsed{}, broken(5, "signature value")
 	}
 	if err := want.lintTBS(tbs, algorithm); err != nil {
@@ -101,13 +108,45 @@ func (want *intent) lint(certificate []byte) (parsed, error) {
 	return parsed{tbs: tbs, signature: bits}, nil
 }
 
-func isECDSASignature(bits cryptobyte.String) bool {
+// lintAlgorithm is the AlgorithmIdentifier with which a key signs; "" for none.
+func lintAlgorithm(key crypto.PublicKey) string {
+	switch key := key.(type) {
+	case *ecdsa.PublicKey:
+		switch key.Params().BitSize {
+		case 256:
+			return "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x02"
+		case 384:
+			return "\x30\x0a\x06\x08\x2a\x86\x48\xce\x3d\x04\x03\x03"
+		}
+	case *rsa.PublicKey:
+		return "\x30\x0d\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0b\x05\x00"
+	case ed25519.PublicKey:
+		return "\x30\x05\x06\x03\x2b\x65\x70"
+	}
+	return ""
+}
+
+// lintSignature reports whether bits have the form of a key's signature.
+func lintSignature(key crypto.PublicKey, bits cryptobyte.String) bool {
+	switch key := key.(type) {
+	case *ecdsa.PublicKey:
+		return isECDSASignature(bits, key.Params().BitSize/8+1)
+	case *rsa.PublicKey:
+		return len(bits) == (key.N.BitLen()+7)/8
+	case ed25519.PublicKey:
+		return len(bits) == 64
+	}
+	return false
+}
+
+// isECDSASignature reports whether bits are two INTEGERs of at most size bytes.
+func isECDSASignature(bits cryptobyte.String, size int) bool {
 	var pair, r, s cryptobyte.String
 	if !bits.ReadASN1(&pair, asn1.SEQUENCE) || !bits.Empty() ||
 		!pair.ReadASN1(&r, asn1.INTEGER) || !pair.ReadASN1(&s, asn1.INTEGER) || !pair.Empty() {
 		return false
 	}
-	return isPositive(r) && len(r) <= 33 && isPositive(s) && len(s) <= 33
+	return isPositive(r) && len(r) <= size && isPositive(s) && len(s) <= size
 }
 
 // isPositive reports whether i is a DER INTEGER's content above zero.

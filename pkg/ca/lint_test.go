@@ -19,7 +19,7 @@ import (
 func testAuthority(t testing.TB, now time.Time) *authority {
 	t.Helper()
 	key := newKey(t)
-	r, err := makeRoot(testDomain, key, now, 365*24*time.Hour)
+	r, err := makeRoot(testDomain, Subject{}, key, now, 365*24*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,12 +44,11 @@ func signLeaf(t testing.TB, a *authority, l *leaf) []byte {
 
 func (a *authority) seal(t testing.TB, buffer []byte) []byte {
 	t.Helper()
-	digest := sha256.Sum256(buffer[outerHead:])
-	signature, err := ecdsa.SignASN1(rand.Reader, a.key, digest[:])
+	signature, err := a.scheme.sign(a.key, buffer[outerHead:])
 	if err != nil {
 		t.Fatal(err)
 	}
-	return appendSignature(buffer, signature)
+	return a.template.appendSignature(buffer, signature)
 }
 
 // lintLeaf is what Sign does with a certificate before it releases it.
@@ -128,7 +127,7 @@ func TestV_B9_LintedIsSigned(t *testing.T) {
 		t.Fatal("the signed bytes are not the encoded ones")
 	}
 	want := intent{
-		issuer: a.cert.RawSubject, issuerKeyID: a.cert.SubjectKeyId, issuerNotBefore: a.notBefore, issuerEnd: a.notAfter,
+		issuer: a.cert.RawSubject, issuerKeyID: a.cert.SubjectKeyId, issuerKey: a.cert.PublicKey, issuerNotBefore: a.notBefore, issuerEnd: a.notAfter,
 		trustDomain: "example.org", serial: l.serial[:], spki: l.key.spki, id: l.id, dnsNames: l.dnsNames,
 		notBefore: l.notBefore, notAfter: l.notAfter, signed: now, maxLife: time.Hour,
 	}

@@ -2,9 +2,7 @@ package ca
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
+	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -216,18 +214,18 @@ func (c *CA) rank(cert *x509.Certificate) int {
 }
 
 // ask makes a key, has it certified, and verifies the answer.
-func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ *ecdsa.PrivateKey, _ time.Time, err error) {
+func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ crypto.Signer, _ time.Time, err error) {
 	defer func(start time.Time) { c.metrics.observeUpstream(start, err) }(time.Now())
 	var now time.Time
-	fail := func(doing string, err error) (*upstream.Verified, *ecdsa.PrivateKey, time.Time, error) {
+	fail := func(doing string, err error) (*upstream.Verified, crypto.Signer, time.Time, error) {
 		return nil, nil, now, fmt.Errorf("%s: %w", doing, err)
 	}
 	u := c.cfg.Upstream
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := c.cfg.IntermediateKey.Generate()
 	if err != nil {
-		return fail("generate a key for an intermediate", err)
+		return fail("make an intermediate", err)
 	}
-	t, err := authorityTemplate(c.cfg.TrustDomain, "meshid intermediate", key.Public())
+	t, err := authorityTemplate(c.cfg.TrustDomain, c.cfg.Subject.name(c.cfg.TrustDomain, RoleIntermediate), key.Public())
 	if err != nil {
 		return fail("describe an intermediate", err)
 	}

@@ -1,8 +1,6 @@
 package ca
 
 import (
-	"crypto/ecdsa"
-	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -156,13 +154,12 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 		return nil, &RequestError{Reason: ReasonDNS, Err: err}
 	}
 	// 4. Sign.
-	digest := sha256.Sum256(buffer[outerHead:])
-	signature, err := ecdsa.SignASN1(rand.Reader, a.key, digest[:])
+	signature, err := a.scheme.sign(a.key, buffer[outerHead:])
 	if err != nil {
 		c.metrics.refused[refusedSelfCheck].Inc()
 		return nil, fmt.Errorf("sign for %s with authority %s: %w", id, a.id, err)
 	}
-	certificate := appendSignature(buffer, signature)
+	certificate := a.template.appendSignature(buffer, signature)
 	// 5. Check.
 	if err := c.check(a, &l, now, certificate); err != nil {
 		if errors.Is(err, errBadSignature) {
@@ -264,7 +261,7 @@ func renewAt(now, notAfter time.Time) time.Time {
 // order: a bit that flips after the linter has looked breaks the signature.
 func (c *CA) check(a *authority, l *leaf, now time.Time, certificate []byte) error {
 	want := intent{
-		issuer: a.cert.RawSubject, issuerKeyID: a.cert.SubjectKeyId,
+		issuer: a.cert.RawSubject, issuerKeyID: a.cert.SubjectKeyId, issuerKey: a.cert.PublicKey,
 		issuerNotBefore: a.cert.NotBefore, issuerEnd: a.cert.NotAfter,
 		trustDomain: c.cfg.TrustDomain.Name(),
 		serial:      l.serial[:], spki: l.key.spki,
@@ -276,8 +273,7 @@ func (c *CA) check(a *authority, l *leaf, now time.Time, certificate []byte) err
 	if err != nil {
 		return fmt.Errorf("%w: %w", errNotMeant, err)
 	}
-	digest := sha256.Sum256(got.tbs)
-	if err := a.checker.check(&digest, got.signature); err != nil {
+	if err := a.scheme.verify(got.tbs, got.signature); err != nil {
 		return fmt.Errorf("%w: %w", errNotMeant, err)
 	}
 	return nil

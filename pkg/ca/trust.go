@@ -329,7 +329,7 @@ func (c *CA) makeOwnRoot(ctx context.Context, now time.Time) (*x509.Certificate,
 	if err != nil {
 		return nil, nil, "", err
 	}
-	cert, err := makeRoot(c.cfg.TrustDomain, key, now, c.cfg.RootLife)
+	cert, err := makeRoot(c.cfg.TrustDomain, c.cfg.Subject, key, now, c.cfg.RootLife)
 	if err != nil {
 		return nil, nil, "", fmt.Errorf("sign a root: %w", err)
 	}

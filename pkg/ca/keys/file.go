@@ -80,7 +80,7 @@ func (f *file) Create(ctx context.Context, name string) (crypto.Signer, string, 
 		}
 		options = append(options, pemutil.WithPassword(passphrase))
 	}
-	signer, err := f.kind.generate()
+	signer, err := f.kind.Generate()
 	if err != nil {
 		return nil, "", err
 	}

@@ -51,7 +51,8 @@ func ParseKind(text string) (Kind, error) {
 	return "", fmt.Errorf("%.40q is not a kind of key; write one of %s", text, strings.Join(names, ", "))
 }
 
-func (k Kind) generate() (crypto.Signer, error) {
+// Generate makes a key of the kind in memory.
+func (k Kind) Generate() (crypto.Signer, error) {
 	d := kinds[k]
 	signer, err := keyutil.GenerateSigner(d.kty, d.curve, d.bits)
 	if err != nil {

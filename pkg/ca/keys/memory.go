@@ -30,7 +30,7 @@ func (m *memory) Create(ctx context.Context, name string) (crypto.Signer, string
 	if _, taken := m.keys[name]; taken {
 		return nil, "", fmt.Errorf("create key %q in memory: %w", name, ErrExists)
 	}
-	signer, err := P256.generate()
+	signer, err := P256.Generate()
 	if err != nil {
 		return nil, "", err
 	}

@@ -55,7 +55,7 @@ func (s *deviceSession) create(name string, kind Kind) (string, crypto.PublicKey
 	if s.d.keys["hsm:"+name] != nil {
 		return "", nil, ErrExists
 	}
-	key, err := kind.generate()
+	key, err := kind.Generate()
 	if err != nil {
 		return "", nil, err
 	}
@@ -218,7 +218,7 @@ func TestV_K6_MissingOrOtherObject(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := P256.generate()
+	other, err := P256.Generate()
 	if err != nil {
 		t.Fatal(err)
 	}
