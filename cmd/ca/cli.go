@@ -11,12 +11,7 @@ import (
 
 // run is the program; main only turns its error into an exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	root := newRoot()
-	root.SetArgs(args)
-	root.SetIn(stdin)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	return root.ExecuteContext(ctx)
+	return cli.Execute(ctx, newRoot(), args, stdin, stdout, stderr)
 }
 
 func newRoot() *cobra.Command {
@@ -31,7 +26,7 @@ Start one with nothing but a trust domain:
 
 then let a machine join, and say who gets which identity:
 
-  ca token create --node web-1
+  ca token create --node web-1 --write token
   ca entry apply -f entries.yaml
   ca entry explain --node web-1 --pid 4711`,
 		SilenceUsage:  true,

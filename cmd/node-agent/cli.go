@@ -11,12 +11,7 @@ import (
 
 // run is the program; main only turns its error into an exit code.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	root := newRoot()
-	root.SetArgs(args)
-	root.SetIn(stdin)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	return root.ExecuteContext(ctx)
+	return cli.Execute(ctx, newRoot(), args, stdin, stdout, stderr)
 }
 
 func newRoot() *cobra.Command {
@@ -29,7 +24,7 @@ by the process at the other end of the socket; nothing is configured per workloa
 
 On the CA's machine, make a token and save the trust bundle:
 
-  ca token create --node web-1 > token
+  ca token create --node web-1 --write token
   ca bundle show > bundle.pem
 
 on this machine, with both files:
