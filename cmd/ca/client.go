@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -102,6 +104,43 @@ func done(cmd *cobra.Command, err error, format string, args ...any) error {
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), format, args...)
 	return nil
+}
+
+// completeArgs completes at most that many arguments, any number if it is 0, with
+// what list returns: nothing if the CA does not answer soon, and never files.
+func completeArgs(most int, list func(ctx context.Context) ([]cobra.Completion, error)) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if most > 0 && len(args) >= most {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), completionDelay)
+		defer cancel()
+		all, err := list(ctx)
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return slices.DeleteFunc(all, func(one cobra.Completion) bool {
+			name, description, _ := strings.Cut(one, "\t")
+			return slices.Contains(args, name) || cli.Printable(name+description) != name+description
+		}), cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// entryNames and nodeNames are for completeArgs.
+func (c *clientFlags) entryNames(ctx context.Context) (names []cobra.Completion, _ error) {
+	answer, err := call(ctx, c, adminv1.AdminServiceClient.ListEntries, &adminv1.ListEntriesRequest{})
+	for _, e := range answer.GetEntries() {
+		names = append(names, cobra.CompletionWithDesc(e.GetName(), e.GetSpiffeId()))
+	}
+	return names, err
+}
+
+func (c *clientFlags) nodeNames(ctx context.Context) (names []cobra.Completion, _ error) {
+	answer, err := call(ctx, c, adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{})
+	for _, n := range answer.GetNodes() {
+		names = append(names, cobra.CompletionWithDesc(n.GetId(), n.GetState()))
+	}
+	return names, err
 }
 
 func (c *clientFlags) dial(ctx context.Context) (*grpc.ClientConn, func() error, error) {

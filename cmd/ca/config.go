@@ -469,12 +469,15 @@ func (v *validated) check(file *config.File) error {
 		}
 		v.Instance = host
 	}
-	if !filepath.IsAbs(v.DataDir) {
-		abs, err := filepath.Abs(v.DataDir)
+	for _, path := range []*string{&v.DataDir, &v.AdminSocket} {
+		if strings.HasPrefix(*path, "@") {
+			continue // no file: an abstract socket
+		}
+		abs, err := filepath.Abs(*path)
 		if err != nil {
 			return err
 		}
-		v.DataDir = abs
+		*path = abs
 	}
 	if _, _, err := net.SplitHostPort(v.Listen); err != nil {
 		bad("listen", "%q is not an address; write host:port, or :8443 for all interfaces", v.Listen)

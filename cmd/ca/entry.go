@@ -182,8 +182,9 @@ func newEntryCheck() *cobra.Command {
 
 func newEntryGet(c *clientFlags) *cobra.Command {
 	return printing(&cobra.Command{
-		Use:   "get [NAME...]",
-		Short: "Show entries",
+		Use:               "get [NAME...]",
+		Short:             "Show entries",
+		ValidArgsFunction: completeArgs(0, c.entryNames),
 	}, func(cmd *cobra.Command, names []string) (*adminv1.ListEntriesResponse, error) {
 		return call(cmd.Context(), c, adminv1.AdminServiceClient.ListEntries, &adminv1.ListEntriesRequest{Names: names})
 	}, func(cmd *cobra.Command, format string, answer *adminv1.ListEntriesResponse) error {
@@ -214,7 +215,8 @@ func newEntryDelete(c *clientFlags) *cobra.Command {
 		Short: "Delete entries: their identities are withdrawn at once",
 		Example: `  ca entry delete shop
   ca entry delete shop --wait`,
-		Args: cobra.MinimumNArgs(1),
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeArgs(0, c.entryNames),
 		RunE: func(cmd *cobra.Command, names []string) error {
 			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.DeleteEntries, &adminv1.DeleteEntriesRequest{Names: names})
 			if err != nil {
@@ -242,6 +244,7 @@ agent attests now, or attributes from a file such as
     labels: {team: shop, app: web}`,
 		Example: `  ca entry explain --node web-1 --pid 4711
   ca entry explain shop --node web-1 --attributes web.yaml`,
+		ValidArgsFunction: completeArgs(0, c.entryNames),
 	}, func(cmd *cobra.Command, names []string) (*adminv1.ExplainResponse, error) {
 		id, err := nodeID(cmd.Context(), c, node)
 		if err != nil {
@@ -270,6 +273,7 @@ agent attests now, or attributes from a file such as
 	if err := cmd.MarkFlagRequired("node"); err != nil {
 		panic(err) // the flag was defined above
 	}
+	_ = cmd.RegisterFlagCompletionFunc("node", completeArgs(0, c.nodeNames))
 	return cmd
 }
 

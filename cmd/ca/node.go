@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/durable"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 )
 
@@ -104,9 +105,10 @@ func newNodeWithdrawal(c *clientFlags, verb, short, result string, change func(c
 	var reason string
 	var f waitFlags
 	cmd := &cobra.Command{
-		Use:   verb + " NODE",
-		Short: short,
-		Args:  cobra.ExactArgs(1),
+		Use:               verb + " NODE",
+		Short:             short,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeArgs(1, c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := nodeID(cmd.Context(), c, args[0])
 			if err != nil {
@@ -126,9 +128,10 @@ func newNodeWithdrawal(c *clientFlags, verb, short, result string, change func(c
 
 func newNodeUnban(c *clientFlags) *cobra.Command {
 	return &cobra.Command{
-		Use:   "unban NODE",
-		Short: "Let a banned node attest again",
-		Args:  cobra.ExactArgs(1),
+		Use:               "unban NODE",
+		Short:             "Let a banned node attest again",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeArgs(1, c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := nodeID(cmd.Context(), c, args[0])
 			if err != nil {
@@ -158,35 +161,45 @@ agent in a file (node_attestation: {join_token: {token_file: PATH}}).`,
 }
 
 func newTokenCreate(c *clientFlags) *cobra.Command {
-	var node string
+	var node, file string
 	var ttl time.Duration
 	var labels map[string]string
 	cmd := printing(&cobra.Command{
 		Use:   "create",
 		Short: "Make a token; it is shown once and kept only as a hash",
-		Example: `  ca token create --node web-1
+		Long: `Make a token. It is shown once, or written into a file, and the CA keeps only a
+hash of it. An agent takes it from a file that nobody but its own user can read:
+--write makes one, mode 0600.`,
+		Example: `  ca token create --node web-1 --write token
   ca token create --node web-1 --ttl 10m --label rack=b7 -o json`,
 		Args: cobra.NoArgs,
 	}, func(cmd *cobra.Command, _ []string) (*adminv1.CreateTokenResponse, error) {
-		return call(cmd.Context(), c, adminv1.AdminServiceClient.CreateToken, createTokenRequest(node, ttl, labels))
+		if ttl <= 0 {
+			return nil, fmt.Errorf("--ttl %v: write more than 0, such as 1h", ttl)
+		}
+		answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.CreateToken, &adminv1.CreateTokenRequest{
+			NodeName: node, Labels: labels, Ttl: durationpb.New(ttl),
+		})
+		if err != nil || file == "" {
+			return answer, err
+		}
+		if err := durable.WriteFile(file, []byte(answer.GetToken()+"\n"), 0o600); err != nil {
+			return nil, fmt.Errorf("write the token: %w\n  It is lost: find and delete it with ca token list|delete, and make another", err)
+		}
+		answer.Token = "" // it is in the file, and nowhere else
+		return answer, nil
 	}, func(cmd *cobra.Command, _ string, answer *adminv1.CreateTokenResponse) error {
 		fmt.Fprintf(cmd.ErrOrStderr(), "joins as %s, once, until %s\n", answer.GetNodeId(), answer.GetExpiresAt().AsTime().Local().Format(time.RFC3339))
-		fmt.Fprintln(cmd.OutOrStdout(), answer.GetToken())
+		if answer.GetToken() != "" {
+			fmt.Fprintln(cmd.OutOrStdout(), answer.GetToken())
+		}
 		return nil
 	}, "text")
+	cmd.Flags().StringVar(&file, "write", "", "write the token into this file, mode 0600, and do not show it")
 	cmd.Flags().StringVar(&node, "node", "", "name of the machine in its SPIFFE ID; random by default")
 	cmd.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long the token may be used")
 	cmd.Flags().StringToStringVar(&labels, "label", nil, "label of the node, for rules: node.labels[\"key\"]")
 	return cmd
-}
-
-// createTokenRequest leaves the lifetime out if it is not given.
-func createTokenRequest(node string, ttl time.Duration, labels map[string]string) *adminv1.CreateTokenRequest {
-	r := &adminv1.CreateTokenRequest{NodeName: node, Labels: labels}
-	if ttl != 0 {
-		r.Ttl = durationpb.New(ttl)
-	}
-	return r
 }
 
 func newTokenList(c *clientFlags) *cobra.Command {
@@ -211,6 +224,13 @@ func newTokenDelete(c *clientFlags) *cobra.Command {
 		Use:   "delete ID",
 		Short: "Withdraw a token that was not used yet",
 		Args:  cobra.ExactArgs(1),
+		ValidArgsFunction: completeArgs(1, func(ctx context.Context) (ids []cobra.Completion, _ error) {
+			answer, err := call(ctx, c, adminv1.AdminServiceClient.ListTokens, &adminv1.ListTokensRequest{})
+			for _, t := range answer.GetTokens() {
+				ids = append(ids, cobra.CompletionWithDesc(t.GetId(), t.GetNodeId()))
+			}
+			return ids, err
+		}),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			_, err := call(cmd.Context(), c, adminv1.AdminServiceClient.DeleteToken, &adminv1.DeleteTokenRequest{Id: args[0]})
 			return done(cmd, err, "token %s deleted\n", args[0])

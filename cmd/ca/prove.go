@@ -44,7 +44,7 @@ type treeFlags struct {
 
 func (f *treeFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.tree, "tree", "", "folder of the tree; by default the folder \"tree\" beside the journal")
-	cmd.Flags().StringVar(&f.key, "key", "", "the log's public key as `ca ledger key` prints it, or a file with it; by default that of the CA on this machine")
+	cmd.Flags().StringVar(&f.key, "key", "", "the log's public key as \"ca ledger key\" prints it, or a file with it; by default that of the CA on this machine")
 	cmd.Flags().StringArrayVar(&f.witnesses, "witness", nil, "public key of a witness whose cosignature must be there; may be repeated")
 }
 

@@ -76,20 +76,13 @@ the new root before every live proxy has acknowledged it.`,
 }
 
 func completeRoots(c *clientFlags) cobra.CompletionFunc {
-	return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-		if len(args) > 0 {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		r, err := getRotation(cmd.Context(), c)
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveError
-		}
-		var all []cobra.Completion
+	return completeArgs(1, func(ctx context.Context) (ids []cobra.Completion, _ error) {
+		r, err := getRotation(ctx, c)
 		for _, root := range r.GetRoots() {
-			all = append(all, cobra.CompletionWithDesc(root.GetId(), root.GetState()))
+			ids = append(ids, cobra.CompletionWithDesc(root.GetId(), root.GetState()))
 		}
-		return all, cobra.ShellCompDirectiveNoFileComp
-	}
+		return ids, err
+	})
 }
 
 func getRotation(ctx context.Context, c *clientFlags) (*adminv1.Rotation, error) {

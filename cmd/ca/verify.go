@@ -80,7 +80,7 @@ message names the first record, segment or tile.`,
 	f.add(cmd)
 	cmd.Flags().StringVar(&f.head, "head", "", "a head that an earlier verify printed: proves that nothing before it was changed or cut off since")
 	cmd.Flags().StringVar(&f.checkpoint, "checkpoint", "", "file with a checkpoint that was kept elsewhere: proves the same of the tree")
-	cmd.Flags().StringVar(&f.proof, "proof", "", "file with a proof that `ca ledger prove` has written")
+	cmd.Flags().StringVar(&f.proof, "proof", "", "file with a proof that \"ca ledger prove\" has written")
 	cmd.Flags().StringVar(&f.cert, "cert", "", "with --proof: the certificate, in PEM or DER, that the record must be of")
 	f.out.Add(cmd, "text", "json")
 	cmd.MarkFlagsMutuallyExclusive("proof", "head")

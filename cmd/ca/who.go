@@ -72,7 +72,7 @@ banned). Each is valid until it expires all the same.`,
 	}
 	f.add(cmd)
 	cmd.Flags().StringVar(&req.Node, "node", "", "node: its SPIFFE ID, or the last part of it")
-	cmd.Flags().StringVar(&req.Authority, "authority", "", "authority that signed: its subject key identifier, as `ca authority list` shows it, or the beginning of it")
+	cmd.Flags().StringVar(&req.Authority, "authority", "", "authority that signed: its subject key identifier, as \"ca authority list\" shows it, or the beginning of it")
 	cmd.Flags().StringVar(&req.Root, "root", "", "root that it chains to: its subject key identifier or the SHA-256 of its certificate, or the beginning of one")
 	cmd.Flags().StringVar(&req.Entry, "entry", "", "name of the entry that allowed it")
 	cmd.Flags().StringVar(&when, "at", "", "valid then, not now")

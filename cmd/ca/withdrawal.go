@@ -59,17 +59,13 @@ func newWithdrawalShow(c *clientFlags) *cobra.Command {
 		Use:   "show ID",
 		Short: "Show one withdrawal: who has acknowledged it, who has not, and the time to effect",
 		Args:  cobra.ExactArgs(1),
-		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.ListWithdrawals, &adminv1.ListWithdrawalsRequest{})
-			if err != nil || len(args) > 0 {
-				return nil, cobra.ShellCompDirectiveNoFileComp
-			}
-			var all []cobra.Completion
+		ValidArgsFunction: completeArgs(1, func(ctx context.Context) (ids []cobra.Completion, _ error) {
+			answer, err := call(ctx, c, adminv1.AdminServiceClient.ListWithdrawals, &adminv1.ListWithdrawalsRequest{})
 			for _, w := range answer.GetWithdrawals() {
-				all = append(all, cobra.CompletionWithDesc(w.GetId(), w.GetCause()+" "+w.GetWhat()))
+				ids = append(ids, cobra.CompletionWithDesc(w.GetId(), w.GetCause()+" "+w.GetWhat()))
 			}
-			return all, cobra.ShellCompDirectiveNoFileComp
-		},
+			return ids, err
+		}),
 	}
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if f.wait {

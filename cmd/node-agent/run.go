@@ -2,9 +2,11 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -22,6 +24,8 @@ import (
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/agent"
+	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/sds"
@@ -68,13 +72,18 @@ func newCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Check the configuration, and that the CA, the kubelet and the container runtime answer",
-		Args:  cobra.NoArgs,
+		Long: `Check the configuration, and what it names: that the CA answers, that the join
+token, machine certificate or service account token by which this machine attests
+can be read and has its form, and that the kubelet and the container runtime answer.
+Nothing is sent to the CA, and a join token is not used up.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			v, err := loadSettings(path)
 			if err != nil {
 				return err
 			}
-			if _, err := nodeAttester(v.NodeAttestation); err != nil {
+			node, err := nodeAttester(v.NodeAttestation)
+			if err != nil {
 				return err
 			}
 			workloads, err := workloadAttestors(v.WorkloadAttestation, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
@@ -94,6 +103,9 @@ func newCheckCommand() *cobra.Command {
 				fmt.Fprintf(cmd.OutOrStdout(), "the CA answers at %s\n", conn.RemoteAddr())
 				err = conn.Close()
 			}
+			if failed := checkEvidence(cmd.Context(), cmd.OutOrStdout(), node, v.DataDir); failed != nil {
+				err = errors.Join(err, fmt.Errorf("node_attestation.%s: %w", node.Method(), failed))
+			}
 			for _, w := range workloads {
 				c, ok := w.(interface {
 					Check(ctx context.Context) (found string, err error)
@@ -112,6 +124,21 @@ func newCheckCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&path, "config", defaultConfigPath, "configuration file")
 	return cmd
+}
+
+// checkEvidence says whether the machine could attest now. A join token that is gone
+// is no mistake where the node has joined.
+func checkEvidence(ctx context.Context, out io.Writer, node attest.NodeAttester, dataDir string) error {
+	_, err := node.Evidence(ctx, make([]byte, sha256.Size))
+	switch {
+	case err == nil:
+		fmt.Fprintf(out, "the machine has what it attests with (%s)\n", node.Method())
+	case errors.Is(err, os.ErrNotExist) && node.Method() == jointoken.Method && agent.HasCache(dataDir):
+		fmt.Fprintln(out, "the join token is gone, which is right once the node has joined")
+	default:
+		return err
+	}
+	return nil
 }
 
 // serve puts the parts together and runs them until ctx ends. The sockets open

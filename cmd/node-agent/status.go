@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -95,7 +96,7 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 		connection += " since " + cli.Short(now.Sub(s.Since))
 	}
 	if s.LastError != "" && !s.Connected {
-		connection += ": " + s.LastError
+		connection += ": " + cli.Plain(s.LastError)
 	}
 	fmt.Fprintf(w, "node            %s\nconnection      %s\n", s.NodeID, connection)
 	fmt.Fprintf(w, "agent's SVID    expires %s, renewed %s\n", cli.Until(now, s.NotAfter), cli.Until(now, s.RenewAt))
@@ -112,7 +113,7 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 		if c.Severity == health.OK {
 			continue
 		}
-		fmt.Fprintf(w, "condition       %s: %s: %s (since %s)\n", c.Name, cli.Paint(w, cli.Yellow, c.Severity.String()), c.Message, cli.Short(now.Sub(c.Since)))
+		fmt.Fprintf(w, "condition       %s: %s: %s (since %s)\n", c.Name, cli.Paint(w, cli.Yellow, c.Severity.String()), cli.Plain(c.Message), cli.Short(now.Sub(c.Since)))
 	}
 	fmt.Fprintln(w)
 	var rows [][]string
@@ -154,17 +155,16 @@ identities are those of this process and its user, not of another one.`,
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
 			defer cancel()
+			name := "SPIFFE_ENDPOINT_SOCKET"
 			if cmd.Flags().Changed("socket") {
-				socket = address(socket)
-			} else if err := workloadapi.ValidateAddress(socket); err != nil {
-				return fmt.Errorf("SPIFFE_ENDPOINT_SOCKET is %q: %w\n  Write unix:///path/of/agent.sock", socket, err)
+				name, socket = "--socket", address(socket)
+			}
+			if err := checkAddress(socket); err != nil {
+				return fmt.Errorf("%s is %q: %w\n  Write unix:///path/of/agent.sock", name, socket, err)
 			}
 			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socket))
-			if errors.Is(err, context.DeadlineExceeded) || grpcstatus.Code(err) == codes.DeadlineExceeded {
-				err = fmt.Errorf("no identity within %v: no entry matches this process", timeout)
-			}
 			if err != nil {
-				return fmt.Errorf("fetch from %s: %w\n  To see which entry should match, and why it does not: ca entry explain --node NODE --pid PID", socket, err)
+				return fetchError(socket, timeout, err)
 			}
 			if write != "" {
 				return writeFiles(write, x)
@@ -183,10 +183,40 @@ identities are those of this process and its user, not of another one.`,
 	return cmd
 }
 
+// checkAddress checks the form of an address as Workload Endpoint §4 has it, where
+// unix has no authority: unix://agent.sock names a host and no path.
+func checkAddress(socket string) error {
+	if err := workloadapi.ValidateAddress(socket); err != nil {
+		return err
+	}
+	if u, err := url.Parse(socket); err != nil || u.Scheme == "unix" && u.Host != "" {
+		return errors.New("it has no absolute path")
+	}
+	return nil
+}
+
+// fetchError says what to do about an error of the Workload API.
+func fetchError(socket string, timeout time.Duration, err error) error {
+	switch code := grpcstatus.Code(err); {
+	case errors.Is(err, context.DeadlineExceeded), code == codes.DeadlineExceeded:
+		err = fmt.Errorf("no identity within %v: no entry matches this process", timeout)
+	case code == codes.PermissionDenied:
+		err = errors.New(grpcstatus.Convert(err).Message()) // it is not a matter of rights
+	case code == codes.Unavailable:
+		return fmt.Errorf("fetch from %s: %s\n  Is `node-agent run` running, and is this its socket? See: node-agent status", socket, cli.Plain(err.Error()))
+	default:
+		return fmt.Errorf("fetch from %s: %w", socket, err)
+	}
+	return fmt.Errorf("fetch from %s: %w\n  To see which entry should match, and why it does not: ca entry explain --node NODE --pid PID", socket, err)
+}
+
 // address turns a path into the form that SPIFFE_ENDPOINT_SOCKET has.
 func address(socket string) string {
 	if strings.Contains(socket, "://") || strings.HasPrefix(socket, "unix:") {
 		return socket
+	}
+	if abs, err := filepath.Abs(socket); err == nil {
+		socket = abs
 	}
 	return "unix://" + socket
 }

@@ -11,7 +11,9 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -74,7 +76,7 @@ func Explain(err error) string {
 	}
 	s := answer.GRPCStatus()
 	var b strings.Builder
-	b.WriteString(strings.ReplaceAll(err.Error(), answer.Error(), s.Message()))
+	b.WriteString(Plain(strings.ReplaceAll(err.Error(), answer.Error(), s.Message())))
 	for _, d := range s.Details() {
 		bad, ok := d.(*errdetails.BadRequest)
 		if !ok {
@@ -91,6 +93,25 @@ func Explain(err error) string {
 		b.WriteString("\n  Run as root (or as the user that the program runs as), or with an identity of an entry that says admin: true.")
 	}
 	return b.String()
+}
+
+// What gRPC writes around the cause when it cannot connect, and before an error
+// that somebody else has made a text of.
+var (
+	dialing  = regexp.MustCompile(`connection error: desc = ("transport: (?:Error while dialing: )?(?:[^"\\]|\\.)*")`)
+	rpcError = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+)
+
+// Plain takes gRPC's words out of the text of an error.
+func Plain(text string) string {
+	text = dialing.ReplaceAllStringFunc(text, func(all string) string {
+		cause, err := strconv.Unquote(dialing.FindStringSubmatch(all)[1])
+		if err != nil {
+			return all
+		}
+		return strings.TrimPrefix(strings.TrimPrefix(cause, "transport: "), "Error while dialing: ")
+	})
+	return rpcError.ReplaceAllString(text, "")
 }
 
 // Version returns the version that the program was built from.

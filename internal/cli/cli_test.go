@@ -40,10 +40,27 @@ func TestExplain(t *testing.T) {
 		{errors.New("plain"), "plain"},
 		{s.Err(), "2 fields are wrong\n  shop.workloads:1:3: undeclared"},
 		{status.Error(codes.Unavailable, "no such socket"), "no such socket\n  Is it running, and is this the right address? See --help for the flag that names it."},
+		{
+			status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/\"a\".sock: connect: no such file or directory"`),
+			"dial unix /run/\"a\".sock: connect: no such file or directory\n  Is it running, and is this the right address? See --help for the flag that names it.",
+		},
 		{errors.Join(fmt.Errorf("ask: %w", status.Error(codes.NotFound, "there is no entry \"x\"")), nil), "ask: there is no entry \"x\""},
 	} {
 		if diff := cmp.Diff(tc.want, Explain(tc.err)); diff != "" {
 			t.Error(diff)
+		}
+	}
+}
+
+func TestPlain(t *testing.T) {
+	for text, want := range map[string]string{
+		"token is used": "token is used",
+		`open a session with the CA: rpc error: code = Unavailable desc = connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:8443: connect: connection refused"`: "open a session with the CA: dial tcp 127.0.0.1:8443: connect: connection refused",
+		`rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509: \"a\""`:                                                          `authentication handshake failed: x509: "a"`,
+		`connection error: desc = "cut off`: `connection error: desc = "cut off`,
+	} {
+		if got := Plain(text); got != want {
+			t.Errorf("%s, want %s", got, want)
 		}
 	}
 }

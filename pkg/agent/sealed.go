@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -42,6 +43,13 @@ const (
 	// stateVersion is that of the format; a file of another one is dropped.
 	stateVersion = 1
 )
+
+// HasCache reports whether an agent has left a sealed cache in its data folder,
+// and with it most probably an identity that needs no attestation.
+func HasCache(dataDir string) bool {
+	_, err := os.Lstat(filepath.Join(dataDir, sealedFile))
+	return err == nil
+}
 
 // vault is where the sealed cache is kept.
 type vault struct {

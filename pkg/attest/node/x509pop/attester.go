@@ -36,12 +36,6 @@ func NewAttester(c AgentConfig) (*Attester, error) {
 // Method returns "x509pop".
 func (*Attester) Method() string { return Method }
 
-// Check reads both files and says what is wrong with them.
-func (a *Attester) Check() error {
-	_, _, err := a.load()
-	return err
-}
-
 // Evidence returns the machine's chain. Only the response is bound to the key.
 func (a *Attester) Evidence(context.Context, []byte) ([]byte, error) {
 	pair, evidence, err := a.load()
