@@ -94,8 +94,12 @@ func list[R any, M part[R]](cmd *cobra.Command, f *listFlags, rows *cli.Rows, as
 		} else {
 			p.Limit = min(f.limit-uint32(rows.Len()), pageRows) //nolint:gosec // G115: no more rows than the limit are shown
 		}
-		if token, err = onePage(cmd.Context(), client, p, ask, show); err != nil {
+		var behind string
+		if token, behind, err = onePage(cmd.Context(), client, p, ask, show); err != nil {
 			return err
+		}
+		if behind != "" {
+			fmt.Fprintf(cmd.ErrOrStderr(), "the newest %s records could not be searched yet: see ledger_search in ca status, and ask again\n", behind)
 		}
 		if err := rows.Flush(); err != nil {
 			return err
@@ -105,31 +109,35 @@ func list[R any, M part[R]](cmd *cobra.Command, f *listFlags, rows *cli.Rows, as
 			if token != "" {
 				fmt.Fprintf(cmd.ErrOrStderr(), "there are more than these %d: see --limit and --all\n", rows.Len())
 			}
+			if rows.Len() == 0 {
+				fmt.Fprintln(cmd.ErrOrStderr(), "nothing found")
+			}
 			return rows.Close()
 		}
 	}
 }
 
-// onePage is one call.
-func onePage[R any, M part[R]](ctx context.Context, client adminv1.LedgerServiceClient, p *adminv1.Page, ask asking[R], show func(m M) error) (token string, err error) {
+// onePage is one call. behind is the number of the newest records that it could not
+// search, if there are any.
+func onePage[R any, M part[R]](ctx context.Context, client adminv1.LedgerServiceClient, p *adminv1.Page, ask asking[R], show func(m M) error) (token, behind string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*callTimeout)
 	defer cancel()
 	stream, err := ask(ctx, client, p)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	for {
 		raw, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return token, nil
+			return token, strings.Join(stream.Trailer().Get(search.BehindTrailer), ""), nil
 		}
 		if err != nil {
-			return "", err
+			return "", "", err
 		}
 		m := M(raw)
 		token = m.GetNextPageToken()
 		if err := show(m); err != nil {
-			return "", err
+			return "", "", err
 		}
 	}
 }

@@ -56,7 +56,7 @@ banned). Each is valid until it expires all the same.`,
 				return addHolders(rows, m.GetHolders(), func(h *adminv1.Holder) []string {
 					r := h.GetIssued().GetRecord()
 					return []string{
-						r.GetSpiffeId(), node(format, r), workload(r), h.GetState(), hex.EncodeToString(r.GetCertificate().GetSerial()),
+						r.GetSpiffeId(), nodeName(format, r), workload(r), h.GetState(), hex.EncodeToString(r.GetCertificate().GetSerial()),
 						hex.EncodeToString(r.GetCertificate().GetSpkiSha256()), at(r.GetCertificate().GetNotAfter(), zone),
 						entryAt(r.GetEntry()), r.GetAuthority().GetId(),
 					}
@@ -84,8 +84,8 @@ banned). Each is valid until it expires all the same.`,
 	return cmd
 }
 
-// node is a node's name: short in a table.
-func node(format string, r *ledgerv1.Record) string {
+// nodeName is a node's name: short in a table.
+func nodeName(format string, r *ledgerv1.Record) string {
 	if format == "table" {
 		return nodeShort(r.GetNode().GetId())
 	}
@@ -129,14 +129,15 @@ func addHolders(rows *cli.Rows, holders []*adminv1.Holder, cells func(*adminv1.H
 
 func newLedgerFirstSeen() *cobra.Command {
 	f := &listFlags{}
-	var since string
+	var since, node string
 	cmd := &cobra.Command{
 		Use:   "first-seen",
 		Short: "Show identities that were new on a node",
 		Long: `First-seen shows the first issuance of each identity through each node, the newest
 first. NEW IDENTITY says that no node had it before; else it was new only there.`,
-		Example: `  ca ledger first-seen --since 7d`,
-		Args:    cobra.NoArgs,
+		Example: `  ca ledger first-seen --since 7d
+  ca ledger first-seen --node web-1 --since 30d`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, zone, err := f.begin()
 			if err != nil {
@@ -148,7 +149,7 @@ first. NEW IDENTITY says that no node had it before; else it was new only there.
 			}
 			rows := cli.NewRows(cmd.OutOrStdout(), format, "TIME", "RECORD", "SPIFFE ID", "NODE", "NEW IDENTITY", "WORKLOAD", "ENTRY", "SERIAL")
 			ask := func(ctx context.Context, client adminv1.LedgerServiceClient, p *adminv1.Page) (grpc.ServerStreamingClient[adminv1.FirstSeenResponse], error) {
-				return client.FirstSeen(ctx, &adminv1.FirstSeenRequest{Since: from, Page: p})
+				return client.FirstSeen(ctx, &adminv1.FirstSeenRequest{Since: from, Node: node, Page: p})
 			}
 			return list(cmd, f, rows, ask, func(m *adminv1.FirstSeenResponse) error {
 				for _, s := range m.GetSightings() {
@@ -159,7 +160,7 @@ first. NEW IDENTITY says that no node had it before; else it was new only there.
 							fresh = "yes"
 						}
 						return []string{
-							at(r.GetTime(), zone), fmt.Sprint(s.GetIssued().GetIndex()), r.GetSpiffeId(), node(format, r), fresh, workload(r),
+							at(r.GetTime(), zone), fmt.Sprint(s.GetIssued().GetIndex()), r.GetSpiffeId(), nodeName(format, r), fresh, workload(r),
 							entryAt(r.GetEntry()), hex.EncodeToString(r.GetCertificate().GetSerial()),
 						}
 					}, func() ([]byte, error) {
@@ -177,6 +178,8 @@ first. NEW IDENTITY says that no node had it before; else it was new only there.
 	}
 	f.add(cmd)
 	cmd.Flags().StringVar(&since, "since", "7d", "from then on: a time, or how long ago")
+	cmd.Flags().StringVar(&node, "node", "", "only on this node: its SPIFFE ID, or the last part of it")
+	f.c.complete(cmd, "node", "node")
 	return cmd
 }
 
@@ -216,7 +219,7 @@ ledger find --spiffe-id ID --node NODE --outcome refused".`,
 						expires = cli.Until(now, r.GetCertificate().GetNotAfter().AsTime())
 					}
 					return []string{
-						at(h.GetSince(), zone), expires, r.GetSpiffeId(), node(format, r), workload(r),
+						at(h.GetSince(), zone), expires, r.GetSpiffeId(), nodeName(format, r), workload(r),
 						hex.EncodeToString(r.GetCertificate().GetSerial()), entryAt(r.GetEntry()),
 					}
 				})
@@ -297,7 +300,7 @@ func addIssuances(rows *cli.Rows, list []*adminv1.NewlyAllowedResponse_Issuance,
 				why += i.GetTerm() + ": "
 			}
 			return []string{
-				at(r.GetTime(), zone), fmt.Sprint(i.GetIssued().GetIndex()), r.GetSpiffeId(), node(format, r), workload(r),
+				at(r.GetTime(), zone), fmt.Sprint(i.GetIssued().GetIndex()), r.GetSpiffeId(), nodeName(format, r), workload(r),
 				hex.EncodeToString(r.GetCertificate().GetSerial()), why + i.GetWhy(),
 			}
 		}, func() ([]byte, error) {

@@ -7,9 +7,13 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -32,7 +36,7 @@ type Finder interface {
 // Inventory finds the records of X.509-SVIDs.
 type Inventory interface {
 	Who(ctx context.Context, q search.Holders) ([]search.Found, search.Position, error)
-	FirstSeen(ctx context.Context, since time.Time, limit int, after search.Position) ([]search.Found, search.Position, error)
+	FirstSeen(ctx context.Context, since time.Time, node string, limit int, after search.Position) ([]search.Found, search.Position, error)
 	Overdue(ctx context.Context, now, expired time.Time, limit int, after search.Position) ([]search.Found, search.Position, error)
 }
 
@@ -48,6 +52,9 @@ type Records interface {
 	Finder
 	Inventory
 	RecordNames
+	// CatchUp waits until every record that is durable in the ledger now can be
+	// found, or until ctx ends, and returns how many of them cannot.
+	CatchUp(ctx context.Context) (behind uint64)
 	// Before returns the number of records at the beginning of the ledger that are
 	// all older than t.
 	Before(ctx context.Context, t time.Time) (uint64, error)
@@ -72,6 +79,7 @@ const (
 	maxJudged     = 20_000 // issuances for one part of NewlyAllowed
 	maxVerdicts   = 10_000 // that are remembered meanwhile
 	findTimeout   = 30 * time.Second
+	catchUpTime   = time.Second // that a question waits for the newest records
 
 	// leastArchiveAge is that of records that may be archived: younger ones may be
 	// of certificates that are still valid.
@@ -100,15 +108,25 @@ func (l *ledgerService) records() (Records, error) {
 	return l.s.cfg.Records, nil
 }
 
-// begin is how every question begins: with the search index, and the page of the
-// answer that is wanted.
-func (l *ledgerService) begin(wanted *adminv1.Page) (Records, *page, error) {
+// begin is how every question begins: with the search index, which knows all that
+// was decided before the question came, and the page of the answer that is wanted.
+// An index that does not catch up soon answers all the same, and the trailer says
+// what the answer lacks.
+func (l *ledgerService) begin(stream grpc.ServerStream, wanted *adminv1.Page) (Records, *page, error) {
 	r, err := l.records()
 	if err != nil {
 		return nil, nil, err
 	}
 	p, err := newPage(wanted)
-	return r, p, err
+	if err != nil || p.next.Valid { // the page before has waited
+		return r, p, err
+	}
+	ctx, cancel := context.WithTimeout(stream.Context(), catchUpTime)
+	defer cancel()
+	if behind := r.CatchUp(ctx); behind > 0 {
+		stream.SetTrailer(metadata.Pairs(search.BehindTrailer, strconv.FormatUint(behind, 10)))
+	}
+	return r, p, nil
 }
 
 // failFind says why a question has no answer.
@@ -214,6 +232,25 @@ func (l *ledgerService) node(ctx context.Context, r Records, name string) (strin
 	}
 }
 
+// checkID says whether a filter can be the SPIFFE ID of a record.
+func (l *ledgerService) checkID(filter string) error {
+	if filter == "" {
+		return nil
+	}
+	if err := checkFilters(filter); err != nil {
+		return err
+	}
+	td := l.s.cfg.TrustDomain
+	id, err := spiffeid.FromString(filter)
+	switch {
+	case err != nil:
+		return fail(kindInvalid, fmt.Sprintf("%q is no SPIFFE ID (%v): write all of it, such as %s/app/web", truncate(filter), err, td.IDString()), nil)
+	case !id.MemberOf(td):
+		return fail(kindInvalid, fmt.Sprintf("%s is of another trust domain, and this CA is of %s", truncate(filter), td.Name()), nil)
+	}
+	return nil
+}
+
 // checkFilters bounds what is looked for.
 func checkFilters(filters ...string) error {
 	for _, f := range filters {
@@ -228,11 +265,14 @@ func checkFilters(filters ...string) error {
 func (l *ledgerService) Find(req *adminv1.FindRequest, stream adminv1.LedgerService_FindServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, p, err := l.begin(req.GetPage())
+	r, p, err := l.begin(stream, req.GetPage())
 	if err != nil {
 		return err
 	}
-	if err := checkFilters(req.GetSpiffeId(), req.GetNode(), req.GetEntry(), req.GetReason(), req.GetActor(), req.GetRequestId(),
+	if err := l.checkID(req.GetSpiffeId()); err != nil {
+		return err
+	}
+	if err := checkFilters(req.GetNode(), req.GetEntry(), req.GetReason(), req.GetActor(), req.GetRequestId(),
 		req.GetAuthority(), string(req.GetSerial()), string(req.GetCertificateSha256()), string(req.GetSpkiSha256())); err != nil {
 		return err
 	}
@@ -290,14 +330,17 @@ func holders(part []search.Found) []*adminv1.Holder {
 func (l *ledgerService) Who(req *adminv1.WhoRequest, stream adminv1.LedgerService_WhoServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, p, err := l.begin(req.GetPage())
+	r, p, err := l.begin(stream, req.GetPage())
 	if err != nil {
 		return err
 	}
 	if req.GetSpiffeId()+req.GetNode()+req.GetEntry()+req.GetAuthority()+req.GetRoot() == "" {
 		return fail(kindInvalid, "say who: by a SPIFFE ID, a node, an entry, an authority or a root", nil)
 	}
-	if err := checkFilters(req.GetSpiffeId(), req.GetNode(), req.GetEntry(), req.GetAuthority(), req.GetRoot()); err != nil {
+	if err := l.checkID(req.GetSpiffeId()); err != nil {
+		return err
+	}
+	if err := checkFilters(req.GetNode(), req.GetEntry(), req.GetAuthority(), req.GetRoot()); err != nil {
 		return err
 	}
 	node, err := l.node(ctx, r, req.GetNode())
@@ -347,15 +390,22 @@ func (l *ledgerService) signers(ctx context.Context, r Records, req *adminv1.Who
 func (l *ledgerService) FirstSeen(req *adminv1.FirstSeenRequest, stream adminv1.LedgerService_FirstSeenServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, p, err := l.begin(req.GetPage())
+	r, p, err := l.begin(stream, req.GetPage())
 	if err != nil {
 		return err
 	}
 	if req.GetSince() == nil {
 		return fail(kindInvalid, "since is missing: say from when on", nil)
 	}
+	if err := checkFilters(req.GetNode()); err != nil {
+		return err
+	}
+	node, err := l.node(ctx, r, req.GetNode())
+	if err != nil {
+		return err
+	}
 	return p.list(func(limit int, after search.Position) ([]search.Found, search.Position, error) {
-		return r.FirstSeen(ctx, req.GetSince().AsTime(), limit, after)
+		return r.FirstSeen(ctx, req.GetSince().AsTime(), node, limit, after)
 	}, func(part []search.Found, token string) error {
 		resp := &adminv1.FirstSeenResponse{NextPageToken: token}
 		for _, f := range part {
@@ -369,7 +419,7 @@ func (l *ledgerService) FirstSeen(req *adminv1.FirstSeenRequest, stream adminv1.
 func (l *ledgerService) Overdue(req *adminv1.OverdueRequest, stream adminv1.LedgerService_OverdueServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, p, err := l.begin(req.GetPage())
+	r, p, err := l.begin(stream, req.GetPage())
 	if err != nil {
 		return err
 	}
@@ -402,7 +452,7 @@ func (l *ledgerService) ListNames(ctx context.Context, req *adminv1.ListNamesReq
 func (l *ledgerService) NewlyAllowed(req *adminv1.NewlyAllowedRequest, stream adminv1.LedgerService_NewlyAllowedServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), findTimeout)
 	defer cancel()
-	r, p, err := l.begin(req.GetPage())
+	r, p, err := l.begin(stream, req.GetPage())
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -31,11 +32,15 @@ type fakeRecords struct {
 	changes []search.Found
 	err     error
 	forgot  uint64
+	behind  uint64
+	waited  int // how often a question waited for the newest records
 }
 
 func found(i uint64) search.Found {
 	return search.Found{Entry: ledger.Entry{Index: i, Raw: make([]byte, 50<<10), Record: &ledgerv1.Record{Time: timestamppb.New(time.Unix(int64(i), 0))}}}
 }
+
+func (f *fakeRecords) CatchUp(context.Context) uint64 { f.waited++; return f.behind }
 
 func (f *fakeRecords) Find(_ context.Context, q search.Query) ([]search.Found, search.Position, error) {
 	if f.err != nil {
@@ -79,11 +84,13 @@ func (f fakeSinks) Taken() (uint64, string) { return f.taken, f.sink }
 type sent[T any] struct {
 	grpc.ServerStream
 
-	ctx  context.Context //nolint:containedctx // grpc.ServerStream has a Context method
-	list []*T
+	ctx     context.Context //nolint:containedctx // grpc.ServerStream has a Context method
+	list    []*T
+	trailer metadata.MD
 }
 
 func (s *sent[T]) Context() context.Context { return s.ctx }
+func (s *sent[T]) SetTrailer(m metadata.MD) { s.trailer = m }
 func (s *sent[T]) Send(m *T) error          { s.list = append(s.list, m); return nil }
 
 func asAdmin(t *testing.T, actor string) context.Context {
@@ -127,6 +134,32 @@ func TestFindInParts(t *testing.T) {
 	}
 	if len(got) != 2500 || !slices.IsSorted(got) || got[2499] != 2499 {
 		t.Errorf("%d records", len(got))
+	}
+}
+
+// A question waits for what was decided before it, once, and an answer that lacks
+// some of it says so.
+func TestFindKnowsTheNewest(t *testing.T) {
+	records := &fakeRecords{n: 20}
+	l := ledgerServer(records, nil, nil)
+	ask := func(p *adminv1.Page) *sent[adminv1.FindResponse] {
+		s := &sent[adminv1.FindResponse]{ctx: asAdmin(t, "uid:0")}
+		if err := l.Find(&adminv1.FindRequest{Page: p}, s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	first := ask(&adminv1.Page{Limit: 5})
+	next := first.list[len(first.list)-1].GetNextPageToken()
+	if records.waited != 1 || first.trailer.Len() != 0 || next == "" {
+		t.Errorf("waited %d times, trailer %v, token %q", records.waited, first.trailer, next)
+	}
+	if s := ask(&adminv1.Page{Limit: 5, Token: next}); records.waited != 1 || s.trailer.Len() != 0 {
+		t.Errorf("the second page waited, or says %v", s.trailer)
+	}
+	records.behind = 7
+	if s := ask(nil); !slices.Equal(s.trailer.Get(search.BehindTrailer), []string{"7"}) {
+		t.Errorf("trailer %v", s.trailer)
 	}
 }
 

@@ -42,6 +42,13 @@ type Records struct {
 	counts [search.Rules]atomic.Uint64 // as committed
 	live   atomic.Uint64               // records from here on raise alarms
 
+	progress struct {
+		sync.Mutex // guards what follows
+
+		next  uint64        // as committed
+		moved chan struct{} // closed when next changes
+	}
+
 	names   nameCache // owned by Put
 	tallied int64     // hour up to which old tallies are forgotten; owned by Put
 
@@ -135,7 +142,7 @@ func (r *Records) prepare(ctx context.Context) error {
 		}
 		return err
 	}
-	var live uint64
+	var live, next uint64
 	err = r.db.update(ctx, func(tx *sql.Tx) error {
 		// Only the first start finds no row: what is in the journal by then is
 		// history.
@@ -144,7 +151,7 @@ func (r *Records) prepare(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if live, err = r.belongs(ctx, tx); err != nil {
+		if live, next, err = r.belongs(ctx, tx); err != nil {
 			return err
 		}
 		return r.readCounts(ctx, tx)
@@ -153,35 +160,66 @@ func (r *Records) prepare(ctx context.Context) error {
 		return fmt.Errorf("prepare: %w", err)
 	}
 	r.live.Store(live)
+	r.advance(next)
 	return nil
 }
 
-// belongs checks that the last record that was taken is the journal's.
-func (r *Records) belongs(ctx context.Context, tx *sql.Tx) (live uint64, err error) {
+// advance says that the records before next can be found.
+func (r *Records) advance(next uint64) {
+	p := &r.progress
+	p.Lock()
+	defer p.Unlock()
+	if p.moved != nil {
+		close(p.moved)
+	}
+	p.next, p.moved = max(p.next, next), make(chan struct{})
+}
+
+// CatchUp waits until every record that is durable in the ledger now can be found,
+// or until ctx ends, and returns how many of them cannot.
+func (r *Records) CatchUp(ctx context.Context) (behind uint64) {
+	size := r.journal.Size()
+	for {
+		r.progress.Lock()
+		next, moved := r.progress.next, r.progress.moved
+		r.progress.Unlock()
+		if next >= size {
+			return 0
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return size - next
+		}
+	}
+}
+
+// belongs checks that the last record that was taken is the journal's, and returns
+// from which one on they raise alarms, and which one is the next.
+func (r *Records) belongs(ctx context.Context, tx *sql.Tx) (live, next uint64, err error) {
 	var (
-		next  uint64
 		place ledger.Place
 		hash  []byte
 	)
 	row := tx.QueryRowContext(ctx, r.db.dialect.rebind(`SELECT next, live_from, segment, position, hash FROM cursor WHERE id = 1`))
 	if err := row.Scan(&next, &live, &place.Segment, &place.Offset, &hash); err != nil {
-		return 0, fmt.Errorf("read cursor: %w", err)
+		return 0, 0, fmt.Errorf("read cursor: %w", err)
 	}
 	if next == 0 {
-		return live, nil
+		return live, next, nil
 	}
 	if size := r.journal.Size(); next > size {
-		return 0, fmt.Errorf("%w: it has %d records, the ledger has %d", errRebuild, next, size)
+		return 0, 0, fmt.Errorf("%w: it has %d records, the ledger has %d", errRebuild, next, size)
 	}
 	reader := r.journal.Reader()
 	e, err := reader.Read(next-1, place)
 	if err := errors.Join(err, reader.Close()); err != nil {
-		return 0, fmt.Errorf("%w: %w", errRebuild, err)
+		return 0, 0, fmt.Errorf("%w: %w", errRebuild, err)
 	}
 	if string(e.Hash[:]) != string(hash) {
-		return 0, fmt.Errorf("%w: record %d is another", errRebuild, next-1)
+		return 0, 0, fmt.Errorf("%w: record %d is another", errRebuild, next-1)
 	}
-	return live, nil
+	return live, next, nil
 }
 
 // readCounts reads how many records each rule has marked.

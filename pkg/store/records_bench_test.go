@@ -98,7 +98,7 @@ func BenchmarkRecords(b *testing.B) {
 			return r.Find(ctx, search.Query{Entry: "shop", Revision: 9, Limit: 100})
 		}},
 		{"first seen", func() ([]search.Found, search.Position, error) {
-			return r.FirstSeen(ctx, end.Add(-7*24*time.Hour), 100, search.Position{})
+			return r.FirstSeen(ctx, end.Add(-7*24*time.Hour), "", 100, search.Position{})
 		}},
 		{"overdue", func() ([]search.Found, search.Position, error) {
 			return r.Overdue(ctx, end, time.Time{}, 100, search.Position{})

@@ -389,9 +389,16 @@ func (r *Records) certificates(ctx context.Context, c *condition, key string, af
 
 // FirstSeen returns the first record of each identity on each node from since on,
 // the newest first, and where to go on. Of what was archived, nothing is returned.
-func (r *Records) FirstSeen(ctx context.Context, since time.Time, limit int, after search.Position) ([]search.Found, search.Position, error) {
+func (r *Records) FirstSeen(ctx context.Context, since time.Time, node string, limit int, after search.Position) ([]search.Found, search.Position, error) {
 	c := new(condition)
 	c.add("s.time >=", toStored(since))
+	if node != "" {
+		id, ok, err := r.lookUpName(ctx, nodeName, node)
+		if err != nil || !ok {
+			return nil, search.Position{}, wrapFind(err)
+		}
+		c.add("s.node =", id)
+	}
 	if after.Valid {
 		c.terms = append(c.terms, fmt.Sprintf("(s.time, s.record) < (%s, %s)", c.arg(after.Key), c.arg(after.Record)))
 	}

@@ -71,6 +71,7 @@ func (r *Records) Put(ctx context.Context, entries []ledger.Entry) error {
 	for rule, n := range b.raised {
 		r.counts[rule].Add(n)
 	}
+	r.advance(entries[len(entries)-1].Index + 1)
 	return nil
 }
 

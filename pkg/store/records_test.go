@@ -354,13 +354,68 @@ func TestFirstSeen(t *testing.T) {
 	dir := t.TempDir()
 	j := testJournal(t, filepath.Join(dir, "ledger"), history(epoch)...)
 	r := testRecords(t, filepath.Join(dir, "records.db"), j, 100)
-	found, next, err := r.FirstSeen(t.Context(), epoch.Add(2*time.Minute), 1, search.Position{})
+	found, next, err := r.FirstSeen(t.Context(), epoch.Add(2*time.Minute), "", 1, search.Position{})
 	if err != nil || !next.Valid || !slices.Equal(indexes(found), []uint64{5}) || !found[0].Fresh {
 		t.Errorf("%v, %v, %v", indexes(found), next, err)
 	}
-	found, next, err = r.FirstSeen(t.Context(), epoch.Add(2*time.Minute), 1, next)
+	found, next, err = r.FirstSeen(t.Context(), epoch.Add(2*time.Minute), "", 1, next)
 	if err != nil || next.Valid || !slices.Equal(indexes(found), []uint64{2}) || found[0].Fresh {
 		t.Errorf("%v, %v, %v", indexes(found), next, err)
+	}
+	for node, want := range map[string][]uint64{testNode + "a": {5, 1}, testNode + "b": {2}, testNode + "c": nil} {
+		found, next, err := r.FirstSeen(t.Context(), epoch, node, 10, search.Position{})
+		if err != nil || next.Valid || !slices.Equal(indexes(found), want) {
+			t.Errorf("%s: %v, %v, %v", node, indexes(found), next, err)
+		}
+	}
+}
+
+// Who waits for the index waits for what was in the ledger when the waiting began,
+// and for nothing else; what cannot be found is counted.
+func TestCatchUp(t *testing.T) {
+	dir := t.TempDir()
+	j := testJournal(t, filepath.Join(dir, "ledger"), history(epoch)...)
+	path := filepath.Join(dir, "records.db")
+	r, err := OpenRecords(t.Context(), path, j, RecordsOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	if n := r.CatchUp(over); n != 8 {
+		t.Errorf("%d records behind, want 8", n)
+	}
+	behind := make(chan uint64)
+	go func() { behind <- r.CatchUp(t.Context()) }()
+	for batch := range batches(t, j, 0, 3) {
+		select {
+		case n := <-behind:
+			t.Fatalf("over before record %d is taken, with %d", batch[0].Index, n)
+		default:
+		}
+		if err := r.Put(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := <-behind; n != 0 {
+		t.Errorf("%d records behind", n)
+	}
+	// What was taken is known after a restart, and taking it again changes nothing.
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r = testRecords(t, path, j, 3)
+	for batch := range batches(t, j, 0, 5) {
+		if err := r.Put(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+		if n := r.CatchUp(over); n != 0 {
+			t.Errorf("%d records behind", n)
+		}
+	}
+	appendTo(t, j, history(epoch.Add(time.Hour))[:2]...)
+	if n := r.CatchUp(over); n != 2 {
+		t.Errorf("%d records behind, want 2", n)
 	}
 }
 

@@ -20,6 +20,10 @@ const MaxFound = 1000
 // earlier has expired. What may still be valid is never archived.
 const MaxLife = 26 * time.Hour
 
+// BehindTrailer is the trailer of an answer that lacks the newest records, because
+// the index has not taken them: their number.
+const BehindTrailer = "meshid-records-behind"
+
 // State says whether an X.509-SVID is in use, as far as the CA knows. It is valid
 // until it expires in any case.
 type State int

@@ -629,8 +629,10 @@ func (x *WhoResponse) GetNextPageToken() string {
 type FirstSeenRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required.
-	Since         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
-	Page          *Page                  `protobuf:"bytes,2,opt,name=page,proto3" json:"page,omitempty"`
+	Since *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	Page  *Page                  `protobuf:"bytes,2,opt,name=page,proto3" json:"page,omitempty"`
+	// Only through this node: its SPIFFE ID, or the last part of it; "" for all.
+	Node          string `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -677,6 +679,13 @@ func (x *FirstSeenRequest) GetPage() *Page {
 		return x.Page
 	}
 	return nil
+}
+
+func (x *FirstSeenRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
 }
 
 type FirstSeenResponse struct {
@@ -1405,10 +1414,11 @@ const file_proto_admin_v1_ledger_proto_rawDesc = "" +
 	"\f_replaced_by\"h\n" +
 	"\vWhoResponse\x121\n" +
 	"\aholders\x18\x01 \x03(\v2\x17.meshid.admin.v1.HolderR\aholders\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"o\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x83\x01\n" +
 	"\x10FirstSeenRequest\x120\n" +
 	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12)\n" +
-	"\x04page\x18\x02 \x01(\v2\x15.meshid.admin.v1.PageR\x04page\"\xec\x01\n" +
+	"\x04page\x18\x02 \x01(\v2\x15.meshid.admin.v1.PageR\x04page\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\"\xec\x01\n" +
 	"\x11FirstSeenResponse\x12I\n" +
 	"\tsightings\x18\x01 \x03(\v2+.meshid.admin.v1.FirstSeenResponse.SightingR\tsightings\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x1ad\n" +
