@@ -96,6 +96,7 @@ func TestNineQuestions(t *testing.T) {
 		"ca ledger find --node N --since T1 --until T2 --all -o csv": {[]string{"ledger", "find", "--node", "web-1", "--since", "1h", "--until", hour, "--all", "-o", "csv"}, `,issue,success,.*shop/orders`},
 		"ca ledger newly-allowed --entry shop --revision 17":         {[]string{"ledger", "newly-allowed", "--entry", "shop", "--revision", fmt.Sprint(record.Entry.Revision)}, `shop/orders +web-1 .*unix.uid == 4711`},
 		"ca ledger first-seen --since 7d":                            {[]string{"ledger", "first-seen", "--since", "7d"}, `shop/orders +web-1 +yes`},
+		"ca ledger first-seen --node web-1":                          {[]string{"ledger", "first-seen", "--node", "web-1"}, `shop/orders +web-1 +yes`},
 		"ca ledger find --anomaly image_digest_change":               {[]string{"ledger", "find", "--anomaly", "image_digest_change"}, ""},
 		"ca ledger overdue":                                          {[]string{"ledger", "overdue"}, ""},
 		"ca ledger verify --checkpoint FILE":                         {[]string{"ledger", "verify", "--config", config, "--checkpoint", kept}, `has the same [0-9]+ records, root [0-9a-f]{64}, signed`},
