@@ -155,7 +155,7 @@ type upstreamSettings struct {
 	AWSPCA config.Section `yaml:"awspca" settings:"pkg/ca/upstream/awspca"`
 	// An issuer of cert-manager; see docs/upstream/certmanager.md.
 	CertManager config.Section `yaml:"certmanager" settings:"pkg/ca/upstream/certmanager"`
-	// A CA whose certificate and key are files. Settings: certificate, the PEM file
+	// A CA whose certificate and key are files; see docs/upstream/disk.md. Settings: certificate, the PEM file
 	// of the CA's certificate and of those between it and the root; key, the PEM
 	// file of its private key, mode 0600; roots, the PEM file of the roots above it.
 	Disk config.Section `yaml:"disk"`

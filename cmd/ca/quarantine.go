@@ -48,11 +48,11 @@ func (q *quarantineFlags) add(cmd *cobra.Command) {
 func (q *quarantineFlags) proto() (*adminv1.Quarantine, error) {
 	key, err := hex.DecodeString(strings.ReplaceAll(q.key, ":", ""))
 	if err != nil {
-		return nil, fmt.Errorf("--key-sha256 %q: %w", q.key, err)
+		return nil, fmt.Errorf("--key-sha256 %.80q is not hexadecimal; write it as `ca who` shows it", q.key)
 	}
 	serial, err := hex.DecodeString(strings.ReplaceAll(q.serial, ":", ""))
 	if err != nil {
-		return nil, fmt.Errorf("--serial %q: %w", q.serial, err)
+		return nil, fmt.Errorf("--serial %.80q is not hexadecimal; write it as `ca who` or `openssl x509 -serial` shows it, all of its digits", q.serial)
 	}
 	return &adminv1.Quarantine{SpiffeId: q.id, KeySha256: key, Serial: serial}, nil
 }

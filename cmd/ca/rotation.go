@@ -210,6 +210,10 @@ func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, 
 		if format == "json" {
 			return cli.JSON(w, r)
 		}
+		if r.GetPaused() {
+			fmt.Fprintln(w, "the rotation is prepared, and goes on when it is no longer paused: ca authority resume")
+			return nil
+		}
 		fmt.Fprintln(w, "the rotation has begun; follow it with: ca authority show")
 		return nil
 	}
@@ -217,6 +221,10 @@ func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, 
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	for {
+		if p.undone(r) {
+			p.end()
+			return fmt.Errorf("the rotation was rolled back: root %s goes on signing; ca ledger find says who did it", p.old)
+		}
 		over, err := p.show(time.Now(), r)
 		if err != nil || over {
 			return err
@@ -236,16 +244,19 @@ func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, 
 
 // activeRoot is the id of the root that signs.
 func activeRoot(r *adminv1.Rotation) string {
+	var signs *adminv1.Root
 	for _, root := range r.GetRoots() {
-		if root.GetState() == "active" {
+		switch root.GetState() {
+		case "active":
 			return root.GetId()
+		case "tainted":
+			// A tainted root signs until its successor does; what it signed lives longest.
+			if signs == nil || root.GetLiveUntil().AsTime().After(signs.GetLiveUntil().AsTime()) {
+				signs = root
+			}
 		}
 	}
-	// A tainted root signs until its successor does.
-	if roots := r.GetRoots(); len(roots) > 0 {
-		return roots[0].GetId()
-	}
-	return ""
+	return signs.GetId()
 }
 
 func isTerminal(w io.Writer) bool {
@@ -272,6 +283,17 @@ type rotationProgress struct {
 	last           string
 }
 
+// undone says whether the old root signs on, with nobody to follow it.
+func (p *rotationProgress) undone(r *adminv1.Rotation) bool {
+	for _, root := range r.GetRoots() {
+		switch state := root.GetState(); {
+		case state == "prepared", state == "distributed", state == "active" && root.GetId() != p.old:
+			return false
+		}
+	}
+	return true
+}
+
 // event is what -o json writes, one a line.
 type event struct {
 	// Phase is "distributing", "renewing", "draining" or "done".
@@ -286,12 +308,13 @@ type event struct {
 	RemainingSeconds    float64  `json:"remaining_seconds,omitempty"`
 	Laggards            []string `json:"laggards,omitempty"`
 	Stalled             string   `json:"stalled,omitempty"`
+	Paused              bool     `json:"paused,omitempty"`
 }
 
 func (p *rotationProgress) event(now time.Time, r *adminv1.Rotation) event {
 	e := event{
 		Phase: "distributing", Time: now.UTC().Format(time.RFC3339), BundleSequence: r.GetBundleSequence(),
-		Proxies: r.GetProxies(), ProxiesAcknowledged: r.GetProxiesAcknowledged(), Stalled: r.GetStalled(),
+		Proxies: r.GetProxies(), ProxiesAcknowledged: r.GetProxiesAcknowledged(), Stalled: r.GetStalled(), Paused: r.GetPaused(),
 	}
 	for _, l := range r.GetLaggards() {
 		e.Laggards = append(e.Laggards, laggardText(now, l))
@@ -336,7 +359,7 @@ func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, 
 	over = e.Phase == "done"
 	text := e.text(p.terminal)
 	// Times and rates alone are no news, but for a terminal.
-	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), e.Stalled)
+	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), e.Stalled, e.Paused)
 	switch {
 	case p.terminal && !p.json:
 		_, err = fmt.Fprintf(p.w, "\r\x1b[K%s", text)
@@ -384,6 +407,9 @@ func (e event) text(short bool) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%-12s [%s%s] ", e.Phase, strings.Repeat("#", full), strings.Repeat(".", barWidth-full))
 	fmt.Fprintf(&b, "%d of %d proxies acknowledged", e.ProxiesAcknowledged, e.Proxies)
+	if e.Paused {
+		b.WriteString(", paused (ca authority resume)")
+	}
 	if e.Phase != "distributing" {
 		fmt.Fprintf(&b, ", %d of %d svids renewed, %.0f/s", e.SVIDsRenewed, e.SVIDs, e.Rate)
 		if e.RemainingSeconds > 0 {

@@ -54,6 +54,8 @@ type authority struct {
 	spkiHash [32]byte
 	// chain is DER: this certificate, and those between it and the root.
 	chain [][]byte
+	// above is what ends first of all that it is below.
+	above *x509.Certificate
 
 	// notBefore is the certificate's; notAfter is the first end in the chain.
 	notBefore, notAfter time.Time
@@ -200,8 +202,12 @@ func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key cr
 		scheme:    scheme,
 		template:  newTemplate(scheme.algorithm, cert.RawSubject, cert.SubjectKeyId),
 	}
-	for _, c := range chain {
+	a.above = r.cert
+	for i, c := range chain {
 		a.chain = append(a.chain, c.Raw)
+		if i > 0 && c.NotAfter.Before(a.above.NotAfter) {
+			a.above = c
+		}
 	}
 	a.record = &ledgerv1.Authority{
 		Id: a.id, Role: RoleIntermediate, State: StateActive, Sha256: fingerprint[:],

@@ -433,6 +433,8 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
 	case !s.signer.foreign && end.Sub(now) < c.cfg.IntermediateLife:
 		warning = fmt.Errorf("the root expires at %s: prepare its successor", end.UTC().Format(time.RFC3339))
+	case s.signer.foreign && s.active != nil:
+		warning = c.aboveHealth(s.active.above, now)
 	}
 	return warning, failure
 }

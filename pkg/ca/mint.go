@@ -254,7 +254,22 @@ func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ crypto.Signer, _ 
 	return verified, key, now, nil
 }
 
-// health says how it is with the upstream CA at now.
+// maxAboveWarning is how long before its end a certificate of an upstream CA is warned of
+// at most, unless intermediates live longer.
+const maxAboveWarning = 30 * 24 * time.Hour
+
+// aboveHealth says that a certificate of the upstream CA ends soon: each intermediate is
+// then shorter than the last, and nothing fails before all of it ends at once.
+func (c *CA) aboveHealth(above *x509.Certificate, now time.Time) error {
+	left := above.NotAfter.Sub(now)
+	if left >= max(c.cfg.IntermediateLife, min(above.NotAfter.Sub(above.NotBefore)/10, maxAboveWarning)) {
+		return nil
+	}
+	return fmt.Errorf("the certificate %.100q of the upstream CA ends at %s, and all that is below it with it: have it renewed there",
+		above.Subject, above.NotAfter.UTC().Format(time.RFC3339))
+}
+
+// mintHealth says how it is with the upstream CA at now.
 func (c *CA) mintHealth(s *state, now time.Time) error {
 	f := c.mintFailed.Load()
 	if f == nil {

@@ -269,3 +269,23 @@ func TestV_B9_VerifiedIsServed(t *testing.T) {
 		t.Error("the bundle is not what was verified")
 	}
 }
+
+// Row B7, with a CA above: that its certificate ends is said long before, though it
+// goes on signing what lives shorter and shorter.
+func TestV_B7_EndOfTheUpstreamCA(t *testing.T) {
+	f, _, a := under(t)
+	end := a.Root.NotAfter
+	if issuer := parse(t, f.state.Load().active.chain[1]); issuer.NotAfter.Before(end) {
+		end = issuer.NotAfter
+	}
+	if warning, failure := f.Health(time.Now()); warning != nil || failure != nil {
+		t.Errorf("all is well: %v, %v", warning, failure)
+	}
+	if warning, _ := f.Health(end.Add(-maxAboveWarning - DefaultIntermediateLife - time.Minute)); warning != nil {
+		t.Errorf("too early: %v", warning)
+	}
+	warning, _ := f.Health(end.Add(-DefaultIntermediateLife + time.Minute))
+	if warning == nil || !strings.Contains(warning.Error(), "ends at "+end.UTC().Format(time.RFC3339)) {
+		t.Errorf("a week before the end: %v", warning)
+	}
+}

@@ -154,9 +154,12 @@ func (t Trust) taint(in Inputs, id string) (*Step, error) {
 	if id != "" {
 		r, ok = t.get(id)
 	}
+	_, succeeded := t.Next()
 	switch {
 	case !ok:
 		return nil, refuse("there is no such root")
+	case r.Tainted && r.State == Active && !succeeded:
+		// It was rolled back: a successor is made again.
 	case r.Tainted:
 		return nil, refuse("root " + r.ID + " is tainted already")
 	}

@@ -296,7 +296,7 @@ func names(nodes []Node) string {
 }
 
 // Stalled says what a root waits for, if it has for longer than the policy has
-// patience; "" if all is well.
+// patience, or what nobody but an operator will change; "" if all is well.
 func Stalled(t Trust, in Inputs) string {
 	for _, r := range t.Roots {
 		if r.State != Prepared || in.Now.Sub(r.Since) < in.Policy.StalledAfter {
@@ -304,6 +304,14 @@ func Stalled(t Trust, in Inputs) string {
 		}
 		if waiting := Waiting(in, r.Sequence); len(waiting) > 0 {
 			return fmt.Sprintf("root %s has waited since %s for %d nodes: %s", r.ID, stamp(r.Since), len(waiting), names(waiting))
+		}
+	}
+	if a, ok := t.Active(); ok && a.Tainted {
+		switch _, replaced := t.Next(); {
+		case !replaced:
+			return fmt.Sprintf("root %s signs though it is tainted, and has no successor: ca authority rotate root", a.ID)
+		case t.Paused:
+			return fmt.Sprintf("root %s signs though it is tainted, and its rotation is paused: ca authority resume", a.ID)
 		}
 	}
 	if a, ok := t.Active(); ok && t.Paused && !in.Now.Before(in.Policy.PrepareAt(a.NotAfter)) {
