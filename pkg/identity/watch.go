@@ -57,9 +57,9 @@ func (w *Watch) Changed() <-chan struct{} {
 	return w.changed
 }
 
-// Notify has f called after each change of the snapshot from now on, by whoever
-// publishes it: f must not block, and not call the producer. It is for consumers
-// that have no goroutine to wait on Changed with.
+// Notify has f called after each change of the snapshot from now on, and at the
+// end, by whoever makes it: f must not block, and not call the producer. It is for
+// consumers that have no goroutine to wait on Changed and Done with.
 func (w *Watch) Notify(f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -148,12 +148,17 @@ func (w *Watch) Publish(s *Snapshot) {
 // idempotent; the first reason stays.
 func (w *Watch) End(err error) {
 	w.mu.Lock()
-	defer w.mu.Unlock()
 	if w.ended {
+		w.mu.Unlock()
 		return
 	}
 	w.ended = true
 	w.err = err
 	w.snapshot = nil
 	close(w.done)
+	notify := w.notify
+	w.mu.Unlock()
+	if notify != nil {
+		notify()
+	}
 }

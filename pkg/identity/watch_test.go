@@ -69,9 +69,10 @@ func TestWatchNotifies(t *testing.T) {
 	w.Publish(&Snapshot{})
 	w.Publish(&Snapshot{Denied: true})
 	w.End(nil)
+	w.End(nil)
 	w.Publish(one)
-	if told != 2 {
-		t.Errorf("told %d times of 2 changes", told)
+	if told != 3 {
+		t.Errorf("told %d times of 2 changes and the end", told)
 	}
 }
 

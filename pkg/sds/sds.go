@@ -30,6 +30,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -104,13 +106,14 @@ type Server struct {
 	report  func(condition, problem string)
 	names   int
 	closing chan struct{}  // closed by Close
-	running sync.WaitGroup // handlers and their receivers; Add only under mu while not closed
+	running sync.WaitGroup // handlers; Add only under mu while not closed
 
 	maxStreams, maxStreamsPerUID int
 
 	mu       sync.Mutex // guards what follows
 	closed   bool
-	streams  int
+	streams  int                  // with those that are being subscribed
+	live     map[*stream]struct{} // those that are
 	perUID   map[uint32]int
 	rejected int       // streams whose last answer was a rejection
 	logged   time.Time // when a warning was logged last
@@ -141,6 +144,7 @@ func New(src Source, o Options) (*Server, error) {
 		closing:          make(chan struct{}),
 		maxStreams:       orDefault(o.MaxStreams, 10_000),
 		maxStreamsPerUID: orDefault(o.MaxStreamsPerUID, 4_000),
+		live:             make(map[*stream]struct{}),
 		perUID:           make(map[uint32]int),
 	}, nil
 }
@@ -168,9 +172,16 @@ func (s *Server) Close() {
 		s.closed = true
 		close(s.closing)
 	}
+	open := slices.Collect(maps.Keys(s.live))
 	s.mu.Unlock()
+	for _, st := range open {
+		st.end(errStopping)
+	}
 	s.running.Wait()
 }
+
+// errStopping is what clients are told by Close.
+var errStopping = status.Error(codes.Unavailable, "the agent is stopping")
 
 // ServerOptions are the gRPC options for a server of secrets on a local socket:
 // limits against hostile clients, small buffers (a machine has hundreds of
@@ -199,14 +210,13 @@ func ServerOptions() []grpc.ServerOption {
 }
 
 // admit counts a stream of a user in. The caller calls the returned function
-// when the stream has ended; running is then to be counted down by as many as
-// goroutines say.
-func (s *Server) admit(uid uint32, goroutines int) (release func(), err error) {
+// when the stream has ended.
+func (s *Server) admit(uid uint32) (release func(), err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.closed:
-		return nil, status.Error(codes.Unavailable, "the agent is stopping")
+		return nil, errStopping
 	case s.streams >= s.maxStreams:
 		s.metrics.refusals[refusedLimit].Inc()
 		return nil, status.Errorf(codes.ResourceExhausted, "the agent has its maximum of %d streams open", s.maxStreams)
@@ -216,7 +226,7 @@ func (s *Server) admit(uid uint32, goroutines int) (release func(), err error) {
 	}
 	s.streams++
 	s.perUID[uid]++
-	s.running.Add(goroutines)
+	s.running.Add(1)
 	return func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -224,7 +234,26 @@ func (s *Server) admit(uid uint32, goroutines int) (release func(), err error) {
 		if s.perUID[uid]--; s.perUID[uid] == 0 {
 			delete(s.perUID, uid)
 		}
+		s.running.Done()
 	}, nil
+}
+
+// keep has Close end a stream, at once if it has been called.
+func (s *Server) keep(st *stream) {
+	s.mu.Lock()
+	closed := s.closed
+	s.live[st] = struct{}{}
+	s.mu.Unlock()
+	if closed {
+		st.end(errStopping)
+	}
+}
+
+// drop is the inverse of keep.
+func (s *Server) drop(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.live, st)
 }
 
 // secrets is the dedicated service.

@@ -21,29 +21,31 @@ import (
 
 // The life of a stream:
 //
-//  1. serve counts it in, takes the peer from the connection and subscribes to
-//     the source, once. It then waits for the end.
-//  2. receive, the stream's only goroutine besides the handler, takes requests
-//     into the session. It ends when the handler has returned, since gRPC then
-//     ends the stream.
+//  1. serve, the handler, counts it in, takes the peer from the connection and
+//     subscribes to the source, once.
+//  2. receive, in the handler, takes requests into the session: it is the only
+//     goroutine of a silent stream.
 //  3. work sends what the session says is due. It is called whenever the snapshot
 //     or the session may have changed, in a goroutine that ends when nothing more
 //     is due: streams are silent for nearly all of their life.
+//  4. end says why the stream is to end: work then tells the client, and receive
+//     returns.
 //
-// Nothing is queued anywhere: each leaves state, and calls wake.
+// Nothing is queued anywhere: each leaves state, and calls wake. When the process
+// ends, its connection is closed (pkg/attest/peer), and the stream with it.
 
 // stream is one open stream.
 type stream struct {
 	server   *Server
 	protocol protocol
 	grpc     grpc.ServerStream
+	call     statusWriter
 	peer     *peer.Peer
 	watch    *identity.Watch
 	phase    atomic.Int32  // of work
 	ended    chan struct{} // closed by work when nothing will be sent any more
 
-	// Owned by work; result is read when ended is closed.
-	result                      error
+	// Owned by work.
 	timer                       *time.Timer // nil if nothing is due by itself
 	unanswered, held, rejecting bool        // counted in the gauge of that name
 	// silentAt is when a client that has asked for nothing is sent away, heldAt
@@ -73,28 +75,15 @@ func (s *Server) serve(g grpc.ServerStream, p protocol) error {
 	if err != nil {
 		return err
 	}
-	defer s.running.Done()
 	defer release()
 	st.wake()
-	go st.receive()
-	select {
-	case <-st.ended:
-		return st.result
-	case <-st.watch.Done():
-		s.metrics.refusals[refusedSource].Inc()
-		s.log.Debug("stream ended by its source", "pid", st.peer.PID, "err", st.watch.Err())
-		st.end(status.Error(codes.Unavailable, "the agent cannot serve this process at the moment"))
-	case <-st.peer.Done():
-		st.end(status.Error(codes.Unavailable, "the process has ended"))
-	case <-s.closing:
-		st.end(status.Error(codes.Unavailable, "the agent is stopping"))
-	}
+	st.end(st.receive())
 	<-st.ended
-	return st.result
+	return st.err
 }
 
 // open counts a stream in and subscribes it. The caller calls release when nothing
-// works for it any more, and counts running down, as receive does.
+// works for it any more.
 func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func(), err error) {
 	ctx := g.Context()
 	caller, ok := peer.FromContext(ctx)
@@ -104,25 +93,30 @@ func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func
 		s.metrics.refusals[refusedPeer].Inc()
 		return nil, nil, status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
 	}
-	leave, err := s.admit(caller.UID, 2)
+	call, ok := grpc.ServerTransportStreamFromContext(ctx).(statusWriter)
+	if !ok {
+		return nil, nil, status.Error(codes.Internal, "the stream cannot be ended")
+	}
+	leave, err := s.admit(caller.UID)
 	if err != nil {
 		return nil, nil, err
 	}
 	watch, err := s.subscribe(ctx, caller)
 	if err != nil {
 		leave()
-		s.running.Add(-2)
 		return nil, nil, err
 	}
 	st = &stream{
-		server: s, protocol: p, grpc: g, peer: caller, watch: watch,
+		server: s, protocol: p, grpc: g, call: call, peer: caller, watch: watch,
 		ended:    make(chan struct{}),
 		session:  newSession(p.delta(), s.names),
 		silentAt: time.Now().Add(firstRequestWithin),
 	}
 	s.metrics.streams[p].Inc()
 	watch.Notify(st.wake)
+	s.keep(st)
 	return st, func() {
+		s.drop(st)
 		watch.Close()
 		s.metrics.streams[p].Dec()
 		leave()
@@ -149,14 +143,12 @@ func (s *Server) subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, 
 	return nil, status.Error(codes.Unavailable, "the process cannot be attested at the moment")
 }
 
-// receive takes requests in until the stream ends.
-func (st *stream) receive() {
-	defer st.server.running.Done()
+// receive takes requests in until the stream ends, and returns why it did.
+func (st *stream) receive() error {
 	for {
 		r, err := st.read()
 		if err != nil {
-			st.end(err)
-			return
+			return err
 		}
 		st.mu.Lock()
 		st.take(r)
@@ -259,12 +251,11 @@ func (st *stream) work() {
 		st.phase.Store(working) // what was left before is seen below
 		at, err := st.sendDue()
 		if err != nil {
-			if !errors.Is(err, io.EOF) { // the client is done
-				st.result = err
-			}
 			st.setTimer(time.Time{})
 			st.forget()
 			st.phase.Store(over)
+			st.end(err)
+			st.hangUp()
 			close(st.ended)
 			return
 		}
@@ -272,6 +263,25 @@ func (st *stream) work() {
 		if st.phase.CompareAndSwap(working, idle) {
 			return
 		}
+	}
+}
+
+// statusWriter is what gRPC's streams have besides what gRPC promises. Without it, only a
+// second goroutine for each stream could end one whose handler waits for a message.
+// TestStreamEnds fails if it is not there any more.
+type statusWriter interface {
+	// WriteStatus ends the call as if its handler had returned.
+	WriteStatus(s *status.Status) error
+}
+
+// hangUp tells the client why the stream ends, and has receive return.
+func (st *stream) hangUp() {
+	var why *status.Status // nil is OK: the client is done
+	if !errors.Is(st.err, io.EOF) {
+		why = status.Convert(st.err)
+	}
+	if err := st.call.WriteStatus(why); err != nil {
+		st.server.log.Debug("client was not told why its stream ends", "pid", st.peer.PID, "err", err)
 	}
 }
 
@@ -311,6 +321,14 @@ func (st *stream) due(now time.Time) (r *response, at time.Time, err error) {
 	if st.err != nil {
 		st.mu.Unlock()
 		return nil, at, st.err
+	}
+	select {
+	case <-st.watch.Done():
+		st.mu.Unlock()
+		st.server.metrics.refusals[refusedSource].Inc()
+		st.server.log.Debug("stream ended by its source", "pid", st.peer.PID, "err", st.watch.Err())
+		return nil, at, status.Error(codes.Unavailable, "the agent cannot serve this process at the moment")
+	default:
 	}
 	r = st.session.next(now, func(sub *subscription) resolution {
 		r, again := st.server.resolve(snapshot, sub, now)
@@ -441,11 +459,10 @@ func (s *Server) fetch(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*d
 		s.metrics.refusals[refusedPeer].Inc()
 		return nil, status.Error(codes.Unauthenticated, "the process at the other end of the connection is not known")
 	}
-	release, err := s.admit(caller.UID, 1)
+	release, err := s.admit(caller.UID)
 	if err != nil {
 		return nil, err
 	}
-	defer s.running.Done()
 	defer release()
 	ctx, cancel := context.WithTimeout(ctx, fetchWithin)
 	defer cancel()
@@ -476,7 +493,7 @@ func (s *Server) fetch(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*d
 		case <-watch.Done():
 			return nil, status.Error(codes.Unavailable, "the agent cannot serve this process at the moment")
 		case <-s.closing:
-			return nil, status.Error(codes.Unavailable, "the agent is stopping")
+			return nil, errStopping
 		case <-ctx.Done():
 			return nil, status.Error(codes.Unavailable, "none of the secrets is there yet")
 		}

@@ -548,7 +548,12 @@ func TestStreamEnds(t *testing.T) {
 		want codes.Code
 	}{
 		{"the source gives up", func(r *rig, c *sotw) { c.ask(nameDefault); c.next(); r.source.End(errors.New("x")) }, codes.Unavailable},
-		{"the process has ended", func(r *rig, c *sotw) { c.ask(nameDefault); c.next(); _ = r.peer.Close() }, codes.Unavailable},
+		{"the process has ended", func(r *rig, c *sotw) {
+			c.ask(nameDefault)
+			c.next()
+			_ = r.peer.Close()
+			c.ask(nameRoot) // by another process, which holds the connection
+		}, codes.Unavailable},
 		{"the agent stops", func(r *rig, c *sotw) { c.ask(nameDefault); c.next(); r.server.Close() }, codes.Unavailable},
 		{"another type", func(_ *rig, c *sotw) { c.request(&discoveryv3.DiscoveryRequest{TypeUrl: other}) }, codes.InvalidArgument},
 		{"another type later", func(_ *rig, c *sotw) {
@@ -682,13 +687,13 @@ func TestV_I1_StreamsAreBounded(t *testing.T) {
 		// Another user still has room, until the whole is full.
 		var release []func()
 		for uid := range uint32(2) {
-			f, err := r.server.admit(uid, 0)
+			f, err := r.server.admit(uid)
 			if err != nil {
 				t.Fatal(err)
 			}
 			release = append(release, f)
 		}
-		if _, err := r.server.admit(7, 0); status.Code(err) != codes.ResourceExhausted {
+		if _, err := r.server.admit(7); status.Code(err) != codes.ResourceExhausted {
 			t.Errorf("got %v", err)
 		}
 		for _, f := range release {
@@ -705,7 +710,7 @@ func TestV_I1_StreamsAreBounded(t *testing.T) {
 			t.Errorf("%d users remembered", len(r.server.perUID))
 		}
 		r.server.Close()
-		if _, err := r.server.admit(7, 0); status.Code(err) != codes.Unavailable {
+		if _, err := r.server.admit(7); status.Code(err) != codes.Unavailable {
 			t.Errorf("after Close: %v", err)
 		}
 	})
