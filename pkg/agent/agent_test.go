@@ -38,6 +38,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 func TestFirstSVID(t *testing.T) {
@@ -506,7 +507,7 @@ func TestEntryChanged(t *testing.T) {
 		close(gate)
 		settleDown()
 		s := mustHave(t, w, "/web")
-		if got := s.SVIDs[0]; got == old || !slices.Equal(got.Chain[0].DNSNames, []string{"web.internal"}) || len(s.Withdrawn) > 0 {
+		if got := s.SVIDs[0]; got == old || !slices.Equal(identitytest.X509(got.Chain[0]).DNSNames, []string{"web.internal"}) || len(s.Withdrawn) > 0 {
 			t.Errorf("snapshot %+v", s)
 		}
 		if got := h.ca.items[len(h.ca.items)-1]; got.GetKind() != nodev1.IssueKind_ISSUE_KIND_ROTATION || len(got.GetPreviousSerial()) == 0 {
@@ -1168,7 +1169,7 @@ func TestRotate(t *testing.T) {
 		h.ca.mu.Unlock()
 		count := func() (n int) {
 			for i, w := range watches {
-				if mustHave(t, w, fmt.Sprint("/web/", i)).SVIDs[0].Chain[1].Equal(old.cert) {
+				if mustHave(t, w, fmt.Sprint("/web/", i)).SVIDs[0].Chain[1].Equal(identity.NewCertificate(old.cert)) {
 					n++
 				}
 			}
@@ -1326,7 +1327,7 @@ func TestRootRemoved(t *testing.T) {
 		h.ca.push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Bundle{Bundle: h.ca.bundle()}})
 		h.ca.mu.Unlock()
 		settleDown()
-		if got := mustHave(t, w, "/web").SVIDs[0]; !got.Chain[1].Equal(intermediate.cert) {
+		if got := mustHave(t, w, "/web").SVIDs[0]; !got.Chain[1].Equal(identity.NewCertificate(intermediate.cert)) {
 			t.Error("the X.509-SVID chains to a root that nobody trusts")
 		}
 	})

@@ -764,7 +764,7 @@ func mustHave(t testing.TB, w *identity.Watch, paths ...string) *identity.Snapsh
 		if !svid.NotAfter().After(now) {
 			t.Fatalf("an expired X.509-SVID is served: %v", svid.NotAfter())
 		}
-		if !svid.Key.Public().(*ecdsa.PublicKey).Equal(svid.Chain[0].PublicKey) {
+		if !svid.Key.Public().(*ecdsa.PublicKey).Equal(identitytest.X509(svid.Chain[0]).PublicKey) {
 			t.Fatal("key and certificate are not of one pair")
 		}
 	}

@@ -225,7 +225,7 @@ func (a *Agent) accept(now time.Time, q cache.Request, r *nodev1.IssueResult, pa
 			return result{err: fmt.Errorf("verify the X.509-SVID: it %w", err), invalid: true}
 		}
 		return result{svid: &identity.SVID{
-			ID: q.Identity.ID, Chain: chain, Proof: proof, Key: pair.key, Hint: q.Identity.Hint,
+			ID: q.Identity.ID, Chain: a.parser.keep(chain), Proof: proof, Key: pair.key, Hint: q.Identity.Hint,
 			Entry: q.Identity.Entry.Name(), RenewAt: r.Svid.GetRenewAt().AsTime(),
 		}}
 	default:

@@ -42,7 +42,10 @@ func newKeyPair() (*keyPair, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create CSR: %w", err)
 	}
-	return &keyPair{key: key, csr: csr}, nil
+	// crypto/ecdsa remembers as much again about a key that has signed, for as long as
+	// it is at the same address. This one signs no more here.
+	delivered := *key
+	return &keyPair{key: &delivered, csr: csr}, nil
 }
 
 // oidECDSAWithSHA256 is RFC 5758 §3.2's.

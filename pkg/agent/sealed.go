@@ -298,7 +298,7 @@ func (a *Agent) restoreSVID(now time.Time, s *state, k *stateSVID, bundle *ident
 	}
 	r := &cache.Restored{
 		Instance: k.Instance, Entry: k.Entry, DNSNames: k.DNSNames,
-		SVID: &identity.SVID{ID: id, Chain: chain, Proof: proof, Key: key, Hint: k.Hint, Entry: k.Entry, RenewAt: k.RenewAt},
+		SVID: &identity.SVID{ID: id, Chain: a.parser.keep(chain), Proof: proof, Key: key, Hint: k.Hint, Entry: k.Entry, RenewAt: k.RenewAt},
 	}
 	copy(r.EntryDigest[:], k.EntryDigest)
 	for _, d := range k.Digests {
@@ -395,7 +395,7 @@ func (a *Agent) snapshot(boot string) (*state, error) {
 		}
 	}
 	if own != nil {
-		k, kerr := s.keep(own.key, own.chain, own.renewAt)
+		k, kerr := s.keep(own.key, identity.NewCertificates(own.chain...), own.renewAt)
 		err = errors.Join(err, kerr)
 		s.Own = k
 	}
@@ -421,7 +421,7 @@ func (a *Agent) snapshot(boot string) (*state, error) {
 }
 
 // keep encodes a key with its chain, whose intermediates are stored once.
-func (s *state) keep(key any, chain []*x509.Certificate, renewAt time.Time) (*stateKey, error) {
+func (s *state) keep(key any, chain []*identity.Certificate, renewAt time.Time) (*stateKey, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		return nil, errors.New("key cannot be encoded")

@@ -19,6 +19,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math/big"
 	"strings"
 	"sync"
 	"time"
@@ -630,4 +631,4 @@ func (a *Agent) renewOwn(ctx context.Context, s *session) error {
 }
 
 // serialText is how serials are written.
-func serialText(c *x509.Certificate) string { return hex.EncodeToString(c.SerialNumber.Bytes()) }
+func serialText(serial *big.Int) string { return hex.EncodeToString(serial.Bytes()) }

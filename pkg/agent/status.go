@@ -110,7 +110,7 @@ func (a *Agent) Status() Status {
 				SPIFFEID: c.ID.String(), Entry: c.Entry, RenewAt: c.Due.Round(0), Failures: c.Failures, Reason: c.Reason,
 			}
 			if c.SVID != nil {
-				one.Serial, one.NotAfter = serialText(c.SVID.Chain[0]), c.SVID.NotAfter()
+				one.Serial, one.NotAfter = serialText(c.SVID.Chain[0].SerialNumber), c.SVID.NotAfter()
 				if first.IsZero() || one.NotAfter.Before(first) {
 					first = one.NotAfter
 				}

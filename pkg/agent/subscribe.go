@@ -12,7 +12,6 @@ package agent
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"strconv"
@@ -95,7 +94,7 @@ func (a *Agent) Subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, e
 		func() { a.unsubscribe(id) },
 	)
 	s.watch.OnForce(func(snapshot *identity.Snapshot, carries bool) { a.inForce(id, snapshot, carries) })
-	s.watch.OnReject(func(leaf *x509.Certificate) { a.reject(ctx, id, leaf) })
+	s.watch.OnReject(func(leaf *identity.Certificate) { a.reject(ctx, id, leaf) })
 	a.streams[id] = s
 	a.tasks.Go(func() { a.admit(ctx, id, s) })
 	return s.watch, nil
@@ -147,7 +146,7 @@ func (a *Agent) acknowledge(id cache.WatchID, sequence uint64) {
 
 // reject has an X.509-SVID that a proxy refuses issued once more, with a new key.
 // If that one is refused as well, it is the proxy that is at fault.
-func (a *Agent) reject(ctx context.Context, id cache.WatchID, leaf *x509.Certificate) {
+func (a *Agent) reject(ctx context.Context, id cache.WatchID, leaf *identity.Certificate) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.streams[id] == nil {

@@ -295,7 +295,7 @@ func (a *Agent) rotate(ctx context.Context, r *nodev1.Rotate) {
 	now := time.Now()
 	n := a.cache.Rotate(now, r.GetAuthority(), within)
 	a.rotated = max(a.rotated, r.GetSequence())
-	if a.own != nil && cache.SignedBy(a.own.chain, r.GetAuthority()) {
+	if a.own != nil && cache.SignedBy(identity.NewCertificates(a.own.chain...), r.GetAuthority()) {
 		sooner := *a.own
 		sooner.renewAt = now.Add(time.Duration(rand.Float64() * float64(within))) //nolint:gosec // jitter is no secret
 		if sooner.renewAt.Before(a.own.renewAt) {

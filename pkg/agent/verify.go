@@ -43,7 +43,13 @@ type certificates struct {
 	chains identity.Chains
 
 	mu    sync.Mutex // guards known
-	known map[[32]byte]*x509.Certificate
+	known map[[32]byte]issuer
+}
+
+// issuer is an intermediate: all that it says, and what is kept of it by SVIDs.
+type issuer struct {
+	whole *x509.Certificate
+	kept  *identity.Certificate
 }
 
 // maxKnown bounds the certificates that are remembered.
@@ -75,10 +81,10 @@ func (c *certificates) parse(der []byte, recurs bool) (*x509.Certificate, error)
 	}
 	sum := sha256.Sum256(der)
 	c.mu.Lock()
-	cert := c.known[sum]
+	found, ok := c.known[sum]
 	c.mu.Unlock()
-	if cert != nil {
-		return cert, nil
+	if ok {
+		return found.whole, nil
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
@@ -87,10 +93,23 @@ func (c *certificates) parse(der []byte, recurs bool) (*x509.Certificate, error)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.known == nil || len(c.known) >= maxKnown {
-		c.known = make(map[[32]byte]*x509.Certificate)
+		c.known = make(map[[32]byte]issuer)
 	}
-	c.known[sum] = cert
+	c.known[sum] = issuer{cert, identity.NewCertificate(cert)}
 	return cert, nil
+}
+
+// keep returns what an SVID keeps of its chain, which was parsed by chain.
+func (c *certificates) keep(chain []*x509.Certificate) []*identity.Certificate {
+	kept := identity.NewCertificates(chain...)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n := range kept[1:] {
+		if found, ok := c.known[sha256.Sum256(kept[n+1].Raw)]; ok {
+			kept[n+1] = found.kept
+		}
+	}
+	return kept
 }
 
 // parseBundle checks a bundle of td as it came from the CA. An empty one is

@@ -33,7 +33,7 @@ type Proof struct {
 // OfChain says whether p is about exactly these certificates, in this order: each
 // is then signed by the next one. It hashes them, which costs a hundredth of what
 // a signature does.
-func (p *Proof) OfChain(chain []*x509.Certificate) bool {
+func (p *Proof) OfChain(chain []*Certificate) bool {
 	return p != nil && !p.notAfter.IsZero() && p.chain == digestOf(chain)
 }
 
@@ -45,7 +45,7 @@ func (p *Proof) Anchored(roots []*x509.Certificate, now time.Time) bool {
 }
 
 // digestOf stands for certificates in an order.
-func digestOf(chain []*x509.Certificate) (sum [sha256.Size]byte) {
+func digestOf(chain []*Certificate) (sum [sha256.Size]byte) {
 	h := sha256.New()
 	var length [8]byte
 	for _, c := range chain {
@@ -88,7 +88,7 @@ func (c *Chains) Verify(now time.Time, chain, roots []*x509.Certificate, usage x
 	if len(chain) == 0 || slices.Contains(chain, nil) || slices.Contains(roots, nil) {
 		return nil, errors.New("a certificate is missing")
 	}
-	key := issuersKey{digestOf(chain[1:]), usage}
+	key := issuersKey{digestOf(NewCertificates(chain[1:]...)), usage}
 	short := len(chain) > 1 && selfContained(chain[0]) && !chain[0].IsCA
 	if short {
 		if found, ok := c.find(key, roots, now); ok {
@@ -107,7 +107,7 @@ func (c *Chains) Verify(now time.Time, chain, roots []*x509.Certificate, usage x
 			continue
 		}
 		found := issuers{root: path[len(chain)]}
-		found.notBefore, found.notAfter = Validity(path[1:])
+		found.notBefore, found.notAfter = Validity(NewCertificates(path[1:]...))
 		if short && !slices.ContainsFunc(path[1:], func(c *x509.Certificate) bool { return !selfContained(c) }) {
 			c.keep(key, found)
 		}
@@ -136,7 +136,7 @@ func verify(now time.Time, chain, roots []*x509.Certificate, usage x509.ExtKeyUs
 
 // prove makes the proof of a chain below these issuers.
 func (i issuers) prove(chain []*x509.Certificate) *Proof {
-	p := &Proof{chain: digestOf(chain), root: sha256.Sum256(i.root.Raw), notBefore: i.notBefore, notAfter: i.notAfter}
+	p := &Proof{chain: digestOf(NewCertificates(chain...)), root: sha256.Sum256(i.root.Raw), notBefore: i.notBefore, notAfter: i.notAfter}
 	if leaf := chain[0]; leaf.NotBefore.After(p.notBefore) {
 		p.notBefore = leaf.NotBefore
 	}
@@ -189,7 +189,7 @@ var selfContainedExtensions = []asn1.ObjectIdentifier{
 
 // Validity returns when all of these certificates are valid; both are zero if there
 // are none.
-func Validity(all []*x509.Certificate) (notBefore, notAfter time.Time) {
+func Validity(all []*Certificate) (notBefore, notAfter time.Time) {
 	for n, c := range all {
 		if n == 0 || c.NotBefore.After(notBefore) {
 			notBefore = c.NotBefore

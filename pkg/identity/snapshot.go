@@ -1,8 +1,10 @@
 package identity
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/x509"
+	"math/big"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -18,12 +20,48 @@ type Bundle struct {
 	Roots []*x509.Certificate
 }
 
+// Certificate is what is kept of a certificate once it was verified: what is delivered,
+// and what is asked for later, under the names that crypto/x509 has for it. It takes a
+// fifth of an x509.Certificate, of which a node would have one for each identity. It is
+// immutable.
+type Certificate struct {
+	// Raw is the certificate in DER.
+	Raw                                                []byte
+	RawIssuer, RawSubjectPublicKeyInfo, AuthorityKeyId []byte //nolint:revive,staticcheck // as crypto/x509 spells it
+	SerialNumber                                       *big.Int
+	NotBefore, NotAfter                                time.Time
+}
+
+// NewCertificate returns what is kept of c. They share memory: c must not be changed
+// afterwards.
+func NewCertificate(c *x509.Certificate) *Certificate {
+	return &Certificate{
+		Raw: c.Raw, RawIssuer: c.RawIssuer, RawSubjectPublicKeyInfo: c.RawSubjectPublicKeyInfo,
+		AuthorityKeyId: c.AuthorityKeyId, SerialNumber: c.SerialNumber, NotBefore: c.NotBefore, NotAfter: c.NotAfter,
+	}
+}
+
+// NewCertificates returns what is kept of each of them.
+func NewCertificates(all ...*x509.Certificate) []*Certificate {
+	kept := make([]*Certificate, len(all))
+	for n, c := range all {
+		kept[n] = NewCertificate(c)
+	}
+	return kept
+}
+
+// Equal says whether two certificates are the same, byte for byte.
+func (c *Certificate) Equal(other *Certificate) bool { return bytes.Equal(c.Raw, other.Raw) }
+
+// X509 returns all that the certificate says. It parses it anew.
+func (c *Certificate) X509() (*x509.Certificate, error) { return x509.ParseCertificate(c.Raw) }
+
 // SVID is an X.509-SVID with its private key. It is immutable. A new SVID is a
 // new value: consumers may key caches by the pointer.
 type SVID struct {
 	ID spiffeid.ID
 	// Chain is the leaf, then its intermediates; the root is not included.
-	Chain []*x509.Certificate
+	Chain []*Certificate
 	// Proof is that of Chain: nil if there is none, and then whoever wants to be
 	// sure verifies for himself.
 	Proof *Proof

@@ -1,7 +1,6 @@
 package identity
 
 import (
-	"crypto/x509"
 	"sync"
 )
 
@@ -13,7 +12,7 @@ type Watch struct {
 	onAck   func(sequence uint64)
 	onClose func()
 	// onReject and onForce are set before the watch is shared.
-	onReject func(leaf *x509.Certificate)
+	onReject func(leaf *Certificate)
 	onForce  func(s *Snapshot, carries bool)
 
 	mu       sync.Mutex    // guards what follows
@@ -37,7 +36,7 @@ func NewWatch(onAck func(sequence uint64), onClose func()) *Watch {
 
 // OnReject has f called by Reject. The producer calls it before it hands the watch
 // out.
-func (w *Watch) OnReject(f func(leaf *x509.Certificate)) { w.onReject = f }
+func (w *Watch) OnReject(f func(leaf *Certificate)) { w.onReject = f }
 
 // OnForce has f called by InForce. The producer calls it before it hands the watch
 // out.
@@ -105,7 +104,7 @@ func (w *Watch) InForce(s *Snapshot, carries bool) {
 // Reject tells the producer that the proxy at the end of this stream has refused
 // the X.509-SVID with this leaf, and keeps the one before. It is called once for
 // each.
-func (w *Watch) Reject(leaf *x509.Certificate) {
+func (w *Watch) Reject(leaf *Certificate) {
 	if w.onReject != nil {
 		w.onReject(leaf)
 	}

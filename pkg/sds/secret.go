@@ -96,7 +96,7 @@ func withhold(w withheld, format string, args ...any) *withheldError {
 
 // newLeaf makes the secret of a certificate chain with its key. The caller has
 // checked it.
-func newLeaf(id string, chain []*x509.Certificate, key crypto.Signer) (*secret, error) {
+func newLeaf(id string, chain []*identity.Certificate, key crypto.Signer) (*secret, error) {
 	body, err := encodeLeaf(id, chain, key)
 	if err != nil {
 		return nil, err
@@ -144,7 +144,7 @@ func newLeafOf(s *identity.SVID) (*secret, error) {
 }
 
 // encodeLeaf encodes a certificate chain with its key.
-func encodeLeaf(id string, chain []*x509.Certificate, key crypto.Signer) ([]byte, error) {
+func encodeLeaf(id string, chain []*identity.Certificate, key crypto.Signer) ([]byte, error) {
 	if len(chain) == 0 {
 		return nil, withhold(withheldChain, "encode certificate of %s: no certificate", id)
 	}
@@ -279,10 +279,18 @@ func checkLeaf(s *identity.SVID) *withheldError {
 		// X509-SVID §3.1: a leaf's ID has a path.
 		return withhold(withheldProfile, "check certificate: %q is not the SPIFFE ID of a workload", id)
 	}
-	if len(s.Chain) == 0 || s.Chain[0] == nil || s.Key == nil {
+	if len(s.Chain) == 0 || s.Key == nil {
 		return withhold(withheldChain, "check certificate of %s: certificate or key is missing", id)
 	}
-	leaf := s.Chain[0]
+	for n, c := range s.Chain {
+		if c == nil {
+			return withhold(withheldChain, "check certificate of %s: certificate %d of its chain is missing", id, n)
+		}
+	}
+	leaf, err := s.Chain[0].X509()
+	if err != nil {
+		return withhold(withheldProfile, "check certificate of %s: %w", id, err)
+	}
 	public, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 	if !ok || !public.Equal(s.Key.Public()) {
 		return withhold(withheldKey, "check certificate of %s: the key is not the certificate's", id)
@@ -301,16 +309,15 @@ func checkLeaf(s *identity.SVID) *withheldError {
 		leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0: // X509-SVID §4.3
 		return withhold(withheldProfile, "check certificate of %s: key usage %b", id, leaf.KeyUsage)
 	}
-	for i, issuer := range s.Chain[1:] {
-		if issuer == nil {
-			return withhold(withheldChain, "check certificate of %s: certificate %d of its chain is missing", id, i+1)
-		}
-	}
 	if s.Proof.OfChain(s.Chain) {
 		return nil
 	}
-	for i, issuer := range s.Chain[1:] {
-		if err := s.Chain[i].CheckSignatureFrom(issuer); err != nil {
+	chain, err := parse(s.Chain)
+	if err != nil {
+		return withhold(withheldChain, "check certificate of %s: %w", id, err)
+	}
+	for i, issuer := range chain[1:] {
+		if err := chain[i].CheckSignatureFrom(issuer); err != nil {
 			return withhold(withheldChain, "check certificate of %s: certificate %d of its chain did not sign the one before: %w", id, i+1, err)
 		}
 	}
@@ -324,15 +331,19 @@ func checkChain(s *identity.SVID, b *identity.Bundle, now time.Time) *withheldEr
 	if s.Proof.OfChain(s.Chain) && s.Proof.Anchored(good, now) {
 		return nil
 	}
+	chain, err := parse(s.Chain)
+	if err != nil {
+		return withhold(withheldChain, "check certificate of %s: %w", s.ID, err)
+	}
 	roots := x509.NewCertPool()
 	for _, root := range good {
 		roots.AddCert(root)
 	}
 	intermediates := x509.NewCertPool()
-	for _, c := range s.Chain[1:] {
+	for _, c := range chain[1:] {
 		intermediates.AddCert(c)
 	}
-	if _, err := s.Chain[0].Verify(x509.VerifyOptions{
+	if _, err := chain[0].Verify(x509.VerifyOptions{
 		Roots:         roots,
 		Intermediates: intermediates,
 		CurrentTime:   now,
@@ -341,6 +352,18 @@ func checkChain(s *identity.SVID, b *identity.Bundle, now time.Time) *withheldEr
 		return withhold(withheldChain, "check certificate of %s against the trust bundle of %s: %w", s.ID, b.TrustDomain.Name(), err)
 	}
 	return nil
+}
+
+// parse returns all that the certificates of a chain say.
+func parse(chain []*identity.Certificate) ([]*x509.Certificate, error) {
+	parsed := make([]*x509.Certificate, len(chain))
+	for n, c := range chain {
+		var err error
+		if parsed[n], err = c.X509(); err != nil {
+			return nil, fmt.Errorf("certificate %d of the chain: %w", n, err)
+		}
+	}
+	return parsed, nil
 }
 
 // subjectAltName is the OID 2.5.29.17.

@@ -68,7 +68,11 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 	good, strange := inter.SVID("/x"), other.Intermediate().SVID("/x")
 	proven := func(s *identity.SVID, by *identitytest.Authority) *identity.SVID {
 		t.Helper()
-		p, err := new(identity.Chains).Verify(now, s.Chain, []*x509.Certificate{by.Cert}, x509.ExtKeyUsageClientAuth)
+		chain, err := parse(s.Chain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := new(identity.Chains).Verify(now, chain, []*x509.Certificate{by.Cert}, x509.ExtKeyUsageClientAuth)
 		if err != nil || p == nil {
 			t.Fatalf("proof %v, %v", p, err)
 		}
@@ -84,10 +88,10 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 		{"another key", &identity.SVID{ID: good.ID, Chain: good.Chain, Key: identitytest.NewKey(t)}, withheldKey},
 		{"no key", &identity.SVID{ID: good.ID, Chain: good.Chain}, withheldChain},
 		{"no chain", &identity.SVID{ID: good.ID, Key: good.Key}, withheldChain},
-		{"intermediate first", &identity.SVID{ID: good.ID, Chain: []*x509.Certificate{good.Chain[1], good.Chain[0]}, Key: good.Key}, withheldKey},
+		{"intermediate first", &identity.SVID{ID: good.ID, Chain: []*identity.Certificate{good.Chain[1], good.Chain[0]}, Key: good.Key}, withheldKey},
 		{"intermediate missing", &identity.SVID{ID: good.ID, Chain: good.Chain[:1], Key: good.Key}, withheldChain},
-		{"unrelated certificate in the chain", &identity.SVID{ID: good.ID, Chain: append(good.Chain[:2:2], other.Cert), Key: good.Key}, withheldChain},
-		{"hole in the chain", &identity.SVID{ID: good.ID, Chain: []*x509.Certificate{good.Chain[0], nil}, Key: good.Key}, withheldChain},
+		{"unrelated certificate in the chain", &identity.SVID{ID: good.ID, Chain: append(good.Chain[:2:2], identity.NewCertificate(other.Cert)), Key: good.Key}, withheldChain},
+		{"hole in the chain", &identity.SVID{ID: good.ID, Chain: []*identity.Certificate{good.Chain[0], nil}, Key: good.Key}, withheldChain},
 		{"another ID", &identity.SVID{ID: spiffeid.RequireFromString("spiffe://a.test/y"), Chain: good.Chain, Key: good.Key}, withheldProfile},
 		{"root of another authority", other.SVID("/x"), withheldChain},
 		{"another trust domain", identitytest.NewAuthority(t, "b.test").SVID("/x"), withheldBundle},
@@ -102,10 +106,10 @@ func TestCacheLeaf_ChecksWhatEnvoyDoesNot(t *testing.T) {
 		{"not yet valid", root.SVID("/x", func(c *x509.Certificate) { c.NotBefore = now.Add(time.Minute) }), withheldNotYetValid},
 		{"good with proof", proven(good, root), ""},
 		{"proof of another chain", &identity.SVID{
-			ID: good.ID, Chain: append(good.Chain[:2:2], other.Cert), Proof: proven(good, root).Proof, Key: good.Key,
+			ID: good.ID, Chain: append(good.Chain[:2:2], identity.NewCertificate(other.Cert)), Proof: proven(good, root).Proof, Key: good.Key,
 		}, withheldChain},
 		{"proof of another leaf", &identity.SVID{
-			ID: good.ID, Chain: []*x509.Certificate{strange.Chain[0], good.Chain[1]}, Proof: proven(good, root).Proof, Key: strange.Key,
+			ID: good.ID, Chain: []*identity.Certificate{strange.Chain[0], good.Chain[1]}, Proof: proven(good, root).Proof, Key: strange.Key,
 		}, withheldChain},
 		{"proof for another root", proven(strange, other), withheldChain},
 		{"proof of what has another key", &identity.SVID{
@@ -179,7 +183,7 @@ func TestCacheLeaf_ChecksAgain(t *testing.T) {
 	if _, refusal := c.leaf(v, both, v.NotAfter()); refusal == nil || refusal.reason != withheldExpired {
 		t.Fatalf("it has expired: %v", refusal)
 	}
-	broken := &identity.Bundle{TrustDomain: root.TrustDomain, Roots: []*x509.Certificate{nil, {}, v.Chain[0]}}
+	broken := &identity.Bundle{TrustDomain: root.TrustDomain, Roots: []*x509.Certificate{nil, {}, identitytest.X509(v.Chain[0])}}
 	if _, refusal := c.leaf(v, broken, now); refusal == nil || refusal.reason != withheldChain {
 		t.Fatalf("a bundle without a CA: %v", refusal)
 	}
@@ -448,7 +452,7 @@ func TestFault_F54_OneBadDomainIsIsolated(t *testing.T) {
 // TestNewTrustDomain_TakesOnlyCAs: a leaf as an anchor would vouch for itself.
 func TestNewTrustDomain_TakesOnlyCAs(t *testing.T) {
 	a := identitytest.NewAuthority(t, "a.test")
-	leaf := a.SVID("/x").Chain[0]
+	leaf := identitytest.X509(a.SVID("/x").Chain[0])
 	if _, err := newTrustDomain(&identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{leaf, nil, {}}}); err == nil {
 		t.Error("a bundle without a CA was encoded")
 	}
@@ -489,7 +493,7 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 	}
 	pool := []*x509.Certificate{
 		identitytest.NewAuthority(t, "a.test").Cert, identitytest.NewAuthority(t, "b.test").Cert,
-		identitytest.NewAuthority(t, "a.test").SVID("/x").Chain[0], nil,
+		identitytest.X509(identitytest.NewAuthority(t, "a.test").SVID("/x").Chain[0]), nil,
 		{},
 	}
 	tds := []spiffeid.TrustDomain{

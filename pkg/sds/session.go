@@ -3,13 +3,14 @@ package sds
 import (
 	"cmp"
 	"crypto/sha256"
-	"crypto/x509"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/meshid/meshid/pkg/identity"
 )
 
 // maxResponseBytes is where a delta response ends and the next one begins.
@@ -52,7 +53,7 @@ type session struct {
 	surplus, strange int
 	blocked          []error
 	// refused are the leaves that were refused since they were last asked for.
-	refused []*x509.Certificate
+	refused []*identity.Certificate
 	// stuck: what next saw last cannot all come into force.
 	stuck bool
 }
@@ -125,7 +126,7 @@ type resolution struct {
 	local    bool
 	sequence uint64
 	// leaf is that of the X.509-SVID that the secret carries; nil for others.
-	leaf *x509.Certificate
+	leaf *identity.Certificate
 	// stuck: something was withdrawn, and there is no secret to say so.
 	stuck bool
 }

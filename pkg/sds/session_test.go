@@ -1,7 +1,6 @@
 package sds
 
 import (
-	"crypto/x509"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/test/identitytest"
 )
 
@@ -399,14 +399,14 @@ func TestV_H7_F55_RejectedOnce(t *testing.T) {
 func TestV_H7_RefusedLeafIsReported(t *testing.T) {
 	for _, delta := range []bool{false, true} {
 		b := newTable(t, delta)
-		leaf := func(version string) *x509.Certificate {
+		leaf := func(version string) *identity.Certificate {
 			b.set("default", version)
 			r := b.secrets["default"]
-			r.leaf = &x509.Certificate{Raw: []byte(version)}
+			r.leaf = &identity.Certificate{Raw: []byte(version)}
 			b.secrets["default"] = r
 			return r.leaf
 		}
-		reported := func(want ...*x509.Certificate) {
+		reported := func(want ...*identity.Certificate) {
 			t.Helper()
 			b.next()
 			if !slices.Equal(b.s.refused, want) {

@@ -369,7 +369,7 @@ func TestSpec_S28_Withdrawal(t *testing.T) {
 			secretsOf(t, world.next().GetResources())[nameDefault].GetTlsCertificate().GetCertificateChain().GetInlineBytes(),
 			secretsOf(t, deltaResources(change.next()))[id].GetTlsCertificate().GetCertificateChain().GetInlineBytes(),
 		} {
-			if !leafOf(t, chain).Equal(again.Chain[0]) {
+			if !leafOf(t, chain).Equal(identitytest.X509(again.Chain[0])) {
 				t.Error("the identity did not come back")
 			}
 		}
@@ -434,7 +434,7 @@ func TestSpec_S21_Coalesced(t *testing.T) {
 		}
 		c.ack(m, nameDefault)
 		m = c.next()
-		if got := leafOf(t, secretsOf(t, m.GetResources())[nameDefault].GetTlsCertificate().GetCertificateChain().GetInlineBytes()); !got.Equal(last.Chain[0]) {
+		if got := leafOf(t, secretsOf(t, m.GetResources())[nameDefault].GetTlsCertificate().GetCertificateChain().GetInlineBytes()); !got.Equal(identitytest.X509(last.Chain[0])) {
 			t.Error("not the latest")
 		}
 		c.ack(m, nameDefault)
@@ -515,7 +515,7 @@ func TestNotYetValidIsSentInTime(t *testing.T) {
 func TestSpec_S15_NoStateOfTheBundleFailsOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := identitytest.NewAuthority(t, "a.test")
-		leaf := a.SVID("/x").Chain[0]
+		leaf := identitytest.X509(a.SVID("/x").Chain[0])
 		r := newRig(t, identitytest.NewSource(nil), Options{})
 		c := r.sotw(t.Context())
 		c.ask(nameRoot, nameAll, "spiffe://a.test")

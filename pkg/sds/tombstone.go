@@ -11,6 +11,8 @@ import (
 	"net/url"
 	"sync"
 	"time"
+
+	"github.com/meshid/meshid/pkg/identity"
 )
 
 // maxTombstones bounds the tombstones that are kept.
@@ -71,7 +73,7 @@ func (g *graveyard) tombstone(id string) (*secret, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make tombstone of %s: %w", id, err)
 	}
-	t, err := newLeaf(id, []*x509.Certificate{leaf}, g.key)
+	t, err := newLeaf(id, identity.NewCertificates(leaf), g.key)
 	if err != nil {
 		return nil, err
 	}

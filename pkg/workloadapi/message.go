@@ -29,7 +29,7 @@ type cache struct {
 
 type encodedSVID struct {
 	once       sync.Once // fills what follows
-	chain, key []byte
+	chain, key []byte    // Workload API §5.1: certificates in DER, one after the other
 	err        error
 }
 
@@ -46,12 +46,19 @@ func (c *cache) svid(s *identity.SVID) *encodedSVID {
 			e.err = fmt.Errorf("encode SVID of %s: certificate or key is missing", s.ID)
 			return
 		}
+		leaf, err := s.Chain[0].X509()
+		if err != nil {
+			e.err = fmt.Errorf("encode SVID of %s: %w", s.ID, err)
+			return
+		}
 		// Workload API §5.2.1: the message and the certificate say the same.
-		if id := s.Chain[0].URIs; len(id) != 1 || id[0].String() != s.ID.String() {
+		if id := leaf.URIs; len(id) != 1 || id[0].String() != s.ID.String() {
 			e.err = fmt.Errorf("encode SVID of %s: its certificate is for %q", s.ID, id)
 			return
 		}
-		e.chain = concat(s.Chain)
+		for _, c := range s.Chain {
+			e.chain = append(e.chain, c.Raw...)
+		}
 		if e.key, e.err = x509.MarshalPKCS8PrivateKey(s.Key); e.err != nil {
 			e.err = fmt.Errorf("encode SVID of %s: key type %T cannot be delivered", s.ID, s.Key)
 		}
@@ -69,21 +76,14 @@ func (c *cache) bundle(b *identity.Bundle) ([]byte, error) {
 	e.once.Do(func() {
 		// A leaf in it would vouch for itself.
 		notCA := func(c *x509.Certificate) bool { return c == nil || !c.BasicConstraintsValid || !c.IsCA }
-		if e.der = concat(slices.DeleteFunc(slices.Clone(b.Roots), notCA)); len(e.der) == 0 || b.TrustDomain.IsZero() {
+		for _, c := range slices.DeleteFunc(slices.Clone(b.Roots), notCA) {
+			e.der = append(e.der, c.Raw...)
+		}
+		if len(e.der) == 0 || b.TrustDomain.IsZero() {
 			e.err = fmt.Errorf("encode trust bundle of %q: it has no CA certificate", b.TrustDomain.Name())
 		}
 	})
 	return e.der, e.err
-}
-
-// concat returns certificates as Workload API §5.1 wants them: DER, one after the
-// other.
-func concat(certificates []*x509.Certificate) []byte {
-	var der []byte
-	for _, c := range certificates {
-		der = append(der, c.Raw...)
-	}
-	return der
 }
 
 // x509SVIDs returns the message for a snapshot that has SVIDs, and how many hints

@@ -303,7 +303,7 @@ func TestSpec_E02_E03_E13_E20_Fields(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(chain) != 2 || !chain[0].Equal(x.Chain[0]) || !chain[1].Equal(inter.Cert) {
+	if len(chain) != 2 || !chain[0].Equal(identitytest.X509(x.Chain[0])) || !chain[1].Equal(inter.Cert) {
 		t.Errorf("chain of %d", len(chain))
 	}
 	if got.GetSpiffeId() != "spiffe://a.test/x" || chain[0].URIs[0].String() != got.GetSpiffeId() || got.GetHint() != "internal" {
@@ -541,8 +541,8 @@ func TestBrokenSnapshots(t *testing.T) {
 	for name, broken := range map[string]*identity.Snapshot{
 		"empty bundle":         {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.TrustDomain}},
 		"no bundle":            {SVIDs: []*identity.SVID{x}},
-		"only nil and leaves":  {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{nil, x.Chain[0]}}},
-		"hole in the chain":    {SVIDs: []*identity.SVID{{ID: x.ID, Chain: []*x509.Certificate{x.Chain[0], nil}, Key: x.Key}}, Bundle: a.Bundle(1)},
+		"only nil and leaves":  {SVIDs: []*identity.SVID{x}, Bundle: &identity.Bundle{TrustDomain: a.TrustDomain, Roots: []*x509.Certificate{nil, identitytest.X509(x.Chain[0])}}},
+		"hole in the chain":    {SVIDs: []*identity.SVID{{ID: x.ID, Chain: []*identity.Certificate{x.Chain[0], nil}, Key: x.Key}}, Bundle: a.Bundle(1)},
 		"no chain":             {SVIDs: []*identity.SVID{{ID: x.ID, Key: x.Key}}, Bundle: a.Bundle(1)},
 		"another ID":           {SVIDs: []*identity.SVID{{ID: other, Chain: x.Chain, Key: x.Key}}, Bundle: a.Bundle(1)},
 		"no key":               {SVIDs: []*identity.SVID{{ID: x.ID, Chain: x.Chain}}, Bundle: a.Bundle(1)},
@@ -725,7 +725,7 @@ func has(t *testing.T, s *spiffeclient.X509Source, want *identity.Snapshot) bool
 	if err != nil {
 		t.Fatal(err)
 	}
-	return svid.Certificates[0].Equal(want.Default().Chain[0]) && len(bundle.X509Authorities()) == len(want.Bundle.Roots)
+	return svid.Certificates[0].Equal(identitytest.X509(want.Default().Chain[0])) && len(bundle.X509Authorities()) == len(want.Bundle.Roots)
 }
 
 func handshake(server, client *tls.Config) error {

@@ -59,7 +59,7 @@ func TestV_L3_WhyNoListIsPushed(t *testing.T) {
 	later, past := time.Now().Add(time.Hour), time.Now().Add(-time.Minute)
 	ofRoot, ofOld, ofFresh := list(t, root, later), list(t, old, later, revoked), list(t, fresh, later)
 
-	anchors := map[string]any{"inline_string": certificates(root.Cert)}
+	anchors := map[string]any{"inline_string": certificates(identity.NewCertificate(root.Cert))}
 	lists := func(all ...string) map[string]any {
 		text := ""
 		for _, l := range all {
@@ -155,7 +155,7 @@ func listener(name string, tls map[string]any) map[string]any {
 }
 
 // certificates encodes certificates as PEM.
-func certificates(all ...*x509.Certificate) string {
+func certificates(all ...*identity.Certificate) string {
 	var b bytes.Buffer
 	for _, c := range all {
 		b.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))

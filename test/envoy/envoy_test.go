@@ -52,7 +52,7 @@ func TestSpec_S01_S02_S03_S04_S05_S06_Protocols(t *testing.T) {
 			p.waitLive()
 			port := p.port("inbound")
 			who, server := mustCall(t, port, client, ca.Cert)
-			if who != "URI=spiffe://a.test/client" || !server.Equal(x.Chain[0]) {
+			if who != "URI=spiffe://a.test/client" || !server.Equal(identitytest.X509(x.Chain[0])) {
 				t.Errorf("called as %q, by %s", who, server.URIs)
 			}
 			if n := a.source.LastAcknowledged(); n != 7 {
@@ -65,7 +65,7 @@ func TestSpec_S01_S02_S03_S04_S05_S06_Protocols(t *testing.T) {
 			a.source.Publish(ca.Snapshot(8, next))
 			eventually(t, "the new certificate", func() bool {
 				_, server := mustCall(t, port, client, ca.Cert)
-				return server.Equal(next.Chain[0])
+				return server.Equal(identitytest.X509(next.Chain[0]))
 			})
 			eventually(t, "the acknowledgement", func() bool { return a.source.LastAcknowledged() == 8 })
 			if n := p.stat("update_rejected"); n != 0 {
@@ -208,7 +208,7 @@ func TestSpec_S16_S17_S18_S19_S22_RotationsUnderLoad(t *testing.T) {
 					proxy *proxy
 					agent *agent
 				}{{p.a, p.from}, {p.b, p.to}} {
-					port, leaf := side.proxy.port("inbound"), side.agent.source.Latest().Default().Chain[0]
+					port, leaf := side.proxy.port("inbound"), identitytest.X509(side.agent.source.Latest().Default().Chain[0])
 					eventually(t, "the leaf is in use", func() bool {
 						_, server := mustCall(t, port, signer.SVID("/client"))
 						return server.Equal(leaf)
@@ -360,7 +360,7 @@ func TestSpec_S27_NACK(t *testing.T) {
 			eventually(t, "it is refused", func() bool { return a.metric("meshid_agent_sds_nacks_total") == 1 })
 			eventually(t, "it is counted", func() bool { return a.metric("meshid_agent_sds_rejecting_streams") == 1 })
 			for range 50 {
-				if _, server := mustCall(t, port, client, ca.Cert); !server.Equal(good.Chain[0]) {
+				if _, server := mustCall(t, port, client, ca.Cert); !server.Equal(identitytest.X509(good.Chain[0])) {
 					t.Fatal("the good one is not served any more")
 				}
 			}
@@ -371,7 +371,7 @@ func TestSpec_S27_NACK(t *testing.T) {
 			a.source.Publish(ca.Snapshot(1, next))
 			eventually(t, "the next one is taken", func() bool {
 				_, server := mustCall(t, port, client, ca.Cert)
-				return server.Equal(next.Chain[0])
+				return server.Equal(identitytest.X509(next.Chain[0]))
 			})
 			eventually(t, "it is all right again", func() bool { return a.metric("meshid_agent_sds_rejecting_streams") == 0 })
 		})
@@ -409,7 +409,7 @@ func TestSpec_S08_S24_AgentRestart(t *testing.T) {
 			a.source.Publish(ca.Snapshot(1, next))
 			eventually(t, "it goes on", func() bool {
 				_, server := mustCall(t, port, client, ca.Cert)
-				return server.Equal(next.Chain[0])
+				return server.Equal(identitytest.X509(next.Chain[0]))
 			})
 		})
 	}
@@ -420,7 +420,7 @@ func TestSpec_S08_S24_AgentRestart(t *testing.T) {
 // certificate, or with none, is never let in.
 func TestSpec_S15_FailOpenGuard(t *testing.T) {
 	ca, evil := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "a.test")
-	leaf := ca.SVID("/y").Chain[0]
+	leaf := identitytest.X509(ca.SVID("/y").Chain[0])
 	x := ca.SVID("/x")
 	expired := identitytest.NewAuthority(t, "a.test")
 	expired.Cert = expired.Sign(func() *x509.Certificate {
@@ -538,7 +538,7 @@ func TestSpec_S30_S31_OnDemand(t *testing.T) {
 	a.source.Publish(ca.Snapshot(1, y, x))
 	eventually(t, "it is served", func() bool {
 		_, server, err := call(port, client, ca.Cert)
-		return err == nil && server.Equal(x.Chain[0])
+		return err == nil && server.Equal(identitytest.X509(x.Chain[0]))
 	})
 	a.source.Publish(&identity.Snapshot{SVIDs: []*identity.SVID{y}, Bundle: ca.Bundle(1), Withdrawn: []spiffeid.ID{x.ID}})
 	eventually(t, "it is gone", func() bool {

@@ -341,7 +341,7 @@ func TestSpec_S20_TLS12(t *testing.T) {
 		if err := s.get(); err != nil {
 			t.Fatal(err)
 		}
-		return s.conn.ConnectionState().PeerCertificates[0].Equal(next.Chain[0])
+		return s.conn.ConnectionState().PeerCertificates[0].Equal(identitytest.X509(next.Chain[0]))
 	})
 	nobody := clientConfig(nil)
 	nobody.MinVersion, nobody.MaxVersion = tls.VersionTLS12, tls.VersionTLS12

@@ -121,7 +121,16 @@ func (a *Authority) SVIDFor(key crypto.Signer, path string, change ...func(*x509
 			f(c)
 		}
 	}, key.Public())
-	return &identity.SVID{ID: id, Chain: append([]*x509.Certificate{leaf}, a.Above...), Key: key, Entry: "test"}
+	return &identity.SVID{ID: id, Chain: identity.NewCertificates(append([]*x509.Certificate{leaf}, a.Above...)...), Key: key, Entry: "test"}
+}
+
+// X509 returns all that a certificate says, nil if it cannot be read.
+func X509(c *identity.Certificate) *x509.Certificate {
+	whole, err := c.X509()
+	if err != nil {
+		return nil
+	}
+	return whole
 }
 
 // Bundle returns the bundle of a's trust domain: a's certificate and those of

@@ -366,10 +366,10 @@ func (w *world) svid(q Request, ttl time.Duration, by, root string) *identity.SV
 	w.serials++
 	return &identity.SVID{
 		ID: q.Identity.ID, Hint: q.Identity.Hint, Entry: q.Identity.Entry.Name(),
-		Chain: []*x509.Certificate{
+		Chain: []*identity.Certificate{
 			{
 				SerialNumber: big.NewInt(0x1000 + w.serials), NotBefore: w.now, NotAfter: w.now.Add(ttl),
-				DNSNames: q.Identity.DNSNames, AuthorityKeyId: []byte(by),
+				AuthorityKeyId: []byte(by),
 			},
 			{SerialNumber: big.NewInt(1), RawIssuer: []byte(root), AuthorityKeyId: []byte(root)},
 		},

@@ -2,7 +2,6 @@ package cache
 
 import (
 	"bytes"
-	"crypto/x509"
 	"encoding/hex"
 	"slices"
 	"time"
@@ -110,8 +109,8 @@ func signedBy(s *identity.SVID, authority string) bool { return SignedBy(s.Chain
 
 // SignedBy says whether an authority (its lower-case hexadecimal subject key
 // identifier; empty means any) signed a certificate of the chain.
-func SignedBy(chain []*x509.Certificate, authority string) bool {
-	return authority == "" || slices.ContainsFunc(chain, func(cert *x509.Certificate) bool {
+func SignedBy(chain []*identity.Certificate, authority string) bool {
+	return authority == "" || slices.ContainsFunc(chain, func(cert *identity.Certificate) bool {
 		return hex.EncodeToString(cert.AuthorityKeyId) == authority
 	})
 }
