@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -48,20 +49,32 @@ original.`,
 }
 
 func (f *ledgerFlags) add(cmd *cobra.Command) {
-	cmd.PersistentFlags().StringVar(&f.dir, "dir", "", "folder of the journal; by default that of the configuration")
+	cmd.PersistentFlags().StringVar(&f.dir, "dir", "", "folder of the journal, or the data folder that it is in; by default that of the configuration")
 	cmd.PersistentFlags().StringVar(&f.config, "config", defaultConfigPath, "configuration file that names the data folder")
 }
 
-// path returns the journal's folder.
+// path returns the journal's folder, which is there. Who names the data folder
+// means the one in it.
 func (f *ledgerFlags) path() (string, error) {
-	if f.dir != "" {
-		return f.dir, nil
+	dir := f.dir
+	if dir == "" {
+		v, err := loadSettings(f.config, f.config != defaultConfigPath, overrides{trustDomain: "unused"})
+		if err != nil {
+			return "", err
+		}
+		dir = ledgerDir(v.DataDir)
+	} else if !hasSegments(dir) && hasSegments(ledgerDir(dir)) {
+		dir = ledgerDir(dir)
 	}
-	v, err := loadSettings(f.config, false, overrides{trustDomain: "unused"})
-	if err != nil {
-		return "", err
+	if _, err := os.Stat(dir); err != nil {
+		return "", fmt.Errorf("open ledger: %w\n  Say where it is with --dir, or with --config which configuration the CA has", err)
 	}
-	return ledgerDir(v.DataDir), nil
+	return dir, nil
+}
+
+func hasSegments(dir string) bool {
+	firsts, err := ledger.Segments(dir)
+	return err == nil && len(firsts) > 0
 }
 
 func ledgerDir(dataDir string) string { return filepath.Join(dataDir, "ledger") }

@@ -99,7 +99,7 @@ func Explain(err error) string {
 // that somebody else has made a text of.
 var (
 	dialing  = regexp.MustCompile(`connection error: desc = ("transport: (?:Error while dialing: )?(?:[^"\\]|\\.)*")`)
-	rpcError = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+	rpcError = regexp.MustCompile(`rpc error: code = \w+ desc = |latest balancer error: `)
 )
 
 // Plain takes gRPC's words out of the text of an error.

@@ -55,6 +55,7 @@ func TestExplain(t *testing.T) {
 func TestPlain(t *testing.T) {
 	for text, want := range map[string]string{
 		"token is used": "token is used",
+		`latest balancer error: connection error: desc = "transport: Error while dialing: dial unix /a.sock: connect: no such file or directory"`:                                          "dial unix /a.sock: connect: no such file or directory",
 		`open a session with the CA: rpc error: code = Unavailable desc = connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:8443: connect: connection refused"`: "open a session with the CA: dial tcp 127.0.0.1:8443: connect: connection refused",
 		`rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509: \"a\""`:                                                          `authentication handshake failed: x509: "a"`,
 		`connection error: desc = "cut off`: `connection error: desc = "cut off`,

@@ -255,6 +255,9 @@ func TestV_L4_FiltersAreValues(t *testing.T) {
 				t.Errorf("who %+v: %d, %v", q, len(found), err)
 			}
 		}
+		if found, _, err := r.FirstSeen(t.Context(), epoch, evil, 10, search.Position{}); err != nil || len(found) > 0 {
+			t.Errorf("first seen on %q: %d, %v", evil, len(found), err)
+		}
 		if names, err := r.Names(t.Context(), evil, evil, 0); err != nil || len(names) > 0 {
 			t.Errorf("names of %q: %q, %v", evil, names, err)
 		}
