@@ -170,7 +170,7 @@ func writeKeys(t *testing.T, page *strings.Builder, types map[string]*ast.Struct
 		if doc == nil && i > 0 {
 			doc = s.Fields.List[i-1].Doc // of two that belong together
 		}
-		fmt.Fprintf(page, "| `%s` | %s | %s |\n", key, def, strings.Join(strings.Fields(doc.Text()), " "))
+		fmt.Fprintf(page, "| `%s` | %s | %s |\n", key, def, meaning(doc.Text(), tag.Get("yaml"), f.Names))
 		if dir := tag.Get("settings"); dir != "" {
 			settings := packageStructs(t, dir)
 			writeKeys(t, page, settings, settings["Config"], key+".")
@@ -197,6 +197,29 @@ func writeKeys(t *testing.T, page *strings.Builder, types map[string]*ast.Struct
 			}
 		}
 	}
+}
+
+// meaning is the comment of a field for those who know its key: the comments of
+// plug-ins' settings begin with the field's name in Go.
+func meaning(comment, key string, names []*ast.Ident) string {
+	text := strings.Join(strings.Fields(comment), " ")
+	for _, n := range names {
+		rest, ok := strings.CutPrefix(text, n.Name+" ")
+		if !ok {
+			continue
+		}
+		verb, what, _ := strings.Cut(rest, " ")
+		switch verb {
+		case "is", "are":
+			if first, _, _ := strings.Cut(what, " "); strings.Contains(first, ".") {
+				return what // a value
+			}
+			return strings.ToUpper(what[:1]) + what[1:]
+		case "says", "names", "logs":
+			return "`" + key + "` " + rest
+		}
+	}
+	return text
 }
 
 // TestMetrics compares docs/metrics.md with what both programs expose.
