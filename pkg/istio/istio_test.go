@@ -35,6 +35,7 @@ import (
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
 	istiov1 "github.com/meshid/meshid/proto/istio/v1"
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/pkg/server"
 )
@@ -111,7 +112,9 @@ func TestSidecar(t *testing.T) {
 func TestLife(t *testing.T) {
 	m := newMesh(t)
 	c := m.client(m.run("shop/web", "web-1", "n1"))
-	for asked, want := range map[int64]time.Duration{0: time.Hour, 1: 10 * time.Second, 600: 10 * time.Minute, 86400 * 365: time.Hour, math.MaxInt64: time.Hour} {
+	for asked, want := range map[int64]time.Duration{
+		0: time.Hour, 1: 10 * time.Second, 20: 20 * time.Second, 60: time.Minute, 600: 10 * time.Minute, 86400 * 365: time.Hour, math.MaxInt64: time.Hour,
+	} {
 		c.ttl = asked
 		answer, err := c.call("")
 		if err != nil {
@@ -126,6 +129,10 @@ func TestLife(t *testing.T) {
 		}
 		if back > min(maxBackdate, want/4)+time.Second {
 			t.Errorf("%d s were asked for, it is backdated by %v", asked, back)
+		}
+		// ztunnel renews there: if that is over already, it asks again at once, and for ever.
+		if renewed := chain[0].NotBefore.Add(chain[0].NotAfter.Sub(chain[0].NotBefore) / 2).Sub(began); renewed < want/4 {
+			t.Errorf("%d s were asked for, ztunnel renews it after %v", asked, renewed)
 		}
 	}
 	c.ttl = -1
@@ -144,6 +151,10 @@ func TestRequests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, key := range map[string]crypto.Signer{"P-256": newKey(t), "P-384": p384, "RSA": rsaKey} {
 		c := m.client(m.run("shop/web", "web-"+name, "n1"), webID)
 		c.key = key
@@ -151,6 +162,10 @@ func TestRequests(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	c := m.client(m.run("shop/web", "web-weak", "n1"), webID)
+	c.key = weak
+	_, err = c.call("")
+	wantCode(t, "RSA with 1,024 bits", err, codes.InvalidArgument)
 	good := newCSR(t, newKey(t), webID)
 	forged := []byte(good)
 	forged[len(forged)/2] ^= 1
@@ -226,6 +241,64 @@ func TestTokenOfDeletedPod(t *testing.T) {
 	m.stop("web-1")
 	_, err := c.call("")
 	wantCode(t, "after its pod has gone", err, codes.Unauthenticated)
+}
+
+// A verdict about a token is good for a minute, and not for longer than the token.
+func TestVerdictEndsWithItsToken(t *testing.T) {
+	m := newMesh(t)
+	soon := time.Now().Add(verdictLife / 2)
+	for name, c := range map[string]struct{ expires, want time.Time }{
+		"long": {time.Now().Add(time.Hour), time.Now().Add(verdictLife)}, "short": {soon, soon}, "unknown": {time.Time{}, time.Now().Add(verdictLife)},
+	} {
+		token := m.run("shop/web", "web-"+name, "n1")
+		m.tokens.known[token].Expires = c.expires
+		asked := m.client(token)
+		if _, err := asked.call(""); err != nil {
+			t.Fatal(err)
+		}
+		p := proof{token: token, clusterID: asked.cluster}
+		v, ok := m.service.verdicts.get(p.key())
+		if late := v.until.Sub(c.want); !ok || late < 0 || late > verdictLife/4 {
+			t.Errorf("%s: the verdict is kept until %v, want %v", name, v.until, c.want)
+		}
+	}
+}
+
+// Codes are such that a client tries again at once where that helps, and only there.
+func TestCodesOfRefusals(t *testing.T) {
+	for _, c := range []struct {
+		reason nodev1.Reason
+		after  time.Duration
+		want   codes.Code
+	}{
+		{nodev1.Reason_REASON_CSR, 0, codes.InvalidArgument},
+		{nodev1.Reason_REASON_RULE_NOT_MATCHED, 0, codes.PermissionDenied},
+		{nodev1.Reason_REASON_ENTRY_UNKNOWN, 0, codes.PermissionDenied},
+		{nodev1.Reason_REASON_TEMPLATE, 0, codes.PermissionDenied},
+		{nodev1.Reason_REASON_QUARANTINED, 0, codes.PermissionDenied},
+		{nodev1.Reason_REASON_UNSPECIFIED, 0, codes.PermissionDenied},
+		{nodev1.Reason_REASON_UNAVAILABLE, retrySoon, codes.Unavailable},            // a limit of the node
+		{nodev1.Reason_REASON_UNAVAILABLE, retrySoon + 1, codes.FailedPrecondition}, // it cannot sign, or not record
+	} {
+		if got := issueRefusal(&server.DirectError{Reason: c.reason, RetryAfter: c.after}).code; got != c.want {
+			t.Errorf("%v, to be tried again after %v: %v, want %v", c.reason, c.after, got, c.want)
+		}
+	}
+	if got := issueRefusal(errors.New("unexpected")).code; got != codes.Internal {
+		t.Errorf("what is not a refusal: %v", got)
+	}
+
+	m := newMesh(t)
+	c := m.client(m.run("shop/web", "web-1", "n1"))
+	if _, err := c.call(""); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.journal.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if answer, err := c.call(""); status.Code(err) != codes.FailedPrecondition || len(answer) != 0 {
+		t.Errorf("without a ledger: %v and %d certificates, want %v", err, len(answer), codes.FailedPrecondition)
+	}
 }
 
 // A pod that the cluster has not told of yet is waited for by event; so is one that a

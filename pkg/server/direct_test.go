@@ -1,10 +1,19 @@
 package server
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
+	"net"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -157,4 +166,50 @@ func TestIssueDirectFromBannedNode(t *testing.T) {
 	if last := records[len(records)-1]; last.GetReason() != reasonBanned {
 		t.Errorf("the record is %v", last)
 	}
+}
+
+// Clients that ask every 15 s whether the connection is alive are not sent away: Istio's
+// do so every 30 s, and so does whatever stands between.
+func TestDirectKeepalive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ended := make(chan struct{})
+		g := (&Server{}).DirectGRPC(DirectListener{}, grpc.Creds(insecure.NewCredentials()), grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+			defer close(ended)
+			for {
+				if err := stream.RecvMsg(new(emptypb.Empty)); err != nil {
+					return err
+				}
+				if err := stream.SendMsg(new(emptypb.Empty)); err != nil {
+					return err
+				}
+			}
+		}))
+		lis := bufconn.Listen(1 << 16)
+		served := make(chan error)
+		go func() { served <- g.Serve(lis) }()
+		conn, err := grpc.NewClient("passthrough:ca", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
+			grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 15 * time.Second, Timeout: 10 * time.Second}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		stream, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/a/b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if err := errors.Join(stream.SendMsg(new(emptypb.Empty)), stream.RecvMsg(new(emptypb.Empty))); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(4 * time.Minute) // of the bubble's clock
+		}
+		if err := conn.Close(); err != nil {
+			t.Error(err)
+		}
+		<-ended
+		g.Stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
 }
