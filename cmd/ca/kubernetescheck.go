@@ -36,7 +36,7 @@ func newKubernetesCheckCommand() *cobra.Command {
 		Use:   "check",
 		Short: "Find the usual mistakes, and say how to repair each",
 		Long: `check looks at each cluster of the configuration as the CA sees it: does its API server
-answer, does the CA have the rights that its settings need, are tokens reviewed, are the kinds
+answer, does the CA have the rights that its settings and the cluster's objects need, are tokens reviewed, are the kinds
 there, do agents run on all nodes with a token for the right audience and under the cluster's
 right name, is the published trust bundle the CA's present one, is the CSI driver registered.
 It changes nothing.
@@ -69,10 +69,14 @@ The exit code is 1 if a check failed.`,
 			if len(v.Kubernetes.Clusters) == 0 {
 				return fmt.Errorf("%s names no cluster: write kubernetes.clusters (see docs/kubernetes.md)", path)
 			}
+			plan, err := planIstio(v, all.names())
+			if err != nil {
+				return err
+			}
 			report := &clusterReport{cmd: cmd, format: format, timeout: timeout}
 			report.run("the clusters have the same names everywhere", sameNames(v, &attestation), nil)
 			for _, s := range v.Kubernetes.Clusters {
-				t := &clusterTrial{settings: s, istio: v.Istio, client: all.clients[s.Name], bundle: func(ctx context.Context) (string, error) { return ownBundle(ctx, c) }}
+				t := &clusterTrial{settings: s, istio: plan, client: all.clients[s.Name], bundle: func(ctx context.Context) (string, error) { return ownBundle(ctx, c) }}
 				if i := slices.IndexFunc(attestation.Clusters, func(a k8spsat.ClusterConfig) bool { return a.Name == s.Name }); i >= 0 {
 					t.attestation = &attestation.Clusters[i]
 				}
@@ -182,14 +186,15 @@ func ownBundle(ctx context.Context, c *clientFlags) (string, error) {
 // clusterTrial looks at one cluster.
 type clusterTrial struct {
 	settings    clusterSettings
-	istio       istioSettings
+	istio       *istioPlan             // nil without a CA for Istio
 	attestation *k8spsat.ClusterConfig // nil if its nodes attest otherwise
 	client      *kube.Client           // the CA's
 	looking     *kube.Client           // that of who looks; the CA's if nobody else does
 	bundle      func(context.Context) (string, error)
 
-	agents []agentPod
-	nodes  []string
+	agents  []agentPod
+	nodes   []string
+	bundles []trustBundle // the TrustBundle objects
 }
 
 // maxSkew is by how much clocks may differ before it is a mistake.
@@ -218,17 +223,17 @@ func (t *clusterTrial) check(r *clusterReport) {
 		}
 		return "", nil
 	}, say("set both by NTP: what one signs is not valid yet, or not any more, for the other"))
+	if t.settings.Entries {
+		run("the kind RegistrationEntry is there", t.kind("registrationentries"), kindFix)
+	}
+	if t.settings.TrustBundles {
+		run("the kind TrustBundle is there", t.readTrustBundles, kindFix)
+	}
 	for _, n := range t.rights() {
 		run("the CA may "+n.String(), func(ctx context.Context) (string, error) { return t.may(ctx, n) }, nil)
 	}
 	if t.attestation != nil && t.attestation.TokenReview != nil {
 		run("tokens are reviewed", t.reviews, say("bind the ClusterRole system:auth-delegator to the CA's service account"))
-	}
-	if t.settings.Entries {
-		run("the kind RegistrationEntry is there", t.kind("registrationentries"), kindFix)
-	}
-	if t.settings.TrustBundles {
-		run("the kind TrustBundle is there", t.kind("trustbundles"), kindFix)
 	}
 	if t.attestation != nil {
 		if run("agents run", t.findAgents, nil) {
@@ -241,116 +246,6 @@ func (t *clusterTrial) check(r *clusterReport) {
 	if t.settings.Bundle.ConfigMap != "" {
 		run("the trust bundle is published", t.published, say("give the CA the rights to ConfigMaps above"))
 	}
-}
-
-// need is a right that a setting needs.
-type need struct {
-	Verb        string `json:"verb"`
-	Group       string `json:"group,omitempty"`
-	Resource    string `json:"resource"`
-	Subresource string `json:"subresource,omitempty"`
-	Name        string `json:"name,omitempty"`
-	Namespace   string `json:"namespace,omitempty"`
-}
-
-func (n need) String() string {
-	what := n.Resource
-	if n.Group != "" {
-		what += "." + n.Group
-	}
-	if n.Subresource != "" {
-		what += "/" + n.Subresource
-	}
-	if n.Name != "" {
-		what += " " + n.Name
-	}
-	if n.Namespace != "" {
-		what += " in " + n.Namespace
-	}
-	return n.Verb + " " + what
-}
-
-// rule is the rule of a role that gives the right.
-func (n need) rule() string {
-	resource := n.Resource
-	if n.Subresource != "" {
-		resource += "/" + n.Subresource
-	}
-	rule := fmt.Sprintf("{apiGroups: [%q], resources: [%s], verbs: [%s]", n.Group, resource, n.Verb)
-	if n.Name != "" {
-		rule += fmt.Sprintf(", resourceNames: [%s]", n.Name)
-	}
-	return rule + "}"
-}
-
-// rights are those that the settings need.
-func (t *clusterTrial) rights() (all []need) {
-	follow := func(group, resource, name string) {
-		all = append(all, need{Verb: "list", Group: group, Resource: resource, Name: name}, need{Verb: "watch", Group: group, Resource: resource, Name: name})
-	}
-	if t.attestation != nil && t.attestation.TokenReview != nil && *t.attestation.TokenReview == (k8spsat.TokenReviewConfig{}) {
-		all = append(all, need{Verb: "create", Group: "authentication.k8s.io", Resource: "tokenreviews"})
-	}
-	if t.settings.Placement != "off" {
-		follow("", "pods", "")
-		follow("", "nodes", "")
-	}
-	objects := func(plural string) {
-		follow(kubernetes.Group, plural, "")
-		all = append(all, need{Verb: "patch", Group: kubernetes.Group, Resource: plural, Subresource: "status"})
-	}
-	if t.settings.Entries {
-		objects("registrationentries")
-	}
-	if t.settings.TrustBundles {
-		objects("trustbundles")
-	}
-	publish := func(name string) {
-		follow("", "namespaces", "")
-		follow("", "configmaps", name)
-		all = append(all, need{Verb: "patch", Resource: "configmaps", Name: name}, need{Verb: "create", Resource: "configmaps"})
-	}
-	if name := t.settings.Bundle.ConfigMap; name != "" {
-		publish(name)
-	}
-	if name := t.settings.Bundle.ClusterTrustBundle; name != "" {
-		for _, verb := range []string{"list", "watch", "create", "patch"} {
-			all = append(all, need{Verb: verb, Group: "certificates.k8s.io", Resource: "clustertrustbundles"})
-		}
-	}
-	for _, c := range t.istio.Clusters {
-		if c.Name == t.settings.Name && c.Roots.Keep {
-			name := c.Roots.Name
-			if name == "" {
-				name = "istio-ca-root-cert"
-			}
-			publish(name)
-		}
-	}
-	slices.SortStableFunc(all, func(a, b need) int { return strings.Compare(a.Group+a.Resource, b.Group+b.Resource) })
-	return slices.Compact(all)
-}
-
-// may asks the API server whether the CA has a right.
-func (t *clusterTrial) may(ctx context.Context, n need) (string, error) {
-	review := map[string]any{
-		"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
-		"spec": map[string]any{"resourceAttributes": n},
-	}
-	var answer struct {
-		Status struct {
-			Allowed bool   `json:"allowed"`
-			Reason  string `json:"reason"`
-		} `json:"status"`
-	}
-	path := kube.Path{Resource: kube.Resource{Group: "authorization.k8s.io", Version: "v1", Plural: "selfsubjectaccessreviews"}}
-	if err := t.client.Create(ctx, path, review, &answer); err != nil {
-		return "", err
-	}
-	if !answer.Status.Allowed {
-		return "", &mistake{"it may not", "add to the ClusterRole of the CA's service account: " + n.rule()}
-	}
-	return "", nil
 }
 
 // reviews has a token reviewed that is none.
@@ -377,7 +272,26 @@ func kindFix(err error) string {
 	if errors.Is(err, kube.ErrNotFound) {
 		return "kubectl apply --server-side -f deploy/kubernetes/crds.yaml, of this version of meshid: " + cli.Version()
 	}
-	return "the error says what is wrong"
+	return "the error says what is wrong; a missing right is among those below"
+}
+
+// trustBundle is a TrustBundle object, as far as it says what the CA has to write.
+type trustBundle struct {
+	kube.Object
+	Spec struct {
+		ConfigMap struct {
+			Name string `json:"name"`
+		} `json:"configMap"`
+		ClusterTrustBundle struct {
+			Name string `json:"name"`
+		} `json:"clusterTrustBundle"`
+	} `json:"spec"`
+}
+
+func (t *clusterTrial) readTrustBundles(ctx context.Context) (detail string, err error) {
+	path := kube.Path{Resource: kube.Resource{Group: kubernetes.Group, Version: kubernetes.Version, Plural: "trustbundles"}}
+	t.bundles, err = listAll[trustBundle](ctx, t.client, path, kube.Selection{})
+	return kubernetes.Version, err
 }
 
 // agentPod is a pod of a node agent, as far as it is looked at.

@@ -52,8 +52,9 @@ type clusterTrustBundleSpec struct {
 	TrustBundle string `json:"trustBundle"`
 }
 
-// signerOf returns the signer that the name of a ClusterTrustBundle stands for.
-func signerOf(name string) string {
+// SignerOf returns the signer that the name of a ClusterTrustBundle stands
+// for; empty if it is of none.
+func SignerOf(name string) string {
 	i := strings.LastIndexByte(name, ':')
 	if i < 0 {
 		return ""
@@ -63,7 +64,7 @@ func signerOf(name string) string {
 
 // CheckClusterBundleName says what is wrong with the name of a ClusterTrustBundle.
 func CheckClusterBundleName(name string) error {
-	signer := signerOf(name)
+	signer := SignerOf(name)
 	domain, path, ok := strings.Cut(signer, "/")
 	if name == "" || len(name) > 253 || strings.HasSuffix(name, ":") || strings.Contains(name, ":") && (!ok || domain == "" || path == "") {
 		return fmt.Errorf("%q is no name of a ClusterTrustBundle; write one of a signer, such as meshid.io:svid:bundle, or one without colons", name)
@@ -149,7 +150,7 @@ func (b *ClusterBundle) reconcile(ctx context.Context, path kube.Path, s kube.Fe
 		Object: kube.Object{APIVersion: path.Group + "/" + path.Version, Kind: "ClusterTrustBundle", Metadata: kube.Meta{
 			Name: b.cfg.Name, Annotations: map[string]string{annotationSequence: strconv.FormatUint(sequence, 10)},
 		}},
-		Spec: clusterTrustBundleSpec{SignerName: signerOf(b.cfg.Name), TrustBundle: pem},
+		Spec: clusterTrustBundleSpec{SignerName: SignerOf(b.cfg.Name), TrustBundle: pem},
 	}
 	if b.cfg.Owner != nil {
 		object.Metadata.OwnerReferences = []kube.Owner{*b.cfg.Owner}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -44,17 +45,40 @@ type result struct {
 	Fix     string `json:"fix"`
 }
 
+// check runs `ca k8s check` with a configuration.
+func check(t *testing.T, text string, args ...string) ([]result, error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "ca.yaml")
+	if err := os.WriteFile(path, []byte("trust_domain: example.org\n"+text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), filepath.Join(local.Binaries(t), "ca"), append([]string{"k8s", "check", "--config", path, "-o", "json"}, args...)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	var report struct {
+		Checks []result `json:"checks"`
+	}
+	if jsonErr := json.Unmarshal(out, &report); jsonErr != nil {
+		t.Fatalf("%v: %v: %s%s", jsonErr, err, out, stderr.String())
+	}
+	return report.Checks, err
+}
+
+// manifest reads one of deploy/kubernetes.
+func manifest(t testing.TB, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(require.Repository(), "deploy", "kubernetes", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 // `ca k8s check` finds each of the usual mistakes and says what to do, and finds nothing
 // where there is none.
 func TestCheckFindsTheUsualMistakes(t *testing.T) {
 	s := kube.StartAPIServer(t)
-	manifest := func(name string) string {
-		text, err := os.ReadFile(filepath.Join(require.Repository(), "deploy", "kubernetes", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(text)
-	}
 	do := func(method, path string, in any) {
 		t.Helper()
 		err := s.Do(t.Context(), method, path, in, nil)
@@ -65,8 +89,8 @@ func TestCheckFindsTheUsualMistakes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.Apply(t, manifest("crds.yaml"))
-	s.Apply(t, manifest("meshid.yaml"))
+	s.Apply(t, manifest(t, "crds.yaml"))
+	s.Apply(t, manifest(t, "meshid.yaml"))
 	csiNode := func(driver string) string {
 		return "{apiVersion: storage.k8s.io/v1, kind: CSINode, metadata: {name: n1}, spec: {drivers: [{name: " + driver + ", nodeID: n1}]}}"
 	}
@@ -81,22 +105,7 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 	ca := local.StartCA(t, local.CAOptions{Config: config})
 	run := func(t *testing.T, text string, args ...string) ([]result, error) {
 		t.Helper()
-		path := filepath.Join(t.TempDir(), "ca.yaml")
-		if err := os.WriteFile(path, []byte("trust_domain: example.org\n"+text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.CommandContext(t.Context(), filepath.Join(local.Binaries(t), "ca"),
-			append([]string{"k8s", "check", "--config", path, "--admin-socket", ca.AdminSocket, "-o", "json"}, args...)...)
-		var stderr strings.Builder
-		cmd.Stderr = &stderr
-		out, err := cmd.Output()
-		var report struct {
-			Checks []result `json:"checks"`
-		}
-		if jsonErr := json.Unmarshal(out, &report); jsonErr != nil {
-			t.Fatalf("%v: %v: %s%s", jsonErr, err, out, stderr.String())
-		}
-		return report.Checks, err
+		return check(t, text, append(args, "--admin-socket", ca.AdminSocket)...)
 	}
 	admin := []string{"--kubeconfig", s.Kubeconfig}
 
@@ -149,7 +158,7 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 		{
 			name:  "kinds",
 			spoil: func() { do(http.MethodDelete, crd, nil) },
-			mend:  func() { s.Apply(t, manifest("crds.yaml")) },
+			mend:  func() { s.Apply(t, manifest(t, "crds.yaml")) },
 			check: "kubernetes: the kind RegistrationEntry is there", fix: "crds.yaml",
 		},
 		{
@@ -171,7 +180,7 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 		{
 			name:  "a driver that the cluster does not know",
 			spoil: func() { do(http.MethodDelete, "/apis/storage.k8s.io/v1/csidrivers/csi.meshid.io", nil) },
-			mend:  func() { s.Apply(t, manifest("meshid.yaml")) },
+			mend:  func() { s.Apply(t, manifest(t, "meshid.yaml")) },
 			check: "kubernetes: the CSI driver is registered", detail: "no CSIDriver", fix: "docs/kubernetes.md",
 		},
 		{
@@ -191,7 +200,7 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 			spoil: func() {
 				s.Apply(t, "{apiVersion: v1, kind: ConfigMap, metadata: {name: meshid-agent, namespace: meshid}, data: {agent.yaml: 'node_attestation: {k8s_psat: {cluster: prod}}'}}")
 			},
-			mend:  func() { s.Apply(t, manifest("meshid.yaml")) },
+			mend:  func() { s.Apply(t, manifest(t, "meshid.yaml")) },
 			check: "kubernetes: agents use this cluster's name", detail: `says "prod"`, fix: "cluster: kubernetes",
 		},
 		{
@@ -254,6 +263,141 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 		if err == nil || last.Check != "kubernetes: the API server answers" || last.Outcome != "failed" || last.Fix == "" {
 			t.Errorf("%v: %+v", err, checks)
 		}
+	})
+}
+
+// rightsNeeded is a configuration that needs every right there is.
+const rightsNeeded = `node_attestation: {k8s_psat: {clusters: [{name: kubernetes, service_accounts: [meshid/meshid-agent], token_review: {}}]}}
+kubernetes:
+  clusters:
+    - name: kubernetes
+      kubeconfig: %s
+      entries: true
+      trust_bundles: true
+      bundle: {config_map: meshid-bundle, namespaces: kubernetes.io/metadata.name=meshid, cluster_trust_bundle: 'meshid.io:svid:bundle'}
+      pod_certificates: {signer: meshid.io/svid}
+istio:
+  listen: %s
+  dns_names: [ca.mesh-ca.svc]
+  clusters: [{name: kubernetes, roots: {keep: true}, istiod: {keep: true}}]
+`
+
+// An account with no right at all, to which the fixes of `ca k8s check` are applied as
+// they are printed, has what the CA needs: nothing is missing among them, and all is
+// written then that the settings ask for.
+func TestCheckSaysWhichRightsAreMissing(t *testing.T) {
+	s := kube.StartAPIServer(t)
+	s.Apply(t, manifest(t, "crds.yaml"))
+	s.Account(t, "meshid", "meshid-ca")
+	s.Account(t, "istio-system", "istiod-service-account")
+	s.Apply(t, `
+apiVersion: meshid.io/v1alpha1
+kind: TrustBundle
+metadata: {name: mesh}
+spec:
+  configMap: {name: roots, namespaceSelector: kubernetes.io/metadata.name=istio-system}
+  clusterTrustBundle: {name: "mesh.example.org:ca:roots"}
+---
+apiVersion: meshid.io/v1alpha1
+kind: RegistrationEntry
+metadata: {name: istiod}
+spec:
+  spiffeID: spiffe://example.org/ns/{k8s.namespace}/sa/{k8s.service_account}
+  nodes: node.method == "istio" && node.id == "kubernetes"
+  workloads: k8s.namespace == "istio-system" && k8s.service_account == "istiod-service-account" && !has(k8s.pod_uid)
+  dnsNames: [istiod.istio-system.svc]
+`)
+	kubeconfig := s.TokenKubeconfig(t, s.Token(t, kube.Pod{Namespace: "meshid", ServiceAccount: "meshid-ca"}, time.Hour))
+	config := fmt.Sprintf(rightsNeeded, kubeconfig, local.FreeAddress(t))
+	const inCluster, inNamespace = "add to the ClusterRole of the CA's service account: ", "add to a Role in istio-system that is bound to the CA's service account: "
+	apply := func(kind, namespace string, rules []string) {
+		t.Helper()
+		s.Apply(t, fmt.Sprintf(`
+{apiVersion: rbac.authorization.k8s.io/v1, kind: %[1]s, metadata: {name: ca%[2]s}, rules: [%[3]s]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: %[1]sBinding
+metadata: {name: ca%[2]s}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: %[1]s, name: ca}
+subjects: [{kind: ServiceAccount, namespace: meshid, name: meshid-ca}]
+`, kind, namespace, strings.Join(rules, ", ")))
+	}
+	missing := func() (checks []string, cluster, istio []string) {
+		t.Helper()
+		all, _ := check(t, config)
+		for _, c := range all {
+			if c.Outcome != "failed" || !strings.Contains(c.Check, "the CA may ") {
+				continue
+			}
+			checks = append(checks, strings.TrimPrefix(c.Check, "kubernetes: the CA may "))
+			rule, ok := strings.CutPrefix(c.Fix, inCluster)
+			if ok {
+				cluster = append(cluster, rule)
+			} else if rule, ok = strings.CutPrefix(c.Fix, inNamespace); ok {
+				istio = append(istio, rule)
+			}
+			if !ok {
+				t.Errorf("%s: the fix is %q", c.Check, c.Fix)
+			}
+		}
+		return checks, cluster, istio
+	}
+
+	before, cluster, istio := missing()
+	for _, want := range []string{
+		"patch secrets istiod-tls in istio-system", "create secrets in istio-system", "attest signers.certificates.k8s.io meshid.io/svid", "sign signers.certificates.k8s.io meshid.io/svid",
+		"create clustertrustbundles.certificates.k8s.io", "create tokenreviews.authentication.k8s.io", "patch configmaps istio-ca-root-cert", "patch podcertificaterequests.certificates.k8s.io/status",
+	} {
+		if !slices.Contains(before, want) {
+			t.Errorf("it is not found that the CA may not %s: %q", want, before)
+		}
+	}
+	rules := cluster
+	apply("ClusterRole", "", rules)
+	apply("Role", ", namespace: istio-system", istio)
+	local.Await(t, "the rights that TrustBundle objects need are found too", func(context.Context) error { // they can be read now
+		checks, more, _ := missing()
+		if !slices.Contains(checks, "attest signers.certificates.k8s.io mesh.example.org/ca") || !slices.Contains(checks, "patch configmaps roots") || len(checks) != len(more) {
+			return fmt.Errorf("missing are %q", checks)
+		}
+		cluster = more
+		return nil
+	})
+	// For a signer, the whole domain's right is as good.
+	for i, rule := range cluster {
+		cluster[i] = strings.Replace(rule, "mesh.example.org/ca", "mesh.example.org/*", 1)
+	}
+	apply("ClusterRole", "", append(rules, cluster...))
+	local.Await(t, "no right is missing", func(context.Context) error {
+		if checks, _, _ := missing(); len(checks) > 0 {
+			return fmt.Errorf("missing are %q", checks)
+		}
+		return nil
+	})
+
+	ca := local.StartCA(t, local.CAOptions{Config: config})
+	for _, path := range []string{
+		"/api/v1/namespaces/istio-system/secrets/istiod-tls", "/api/v1/namespaces/istio-system/configmaps/istio-ca-root-cert",
+		"/api/v1/namespaces/istio-system/configmaps/roots", "/api/v1/namespaces/meshid/configmaps/meshid-bundle",
+		"/apis/certificates.k8s.io/v1/clustertrustbundles/meshid.io:svid:bundle", "/apis/certificates.k8s.io/v1/clustertrustbundles/mesh.example.org:ca:roots",
+	} {
+		local.Await(t, "the CA writes "+path, func(ctx context.Context) error { return s.Do(ctx, http.MethodGet, path, nil, nil) })
+	}
+	local.Await(t, "the objects have their status", func(context.Context) error {
+		for _, object := range []string{"trustbundle/mesh", "registrationentry/istiod"} {
+			if status, err := s.Kubectl(t, "get", object, "-o", "jsonpath={.status.conditions[0].status}"); status != "True" {
+				return fmt.Errorf("%s: %q (%v)", object, status, err)
+			}
+		}
+		return nil
+	})
+	local.Await(t, "nothing is wrong with the cluster", func(context.Context) error {
+		for line := range strings.Lines(ca.MustCommand(t, "status")) {
+			if strings.HasPrefix(line, "condition ") && !strings.HasSuffix(strings.TrimSpace(line), ": ok") {
+				return errors.New(line)
+			}
+		}
+		return nil
 	})
 }
 
