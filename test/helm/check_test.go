@@ -386,7 +386,7 @@ subjects: [{kind: ServiceAccount, namespace: meshid, name: meshid-ca}]
 	local.Await(t, "the objects have their status", func(context.Context) error {
 		for _, object := range []string{"trustbundle/mesh", "registrationentry/istiod"} {
 			if status, err := s.Kubectl(t, "get", object, "-o", "jsonpath={.status.conditions[0].status}"); status != "True" {
-				return fmt.Errorf("%s: %q (%v)", object, status, err)
+				return errors.Join(fmt.Errorf("%s: %q", object, status), err)
 			}
 		}
 		return nil

@@ -56,7 +56,7 @@ type Options struct {
 }
 
 // Cluster is a whole Kubernetes cluster. Besides what an API server does, its pods
-// run. There is no DNS and no way to the world outside.
+// run, and find Services by their names. There is no way to the world outside.
 type Cluster struct {
 	*APIServer
 	// Controllers and Scheduler are the programs of the control plane besides those
@@ -68,6 +68,7 @@ type Cluster struct {
 	HostIP string
 
 	index   int // of the clusters on this machine
+	stopDNS func()
 	control *machine
 	pause   string
 	unlock  func()
@@ -173,6 +174,8 @@ func (c *Cluster) start(t testing.TB, o Options) {
 	}, o.ControllerArgs))
 	c.Scheduler = c.component(t, "kube-scheduler", "scheduler", []string{"--kube-api-qps=200", "--kube-api-burst=400"})
 
+	c.serveDNS(t)
+
 	count := max(1, o.Nodes)
 	for i := range count {
 		c.Nodes = append(c.Nodes, newNode(t, c, i+1, o.KubeProxy))
@@ -204,6 +207,9 @@ func (c *Cluster) stop(t testing.TB) {
 	t.Helper()
 	for _, n := range c.Nodes {
 		n.PowerOff(t)
+	}
+	if c.stopDNS != nil {
+		c.stopDNS()
 	}
 	for _, p := range []*local.Process{c.Controllers, c.Scheduler} {
 		if p != nil {

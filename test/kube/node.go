@@ -30,11 +30,12 @@ type Node struct {
 	// started; KubeProxy has no Process if the cluster has none.
 	Containerd, Kubelet, KubeProxy Program
 
-	cluster *Cluster
-	number  int
-	dir     string
-	machine *machine // nil while it is off
-	proxy   bool
+	cluster     *Cluster
+	number      int
+	dir         string
+	machine     *machine // nil while it is off
+	proxy       bool
+	certificate certificate // of the cluster's CA, for the kubelet
 }
 
 // Program is a program on a node. What is sent to it arrives there.
@@ -77,10 +78,30 @@ func newNode(t testing.TB, c *Cluster, number int, proxy bool) *Node {
     bin_dir = %q
     conf_dir = %q
 `, pauseImage, cniPlugins, filepath.Join(n.dir, "cni")))
-	// Nothing is evicted or collected for want of space: that would be this
-	// machine's want.
 	cert := c.authority.issue(t, n.dir, "kubelet", pkix.Name{CommonName: "system:node:" + n.Name, Organization: []string{"system:nodes"}}, n.Name, n.IP)
 	kubeconfig(t, filepath.Join(n.dir, "kubelet.kubeconfig"), c.URL, c.CAFile, cert.user())
+	n.certificate = cert
+	n.configureKubelet(t, false)
+	return n
+}
+
+// KubeletCertificate starts the kubelet again, with a certificate that it makes itself,
+// as kubeadm sets it up, or with that of the cluster's CA, which it has at first.
+func (n *Node) KubeletCertificate(t testing.TB, selfSigned bool) {
+	t.Helper()
+	n.Kubelet.Kill()
+	n.configureKubelet(t, selfSigned)
+	n.StartKubelet(t)
+}
+
+func (n *Node) configureKubelet(t testing.TB, selfSigned bool) {
+	t.Helper()
+	serving := fmt.Sprintf("tlsCertFile: %q\ntlsPrivateKeyFile: %q", n.certificate.cert, n.certificate.key)
+	if selfSigned {
+		serving = "" // it makes one below /var/lib/kubelet/pki
+	}
+	// Nothing is evicted or collected for want of space: that would be this
+	// machine's want.
 	writeFile(t, filepath.Join(n.dir, "kubelet.yaml"), fmt.Appendf(nil, `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
@@ -88,11 +109,12 @@ address: %[1]s
 readOnlyPort: 0
 authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {clientCAFile: %[2]q}}
 authorization: {mode: Webhook}
-tlsCertFile: %[3]q
-tlsPrivateKeyFile: %[4]q
-staticPodPath: %[5]q
+%[3]s
+clusterDNS: [%[6]s]
+clusterDomain: %[7]s
+staticPodPath: %[4]q
 volumePluginDir: /var/lib/kubelet/volume-plugins
-cgroupRoot: /%[6]s
+cgroupRoot: /%[5]s
 cgroupDriver: cgroupfs
 failCgroupV1: false
 failSwapOn: false
@@ -105,8 +127,7 @@ nodeStatusUpdateFrequency: 4s
 fileCheckFrequency: 2s
 syncFrequency: 10s
 maxPods: 250
-`, n.IP, c.CAFile, cert.cert, cert.key, n.StaticPods, n.cgroup()))
-	return n
+`, n.IP, n.cluster.CAFile, serving, n.StaticPods, n.cgroup(), n.cluster.HostIP, clusterDomain))
 }
 
 func (n *Node) cgroup() string { return fmt.Sprintf("%s-%s", n.cluster.link(), n.Name) }
