@@ -51,7 +51,7 @@ e2e: install build ## the tests in test/: real programs, real Envoy, real Docker
 	$(ROOT) env REQUIRE_ALL=1 go test -race -v -timeout 20m ./test/...
 
 cluster-test: ## the tests in whole Kubernetes clusters: real nodes, real pods
-	scripts/install-envoy && scripts/install-kubernetes && scripts/install-tools helm
+	scripts/install-envoy && scripts/install-kubernetes && scripts/install-tools helm pilot-agent
 	$(ROOT) env REQUIRE_ALL=1 MESHID_CLUSTER=1 go test -race -count=1 -p 1 -timeout 30m -run Cluster $$(grep -rl --include='*_test.go' 'StartCluster(' test | xargs -n 1 dirname | sort -u | sed 's:^:./:')
 
 lint: ## golangci-lint, with the rules of .golangci.yml
