@@ -164,7 +164,7 @@ identities are those of this process and its user, not of another one.`,
 			}
 			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socket))
 			if err != nil {
-				return fetchError(socket, timeout, err)
+				return fetchError(ctx, socket, timeout, err)
 			}
 			if write != "" {
 				return writeFiles(write, x)
@@ -196,16 +196,19 @@ func checkAddress(socket string) error {
 }
 
 // fetchError says what to do about an error of the Workload API.
-func fetchError(socket string, timeout time.Duration, err error) error {
+func fetchError(ctx context.Context, socket string, timeout time.Duration, err error) error {
 	switch code := grpcstatus.Code(err); {
-	case errors.Is(err, context.DeadlineExceeded), code == codes.DeadlineExceeded:
-		err = fmt.Errorf("no identity within %v: no entry matches this process", timeout)
+	case strings.Contains(err.Error(), "permission denied") && code == codes.Unavailable:
+		return fmt.Errorf("fetch from %s: %s\n  Its folders must let this user through", socket, cli.Plain(err.Error()))
+	case code == codes.Unavailable && strings.Contains(err.Error(), "dial"):
+		return fmt.Errorf("fetch from %s: %s\n  Is `node-agent run` running, and is this its socket? See: node-agent status", socket, cli.Plain(err.Error()))
+	case errors.Is(ctx.Err(), context.DeadlineExceeded), errors.Is(err, context.DeadlineExceeded), code == codes.DeadlineExceeded:
+		// The agent may have seen the end of the call first.
+		err = fmt.Errorf("no identity within %v: no entry matches this process, or the node has none itself (see node-agent status)", timeout)
 	case code == codes.PermissionDenied:
 		err = errors.New(grpcstatus.Convert(err).Message()) // it is not a matter of rights
-	case code == codes.Unavailable:
-		return fmt.Errorf("fetch from %s: %s\n  Is `node-agent run` running, and is this its socket? See: node-agent status", socket, cli.Plain(err.Error()))
 	default:
-		return fmt.Errorf("fetch from %s: %w", socket, err)
+		return fmt.Errorf("fetch from %s: %s", socket, cli.Plain(err.Error()))
 	}
 	return fmt.Errorf("fetch from %s: %w\n  To see which entry should match, and why it does not: ca entry explain --node NODE --pid PID", socket, err)
 }

@@ -88,12 +88,18 @@ func Explain(err error) string {
 	}
 	switch s.Code() { //nolint:exhaustive // other messages speak for themselves
 	case codes.Unavailable:
+		if strings.HasSuffix(b.String(), "permission denied") { // by the socket's mode
+			b.WriteString(asWhom)
+			break
+		}
 		b.WriteString("\n  Is it running, and is this the right address? See --help for the flag that names it.")
 	case codes.PermissionDenied, codes.Unauthenticated:
-		b.WriteString("\n  Run as root (or as the user that the program runs as), or with an identity of an entry that says admin: true.")
+		b.WriteString(asWhom)
 	}
 	return b.String()
 }
+
+const asWhom = "\n  Run as root (or as the user that the program runs as), or with an identity of an entry that says admin: true."
 
 // What gRPC writes around the cause when it cannot connect, and before an error
 // that somebody else has made a text of.

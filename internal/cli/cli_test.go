@@ -44,6 +44,10 @@ func TestExplain(t *testing.T) {
 			status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/\"a\".sock: connect: no such file or directory"`),
 			"dial unix /run/\"a\".sock: connect: no such file or directory\n  Is it running, and is this the right address? See --help for the flag that names it.",
 		},
+		{
+			status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/a.sock: connect: permission denied"`),
+			"dial unix /run/a.sock: connect: permission denied\n  Run as root (or as the user that the program runs as), or with an identity of an entry that says admin: true.",
+		},
 		{errors.Join(fmt.Errorf("ask: %w", status.Error(codes.NotFound, "there is no entry \"x\"")), nil), "ask: there is no entry \"x\""},
 	} {
 		if diff := cmp.Diff(tc.want, Explain(tc.err)); diff != "" {
