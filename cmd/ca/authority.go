@@ -164,7 +164,7 @@ func writeStatus(w io.Writer, s *adminv1.GetStatusResponse) {
 		}
 		fmt.Fprintf(w, "condition       %s: %s", k.GetName(), severity)
 		if k.GetMessage() != "" {
-			fmt.Fprintf(w, ": %s (since %s)", k.GetMessage(), cli.Short(time.Since(k.GetSince().AsTime())))
+			fmt.Fprintf(w, ": %s (since %s)", cli.Printable(k.GetMessage()), cli.Short(time.Since(k.GetSince().AsTime())))
 		}
 		fmt.Fprintln(w)
 	}

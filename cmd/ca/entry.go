@@ -295,29 +295,29 @@ func readAttributes(path string, stdin io.Reader) (*attributesv1.Workload, error
 
 func writeExplanation(w io.Writer, answer *adminv1.ExplainResponse) error {
 	if answer.GetInstance() != "" {
-		fmt.Fprintf(w, "instance %s\n", answer.GetInstance())
+		fmt.Fprintf(w, "instance %s\n", cli.Printable(answer.GetInstance()))
 	}
 	if answer.GetWorkload() != nil {
 		attributes, err := cli.MarshalSet(answer.GetWorkload())
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(w, "attested %s\n", attributes)
+		fmt.Fprintf(w, "attested %s\n", cli.Printable(string(attributes)))
 	}
 	for _, v := range answer.GetVerdicts() {
 		if v.GetMatches() {
-			fmt.Fprintf(w, "%s entry/%s -> %s", cli.Paint(w, cli.Green, "match"), v.GetName(), v.GetSpiffeId())
+			fmt.Fprintf(w, "%s entry/%s -> %s", cli.Paint(w, cli.Green, "match"), v.GetName(), cli.Printable(v.GetSpiffeId()))
 			if len(v.GetDnsNames()) > 0 {
-				fmt.Fprintf(w, " (%s)", strings.Join(v.GetDnsNames(), ", "))
+				fmt.Fprintf(w, " (%s)", cli.Printable(strings.Join(v.GetDnsNames(), ", ")))
 			}
 			fmt.Fprintln(w)
 			continue
 		}
 		fmt.Fprintf(w, "%s    entry/%s: %s", cli.Paint(w, cli.Red, "no"), v.GetName(), v.GetField())
 		if v.GetTerm() != "" {
-			fmt.Fprintf(w, ": %s", v.GetTerm())
+			fmt.Fprintf(w, ": %s", cli.Printable(v.GetTerm()))
 		}
-		fmt.Fprintf(w, ": %s\n", v.GetWhy())
+		fmt.Fprintf(w, ": %s\n", cli.Printable(v.GetWhy()))
 	}
 	if len(answer.GetVerdicts()) == 0 {
 		fmt.Fprintln(w, "there are no entries")

@@ -107,7 +107,7 @@ func showRotation(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
 	fmt.Fprintf(w, "bundle   sequence %d, %d roots%s\nproxies  %d of %d have acknowledged it, on %d of %d nodes\n", r.GetBundleSequence(), len(r.GetRoots()), paused,
 		r.GetProxiesAcknowledged(), r.GetProxies(), r.GetNodes()-r.GetNodesWaiting(), r.GetNodes())
 	if r.GetStalled() != "" {
-		fmt.Fprintf(w, "stalled  %s\n", cli.Paint(w, cli.Yellow, r.GetStalled()))
+		fmt.Fprintf(w, "stalled  %s\n", cli.Paint(w, cli.Yellow, cli.Printable(r.GetStalled())))
 	}
 	for _, l := range r.GetLaggards() {
 		fmt.Fprintf(w, "waiting  %s\n", laggardText(now, l))
@@ -138,7 +138,7 @@ func laggardText(now time.Time, l *adminv1.Laggard) string {
 	case l.GetName() == "":
 		return l.GetNodeId() + ": its agent has not said that it has the bundle"
 	default:
-		return fmt.Sprintf("%s: %s has bundle %d, since %s", l.GetNodeId(), l.GetName(), l.GetAcknowledged(), since)
+		return fmt.Sprintf("%s: %s has bundle %d, since %s", l.GetNodeId(), cli.Printable(l.GetName()), l.GetAcknowledged(), since)
 	}
 }
 

@@ -83,7 +83,7 @@ func newWithdrawalShow(c *clientFlags) *cobra.Command {
 			return cli.JSON(cmd.OutOrStdout(), w)
 		}
 		out := cmd.OutOrStdout()
-		fmt.Fprintf(out, "%s %s\nbegan      %s\nstate      %s\n", w.GetCause(), w.GetWhat(), w.GetBegan().AsTime().Local().Format(time.RFC3339), w.GetState())
+		fmt.Fprintf(out, "%s %s\nbegan      %s\nstate      %s\n", w.GetCause(), cli.Printable(w.GetWhat()), w.GetBegan().AsTime().Local().Format(time.RFC3339), w.GetState())
 		fmt.Fprintf(out, "progress   %s\n", withdrawalText(w))
 		if w.GetMax() != nil {
 			fmt.Fprintf(out, "effect     %s\n", effectText(w))
@@ -295,6 +295,6 @@ func withdrawalLaggard(now time.Time, l *adminv1.Laggard) string {
 	case l.GetName() == "":
 		return fmt.Sprintf("%s: its agent has not carried it out, since %s", l.GetNodeId(), since)
 	default:
-		return fmt.Sprintf("%s: %s has not acknowledged, since %s", l.GetNodeId(), l.GetName(), since)
+		return fmt.Sprintf("%s: %s has not acknowledged, since %s", l.GetNodeId(), cli.Printable(l.GetName()), since)
 	}
 }

@@ -96,7 +96,7 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 		connection += " since " + cli.Short(now.Sub(s.Since))
 	}
 	if s.LastError != "" && !s.Connected {
-		connection += ": " + cli.Plain(s.LastError)
+		connection += ": " + cli.Printable(cli.Plain(s.LastError))
 	}
 	fmt.Fprintf(w, "node            %s\nconnection      %s\n", s.NodeID, connection)
 	fmt.Fprintf(w, "agent's SVID    expires %s, renewed %s\n", cli.Until(now, s.NotAfter), cli.Until(now, s.RenewAt))
@@ -113,7 +113,7 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 		if c.Severity == health.OK {
 			continue
 		}
-		fmt.Fprintf(w, "condition       %s: %s: %s (since %s)\n", c.Name, cli.Paint(w, cli.Yellow, c.Severity.String()), cli.Plain(c.Message), cli.Short(now.Sub(c.Since)))
+		fmt.Fprintf(w, "condition       %s: %s: %s (since %s)\n", c.Name, cli.Paint(w, cli.Yellow, c.Severity.String()), cli.Printable(cli.Plain(c.Message)), cli.Short(now.Sub(c.Since)))
 	}
 	fmt.Fprintln(w)
 	var rows [][]string

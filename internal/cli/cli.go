@@ -65,8 +65,11 @@ func (e *ExitError) Error() string {
 func (e *ExitError) Unwrap() error { return e.Err }
 
 // Explain renders an error for a person: a gRPC status without its wrapping,
-// with one line for each field that was wrong.
-func Explain(err error) string {
+// with one line for each field that was wrong. What a CA or an agent says in it may
+// be what a stranger wrote: it cannot move the cursor.
+func Explain(err error) string { return PrintableLines(explain(err)) }
+
+func explain(err error) string {
 	answer, ok := errors.AsType[interface {
 		error
 		GRPCStatus() *status.Status
@@ -198,12 +201,16 @@ func (o *OutputFlag) Format() (string, error) {
 	return "", fmt.Errorf("--output %q: write %s", o.value, strings.Join(o.formats, " or "))
 }
 
-// Table writes rows under a header, in columns.
+// Table writes rows under a header, in columns. A cell is one line, whatever is in it.
 func Table(w io.Writer, header []string, rows [][]string) error {
 	tw := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tw, strings.Join(header, "\t"))
 	for _, r := range rows {
-		fmt.Fprintln(tw, strings.Join(r, "\t"))
+		cells := make([]string, len(r))
+		for i, c := range r {
+			cells[i] = Printable(c)
+		}
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
 	}
 	return tw.Flush()
 }

@@ -48,6 +48,9 @@ func TestExplain(t *testing.T) {
 			status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/a.sock: connect: permission denied"`),
 			"dial unix /run/a.sock: connect: permission denied\n  Run as root (or as the user that the program runs as), or with an identity of an entry that says admin: true.",
 		},
+		// What an agent has the CA say cannot move the cursor.
+		{status.Error(codes.FailedPrecondition, "the agent cannot attest:\n\x1b[2Jfine\r\u202e"), "the agent cannot attest:\n\\x1b[2Jfine\\r\\u202e"},
+		{errors.New("open \x1b[31m"), `open \x1b[31m`},
 		{errors.Join(fmt.Errorf("ask: %w", status.Error(codes.NotFound, "there is no entry \"x\"")), nil), "ask: there is no entry \"x\""},
 	} {
 		if diff := cmp.Diff(tc.want, Explain(tc.err)); diff != "" {
@@ -67,6 +70,17 @@ func TestPlain(t *testing.T) {
 		if got := Plain(text); got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
+	}
+}
+
+// A node chooses what its agent is called: a table stays a table.
+func TestTable(t *testing.T) {
+	var out bytes.Buffer
+	if err := Table(&out, []string{"NODE", "AGENT"}, [][]string{{"a", "v1\x1b[2J\nb  v2"}, {"b", "v2"}}); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff("NODE  AGENT\na     v1\\x1b[2J\\nb  v2\nb     v2\n", out.String()); diff != "" {
+		t.Error(diff)
 	}
 }
 

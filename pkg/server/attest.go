@@ -116,8 +116,8 @@ func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
 		}
 		return nil, a.refused(ctx, nil, reasonMethod, kindInvalid, "this CA does not use the attestation method", cause)
 	}
-	if len(start.GetEvidence()) > maxEvidenceBytes || len(start.GetAgentVersion()) > maxVersionBytes {
-		return nil, a.refused(ctx, nil, reasonLimit, kindInvalid, "the evidence or the agent's version is too long", nil)
+	if len(start.GetEvidence()) > maxEvidenceBytes || !legalVersion(start.GetAgentVersion()) {
+		return nil, a.refused(ctx, nil, reasonLimit, kindInvalid, "the evidence is too long, or the agent's version no short line of ASCII", nil)
 	}
 	evidence := sha256.Sum256(start.GetEvidence())
 	a.evidence = evidence[:]

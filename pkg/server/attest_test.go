@@ -104,6 +104,7 @@ func TestAttestRefused(t *testing.T) {
 		"broken proof":     {change: func(s *nodev1.AttestStart) { s.Csr[len(s.Csr)-1] ^= 1 }, want: codes.InvalidArgument},
 		"long evidence":    {change: func(s *nodev1.AttestStart) { s.Evidence = make([]byte, maxEvidenceBytes+1) }, want: codes.InvalidArgument},
 		"long version":     {change: func(s *nodev1.AttestStart) { s.AgentVersion = strings.Repeat("x", 65) }, want: codes.InvalidArgument},
+		"hostile version":  {change: func(s *nodev1.AttestStart) { s.AgentVersion = "v1\x1b[2J" }, want: codes.InvalidArgument},
 		"id climbs":        {verifier: result(node("../ca"), nil), want: codes.PermissionDenied},
 		"id with slash":    {verifier: result(node("a/b"), nil), want: codes.PermissionDenied},
 		"id empty":         {verifier: result(node(""), nil), want: codes.PermissionDenied},

@@ -198,3 +198,9 @@ func definitionOf(before, after *entryv1.Entry) *entryv1.Entry {
 func word(s string) bool {
 	return len(s) <= 32 && s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789_-") == ""
 }
+
+// legalVersion reports whether an agent may call itself that: operators read it on
+// their terminals.
+func legalVersion(s string) bool {
+	return len(s) <= maxVersionBytes && !strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' })
+}

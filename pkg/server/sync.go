@@ -112,8 +112,8 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 		defer session.mu.Lock()
 		return s.reported(session.nodeID, m.Withdrawing)
 	case *nodev1.SyncRequest_Hello:
-		if len(hello.Hello.GetAgentVersion()) > maxVersionBytes {
-			return fail(kindInvalid, "the agent's version is too long", nil)
+		if !legalVersion(hello.Hello.GetAgentVersion()) {
+			return fail(kindInvalid, "the agent's version is not a short line of ASCII", nil)
 		}
 		session.hello = hello.Hello
 		// An order that came before Hello is among them.

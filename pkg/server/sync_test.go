@@ -209,6 +209,7 @@ func TestSyncProtocol(t *testing.T) {
 		"hello twice":        {[]*nodev1.SyncRequest{hello, hello}, codes.InvalidArgument},
 		"nothing second":     {[]*nodev1.SyncRequest{hello, {}}, codes.InvalidArgument},
 		"long version":       {[]*nodev1.SyncRequest{{Message: &nodev1.SyncRequest_Hello{Hello: &nodev1.Hello{AgentVersion: strings.Repeat("x", 65)}}}}, codes.InvalidArgument},
+		"hostile version":    {[]*nodev1.SyncRequest{{Message: &nodev1.SyncRequest_Hello{Hello: &nodev1.Hello{AgentVersion: "v1\u202e\n"}}}}, codes.InvalidArgument},
 		"too many instances": {[]*nodev1.SyncRequest{hello, ended(maxEnded+1, "x")}, codes.InvalidArgument},
 		"nameless instance":  {[]*nodev1.SyncRequest{hello, ended(1, "")}, codes.InvalidArgument},
 		"flood":              {append([]*nodev1.SyncRequest{hello}, flood...), codes.ResourceExhausted},
