@@ -53,21 +53,21 @@ func (f *ledgerFlags) add(cmd *cobra.Command) {
 	cmd.PersistentFlags().StringVar(&f.config, "config", defaultConfigPath, "configuration file that names the data folder")
 }
 
-// path returns the journal's folder, which is there. Who names the data folder
-// means the one in it.
+// path returns the journal's folder. Who names the data folder means the one in it.
 func (f *ledgerFlags) path() (string, error) {
 	dir := f.dir
-	if dir == "" {
+	switch {
+	case dir == "":
 		v, err := loadSettings(f.config, f.config != defaultConfigPath, overrides{trustDomain: "unused"})
 		if err != nil {
 			return "", err
 		}
 		dir = ledgerDir(v.DataDir)
-	} else if !hasSegments(dir) && hasSegments(ledgerDir(dir)) {
+		if _, err := os.Stat(dir); err != nil {
+			return "", fmt.Errorf("open ledger: %w\n  Say where it is with --dir, or with --config which configuration the CA has", err)
+		}
+	case !hasSegments(dir) && hasSegments(ledgerDir(dir)):
 		dir = ledgerDir(dir)
-	}
-	if _, err := os.Stat(dir); err != nil {
-		return "", fmt.Errorf("open ledger: %w\n  Say where it is with --dir, or with --config which configuration the CA has", err)
 	}
 	return dir, nil
 }
