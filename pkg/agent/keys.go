@@ -5,15 +5,12 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/asn1"
 	"fmt"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/crypto/cryptobyte"
-	cryptobyteasn1 "golang.org/x/crypto/cryptobyte/asn1"
+
+	"github.com/meshid/meshid/internal/pkcs10"
 )
 
 const (
@@ -38,7 +35,7 @@ func newKeyPair() (*keyPair, error) {
 	if err != nil {
 		return nil, fmt.Errorf("generate key: %w", err)
 	}
-	csr, err := newCSR(key)
+	csr, err := pkcs10.Sign(key, pkcs10.Names{})
 	if err != nil {
 		return nil, fmt.Errorf("create CSR: %w", err)
 	}
@@ -46,43 +43,6 @@ func newKeyPair() (*keyPair, error) {
 	// it is at the same address. This one signs no more here.
 	delivered := *key
 	return &keyPair{key: &delivered, csr: csr}, nil
-}
-
-// oidECDSAWithSHA256 is RFC 5758 §3.2's.
-var oidECDSAWithSHA256 = asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}
-
-// newCSR makes a PKCS #10 request (RFC 2986 §4) without names and attributes. That
-// of crypto/x509 verifies each signature that it makes, which costs twice as much as
-// all the rest; the CA does so anyway.
-func newCSR(key *ecdsa.PrivateKey) ([]byte, error) {
-	public, err := x509.MarshalPKIXPublicKey(key.Public())
-	if err != nil {
-		return nil, err
-	}
-	var info cryptobyte.Builder
-	info.AddASN1(cryptobyteasn1.SEQUENCE, func(b *cryptobyte.Builder) {
-		nothing := func(*cryptobyte.Builder) {}
-		b.AddASN1Int64(0)                           // version 1
-		b.AddASN1(cryptobyteasn1.SEQUENCE, nothing) // subject
-		b.AddBytes(public)
-		b.AddASN1(cryptobyteasn1.Tag(0).ContextSpecific().Constructed(), nothing) // attributes
-	})
-	signed, err := info.Bytes()
-	if err != nil {
-		return nil, err
-	}
-	digest := sha256.Sum256(signed)
-	signature, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
-	if err != nil {
-		return nil, err
-	}
-	var request cryptobyte.Builder
-	request.AddASN1(cryptobyteasn1.SEQUENCE, func(b *cryptobyte.Builder) {
-		b.AddBytes(signed)
-		b.AddASN1(cryptobyteasn1.SEQUENCE, func(b *cryptobyte.Builder) { b.AddASN1ObjectIdentifier(oidECDSAWithSHA256) })
-		b.AddASN1BitString(signature)
-	})
-	return request.Bytes()
 }
 
 // keyPool keeps some key pairs ready.
