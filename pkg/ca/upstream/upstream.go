@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/meshid/meshid/internal/pkcs10"
 )
 
 // CA signs intermediates. An implementation need not serve concurrent calls: it
@@ -66,17 +68,18 @@ type CrossSigner interface {
 // LeafSigner is a CA that can sign every leaf itself, for users who may not have
 // a CA key in the mesh. It is called concurrently, up to Capabilities.LeafRate.
 type LeafSigner interface {
-	// SignLeaf has one X.509-SVID signed and returns its chain, leaf first. Errors
-	// are as those of Mint.
-	SignLeaf(ctx context.Context, csr []byte, ttl time.Duration) ([]*x509.Certificate, error)
+	// SignLeaf has one X.509-SVID signed: what is minted begins with it. NewLeaf makes
+	// the request. Errors are as those of Mint.
+	SignLeaf(ctx context.Context, r *Request) (*Minted, error)
 }
 
-// Request asks for an intermediate. NewRequest makes one, and its Verify checks
-// what comes back.
+// Request asks for an intermediate, or for an X.509-SVID. NewRequest and NewLeaf make
+// one, and its Verify checks what comes back.
 type Request struct {
-	// CSR is a PKCS#10 request in DER, signed with the intermediate's key. Its
-	// subject, its one URI name (spiffe://<trust domain>) and the basic constraints
-	// and key usage it asks for are those that the certificate should have.
+	// CSR is a PKCS#10 request in DER, signed with the key that is to be certified. For
+	// an intermediate, its subject, its one URI name (spiffe://<trust domain>) and the
+	// basic constraints and key usage it asks for are those that the certificate should
+	// have; for an X.509-SVID it has the names, and nothing else.
 	CSR []byte
 	// Request is CSR, parsed.
 	Request *x509.CertificateRequest
@@ -86,13 +89,14 @@ type Request struct {
 
 	// What Verify needs to hold an answer against the request.
 	td    spiffeid.TrustDomain
-	key   crypto.Signer
+	key   crypto.Signer // nil for a leaf, as leaf is for an intermediate
 	noURI bool
+	leaf  *pkcs10.Names
 }
 
 // Minted is what a CA answers.
 type Minted struct {
-	// Chain begins with the intermediate; each certificate is issued by the next,
+	// Chain begins with what was asked for; each certificate is issued by the next,
 	// and the last by one of Roots, which itself is not in the chain.
 	Chain []*x509.Certificate
 	// Roots are all self-signed certificates under which this CA wants to be
@@ -110,7 +114,8 @@ type Capabilities struct {
 	PathLen0 bool
 	// KeyTypes are the keys that it certifies, "EC-P256" and so on; nil for all.
 	KeyTypes []string
-	// LeafRate is how many leaves a second a LeafSigner may be asked for.
+	// LeafRate is how many leaves a second a LeafSigner may be asked for; 0 for no bound
+	// that is known.
 	LeafRate float64
 	// NoURI says that the CA drops or refuses the URI name of an intermediate: it
 	// is then no SVID itself (X509-SVID §3.2 has it as SHOULD).

@@ -95,21 +95,21 @@ func (c Capabilities) life(ttl time.Duration) time.Duration {
 
 // Verified is an answer that holds what was asked for.
 type Verified struct {
-	// Chain begins with the intermediate. No root is in it.
+	// Chain begins with what was asked for. No root is in it.
 	Chain []*x509.Certificate
 	// Anchors are the roots that the chain can be verified with, at least one.
 	Anchors []*x509.Certificate
 	// Roots are all roots of the CA, each fit to be in a trust bundle.
 	Roots []*x509.Certificate
-	// NotAfter is the first end of validity in the chain, and at most an hour later
-	// than what Request.TTL asks for.
+	// NotAfter is the first end of validity in the chain; for an intermediate at most an
+	// hour later than what Request.TTL asks for, for a leaf its own.
 	NotAfter time.Time
 }
 
 // Verify holds an answer against the request, at now, as if the CA were hostile:
-// bounds, the key, a CA certificate for this trust domain and nothing else, its
-// validity, and a chain through which a leaf can be verified up to a root. What is
-// wrong is in the error, which says "the upstream CA" for who has done it.
+// bounds, the key, a CA certificate for this trust domain and nothing else or the leaf
+// as asked for, its validity, and a chain through which a leaf can be verified up to a
+// root. What is wrong is in the error, which says "the upstream CA" for who has done it.
 func (r *Request) Verify(now time.Time, m *Minted) (*Verified, error) {
 	if m == nil {
 		return nil, errors.New("the upstream CA answered nothing")
@@ -133,9 +133,13 @@ func (r *Request) Verify(now time.Time, m *Minted) (*Verified, error) {
 		}
 	}
 	if len(v.Chain) == 0 {
-		return nil, errors.New("the upstream CA returned its root in place of an intermediate")
+		return nil, errors.New("the upstream CA returned its root in place of what was asked for")
 	}
-	if err := r.checkIntermediate(now, v.Chain[0]); err != nil {
+	if r.leaf != nil {
+		if err := r.checkLeaf(now, v.Chain[0]); err != nil {
+			return nil, fmt.Errorf("the X.509-SVID from the upstream CA %w", err)
+		}
+	} else if err := r.checkIntermediate(now, v.Chain[0]); err != nil {
 		return nil, fmt.Errorf("the intermediate from the upstream CA %w", err)
 	}
 	if err := r.checkChain(now, v); err != nil {
@@ -203,8 +207,12 @@ func (r *Request) checkIntermediate(now time.Time, c *x509.Certificate) error {
 
 // checkChain finds the anchors and the common end of validity.
 func (r *Request) checkChain(now time.Time, v *Verified) error {
-	if len(v.Chain) > MaxChain {
-		return fmt.Errorf("has %d certificates: at most %d are accepted", len(v.Chain), MaxChain)
+	authorities := v.Chain
+	if r.leaf != nil {
+		authorities = v.Chain[1:]
+	}
+	if len(authorities) > MaxChain {
+		return fmt.Errorf("has %d certificates of CAs: at most %d are accepted", len(authorities), MaxChain)
 	}
 	v.NotAfter = now.Add(r.TTL + time.Hour)
 	for i, c := range v.Chain {
@@ -220,13 +228,16 @@ func (r *Request) checkChain(now time.Time, v *Verified) error {
 			v.NotAfter = c.NotAfter
 		}
 	}
-	probe, err := r.probe(now, v.Chain[0])
-	if err != nil {
-		return fmt.Errorf("cannot be tried: %w", err)
+	probe := v.Chain[0]
+	if r.leaf == nil {
+		var err error
+		if probe, err = r.probe(now, v.Chain[0]); err != nil {
+			return fmt.Errorf("cannot be tried: %w", err)
+		}
 	}
 	var refused error
 	for _, root := range v.Roots {
-		if err := verifyProbe(now, probe, v.Chain, root); err != nil {
+		if err := verifyProbe(now, probe, authorities, root); err != nil {
 			refused = errors.Join(refused, err)
 			continue
 		}
@@ -246,6 +257,9 @@ func (r *Request) checkChain(now time.Time, v *Verified) error {
 	}
 	if v.NotAfter.Sub(now) < minLife {
 		return fmt.Errorf("ends at %s, too soon to be of use", v.NotAfter.UTC().Format(time.RFC3339))
+	}
+	if r.leaf != nil && v.NotAfter.Before(v.Chain[0].NotAfter) {
+		return fmt.Errorf("ends at %s, before the X.509-SVID does", v.NotAfter.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
@@ -280,8 +294,8 @@ func verifyProbe(now time.Time, probe *x509.Certificate, chain []*x509.Certifica
 		intermediates.AddCert(c)
 	}
 	// An intermediate that begins within the accepted skew counts as valid.
-	if begin := chain[0].NotBefore; begin.After(now) {
-		now = begin
+	if len(chain) > 0 && chain[0].NotBefore.After(now) {
+		now = chain[0].NotBefore
 	}
 	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
 		if _, err := probe.Verify(x509.VerifyOptions{

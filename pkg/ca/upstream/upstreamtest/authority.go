@@ -36,7 +36,8 @@ const (
 	// Repeated: the chain has the intermediate twice, and the root.
 	Repeated Behaviour = "repeated certificates"
 
-	WrongKey      Behaviour = "wrong key"
+	WrongKey Behaviour = "wrong key"
+	// NotCA: not a CA, or one where a leaf was asked for.
 	NotCA         Behaviour = "not a CA"
 	Expired       Behaviour = "expired"
 	NotYetValid   Behaviour = "not yet valid"
@@ -139,13 +140,51 @@ func (a *Authority) Certify(pub crypto.PublicKey, subject pkix.Name, uris []*url
 	c.Subject, c.URIs = subject, uris
 	c.NotAfter = time.Now().Add(ttl)
 	c.MaxPathLenZero = true
+	switch a.behaviour { //nolint:exhaustive // the others are those of leaves too
+	case NotCA:
+		c.IsCA, c.KeyUsage, c.MaxPathLenZero = false, x509.KeyUsageDigitalSignature, false
+	case NoKeyUsage:
+		c.KeyUsage = x509.KeyUsageCRLSign
+	}
+	return a.issue(c, pub, ttl)
+}
+
+// Leaf is Answer to a request for an X.509-SVID. A CA that has a usage of its own, or
+// is constrained, gives what no leaf can be verified with.
+func (a *Authority) Leaf(csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate) {
+	a.t.Helper()
+	request, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		a.t.Errorf("the request is malformed: %v", err)
+		return nil, nil
+	}
+	if err := request.CheckSignature(); err != nil {
+		a.t.Errorf("the request does not prove its key: %v", err)
+	}
+	c := &x509.Certificate{
+		Subject: request.Subject, URIs: request.URIs, DNSNames: request.DNSNames,
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(ttl), BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	switch a.behaviour { //nolint:exhaustive // the others are those of intermediates too
+	case NotCA:
+		c.IsCA = true
+	case NoKeyUsage:
+		c.KeyUsage = x509.KeyUsageKeyEncipherment
+	case OtherUsage:
+		c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning}
+	}
+	return a.issue(c, request.PublicKey, ttl)
+}
+
+// issue signs what c says, or something that is wrong with it.
+func (a *Authority) issue(c *x509.Certificate, pub crypto.PublicKey, ttl time.Duration) (chain, roots []*x509.Certificate) {
+	a.t.Helper()
 	switch a.behaviour { //nolint:exhaustive // the others change what follows
 	case LongLife:
 		c.NotAfter = time.Now().Add(100 * ttl)
 	case WrongKey:
 		pub = newKey(a.t).Public()
-	case NotCA:
-		c.IsCA, c.KeyUsage, c.MaxPathLenZero = false, x509.KeyUsageDigitalSignature, false
 	case Expired:
 		c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
 	case NotYetValid:
@@ -155,8 +194,6 @@ func (a *Authority) Certify(pub crypto.PublicKey, subject pkix.Name, uris []*url
 		c.URIs = []*url.URL{{Scheme: "spiffe", Host: "elsewhere.test"}}
 	case MoreNames:
 		c.DNSNames = []string{"everything.example.org"}
-	case NoKeyUsage:
-		c.KeyUsage = x509.KeyUsageCRLSign
 	case HugeAnswer:
 		c.Policies = manyPolicies()
 	}

@@ -7,9 +7,11 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/internal/pkcs10"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 )
 
@@ -33,14 +35,7 @@ const patience = time.Minute
 // they start.
 func Run(t *testing.T, k Kind) {
 	t.Helper()
-	start := func(t *testing.T, b Behaviour) (upstream.CA, *Authority) {
-		t.Helper()
-		if reason, ok := k.Skip[b]; ok {
-			t.Skipf("%s: %s", b, reason)
-		}
-		a := NewAuthority(t, b)
-		return k.Start(t, b, a), a
-	}
+	start := k.start
 	for _, b := range []Behaviour{Good, LongLife, Repeated} {
 		t.Run(string(b), func(t *testing.T) {
 			ca, a := start(t, b)
@@ -67,11 +62,110 @@ func Run(t *testing.T, k Kind) {
 			checkError(t, err)
 		})
 	}
-	checkFailures(t, start)
+	checkFailures(t, start, func(ctx context.Context, t testing.TB, ca upstream.CA) error {
+		_, err := Mint(ctx, t, ca)
+		return err
+	})
 }
 
-// checkFailures looks at how the client says why there is no answer.
-func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA, *Authority)) {
+func (k *Kind) start(t *testing.T, b Behaviour) (upstream.CA, *Authority) {
+	t.Helper()
+	if reason, ok := k.Skip[b]; ok {
+		t.Skipf("%s: %s", b, reason)
+	}
+	a := NewAuthority(t, b)
+	return k.Start(t, b, a), a
+}
+
+// RunLeaves is Run for the signing of leaves: what Start returns has to be an
+// upstream.LeafSigner.
+func RunLeaves(t *testing.T, k Kind) {
+	t.Helper()
+	for _, b := range []Behaviour{Good, Repeated} {
+		t.Run(string(b), func(t *testing.T) {
+			ca, a := k.start(t, b)
+			checkLeaves(t, ca, a, k.Real)
+		})
+	}
+	for _, b := range []Behaviour{
+		LongLife, WrongKey, NotCA, Expired, NotYetValid, OtherName, MoreNames, NoKeyUsage, Constrained, OtherUsage,
+		MissingChain, UnrelatedRoot, ForeignRoot, NoRoot, LongChain, HugeAnswer, Garbage,
+	} {
+		t.Run(string(b), func(t *testing.T) {
+			ca, _ := k.start(t, b)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			_, err := SignLeaf(ctx, t, ca)
+			checkError(t, err)
+		})
+	}
+	checkFailures(t, k.start, func(ctx context.Context, t testing.TB, ca upstream.CA) error {
+		_, err := SignLeaf(ctx, t, ca)
+		return err
+	})
+}
+
+// checkLeaves has some leaves signed, one after the other and at once.
+func checkLeaves(t *testing.T, ca upstream.CA, a *Authority, isReal bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	first, err := SignLeaf(ctx, t, ca)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !isReal && !first.Anchors[0].Equal(a.Root) {
+		t.Errorf("the anchor is %q, not the root %q", first.Anchors[0].Subject, a.Root.Subject)
+	}
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			v, err := SignLeaf(ctx, t, ca)
+			switch {
+			case err != nil:
+				t.Error(err)
+			case !v.Anchors[0].Equal(first.Anchors[0]) || v.Chain[0].SerialNumber.Cmp(first.Chain[0].SerialNumber) == 0:
+				t.Errorf("two leaves have the anchors %q and %q and the serial numbers %x and %x",
+					first.Anchors[0].Subject, v.Anchors[0].Subject, first.Chain[0].SerialNumber, v.Chain[0].SerialNumber)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// SignLeaf asks for an X.509-SVID and checks the answer as its user does.
+func SignLeaf(ctx context.Context, t testing.TB, ca upstream.CA) (*upstream.Verified, error) {
+	t.Helper()
+	key := newKey(t)
+	names := pkcs10.Names{URI: TrustDomain.IDString() + "/shop/web", DNS: []string{"web.shop.internal", "shop.internal"}}
+	csr, err := pkcs10.Sign(key, names)
+	if err != nil {
+		t.Error(err)
+		return nil, err
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Error(err)
+		return nil, err
+	}
+	r, err := upstream.NewLeaf(TrustDomain, csr, spki, names, time.Hour, ca.Capabilities())
+	if err != nil {
+		t.Error(err)
+		return nil, err
+	}
+	signer, ok := ca.(upstream.LeafSigner)
+	if !ok {
+		t.Fatalf("%T signs no leaves", ca)
+	}
+	m, err := signer.SignLeaf(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	return r.Verify(time.Now(), m)
+}
+
+// checkFailures looks at how the client says why there is no answer to a request.
+func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA, *Authority), request func(context.Context, testing.TB, upstream.CA) error) {
 	t.Helper()
 	for _, c := range []struct {
 		behaviour Behaviour
@@ -81,7 +175,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 			ca, _ := start(t, c.behaviour)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			_, err := Mint(ctx, t, ca)
+			err := request(ctx, t, ca)
 			checkError(t, err)
 			if !errors.Is(err, c.want) {
 				t.Errorf("the error does not wrap %q: %v", c.want, err)
@@ -92,7 +186,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 		ca, _ := start(t, RateLimited)
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
-		_, err := Mint(ctx, t, ca)
+		err := request(ctx, t, ca)
 		checkError(t, err)
 		limit, ok := errors.AsType[*upstream.RateLimitError](err)
 		if !ok {
@@ -108,8 +202,7 @@ func checkFailures(t *testing.T, start func(*testing.T, Behaviour) (upstream.CA,
 		defer cancel()
 		done := make(chan error, 1)
 		go func() {
-			_, err := Mint(ctx, t, ca)
-			done <- err
+			done <- request(ctx, t, ca)
 		}()
 		select {
 		case err := <-done:
