@@ -165,6 +165,8 @@ type upstreamSettings struct {
 	External config.Section `yaml:"external" settings:"pkg/ca/upstream/external"`
 	// A CA pool of Google Cloud; see docs/upstream/gcpcas.md.
 	GCPCAS config.Section `yaml:"gcpcas" settings:"pkg/ca/upstream/gcpcas"`
+	// A signer of Kubernetes' API for certificates; see docs/upstream/k8scsr.md.
+	K8sCSR config.Section `yaml:"k8scsr" settings:"pkg/ca/upstream/k8scsr"`
 	// Another meshid, of the same trust domain; see docs/upstream/meshid.md.
 	Meshid config.Section `yaml:"meshid" settings:"pkg/ca/upstream/meshid"`
 	// A SPIRE deployment of the same trust domain; see docs/upstream/spire.md.

@@ -17,6 +17,7 @@ import (
 	"github.com/meshid/meshid/pkg/ca/upstream/ejbca"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
 	"github.com/meshid/meshid/pkg/ca/upstream/gcpcas"
+	"github.com/meshid/meshid/pkg/ca/upstream/k8scsr"
 	"github.com/meshid/meshid/pkg/ca/upstream/meshid"
 	"github.com/meshid/meshid/pkg/ca/upstream/spire"
 	"github.com/meshid/meshid/pkg/ca/upstream/stepca"
@@ -79,6 +80,7 @@ func upstreamKinds(u upstreamSettings, logger *slog.Logger) []upstreamKind {
 		{"ejbca", u.EJBCA, openUpstream(ejbca.New)},
 		{"external", u.External, openUpstream(func(c external.Config) (*external.CA, error) { return external.New(c, logger) })},
 		{"gcpcas", u.GCPCAS, openUpstream(gcpcas.New)},
+		{"k8scsr", u.K8sCSR, openUpstream(func(c k8scsr.Config) (*k8scsr.CA, error) { return k8scsr.New(c, logger) })},
 		{"meshid", u.Meshid, openUpstream(meshid.New)},
 		{"spire", u.SPIRE, openUpstream(spire.New)},
 		{"stepca", u.StepCA, openUpstream(stepca.New)},
