@@ -151,6 +151,10 @@ type upstreamSettings struct {
 	// `openssl x509 -fingerprint -sha256` prints it. Without any, those that its
 	// first answer names are, and the log says which.
 	RootsSHA256 []string `yaml:"roots_sha256"`
+	// Whether the upstream CA signs each X.509-SVID itself, for those who may not have
+	// the key of a CA here: it has to be there whenever one is needed. See
+	// docs/upstream/leaves.md.
+	Leaves bool `yaml:"leaves" default:"false"`
 	// An AWS Private CA; see docs/upstream/awspca.md.
 	AWSPCA config.Section `yaml:"awspca" settings:"pkg/ca/upstream/awspca"`
 	// An issuer of cert-manager; see docs/upstream/certmanager.md.

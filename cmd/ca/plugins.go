@@ -119,7 +119,13 @@ func openUpstreamCA(u upstreamSettings, pins [][32]byte, logger *slog.Logger) (*
 		if err != nil {
 			return nil, kind.section.Errorf("", "upstream %s: %v", kind.name, err)
 		}
-		found = &ca.Upstream{CA: opened, Kind: kind.name, Pins: pins}
+		if _, ok := opened.(upstream.LeafSigner); u.Leaves && !ok {
+			return nil, kind.section.Errorf("", "upstream: %s signs intermediates only: remove leaves", kind.name)
+		}
+		found = &ca.Upstream{CA: opened, Kind: kind.name, Leaves: u.Leaves, Pins: pins}
+	}
+	if found == nil && u.Leaves {
+		return nil, fmt.Errorf("upstream: leaves is set, and no upstream CA: write a section of one of %s", strings.Join(names, ", "))
 	}
 	if found == nil && len(pins) > 0 {
 		return nil, fmt.Errorf("upstream: roots_sha256 is set, and no upstream CA: write a section of one of %s", strings.Join(names, ", "))

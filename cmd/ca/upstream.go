@@ -24,8 +24,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/internal/pkcs10"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/external"
+	"github.com/meshid/meshid/pkg/identity"
 )
 
 func newUpstreamCommand() *cobra.Command {
@@ -59,8 +61,8 @@ func newUpstreamCheckCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Ask the configured upstream CA for intermediates, and hold its answers against the contract",
-		Long: `check asks the upstream CA of the configuration for intermediates as ca run does, and says
-what is wrong and how to repair it. The keys are forgotten: what was signed is of no use to
+		Long: `check asks the upstream CA of the configuration for intermediates as ca run does, or for
+X.509-SVIDs if it signs each, and says what is wrong and how to repair it. The keys are forgotten: what was signed is of no use to
 anybody, but it is in the upstream CA's records. The exit code is 1 if a check failed.`,
 		Example: "  ca upstream check --config /etc/meshid/ca.yaml",
 		Args:    cobra.NoArgs,
@@ -80,7 +82,7 @@ anybody, but it is in the upstream CA's records. The exit code is 1 if a check f
 			if above == nil {
 				return fmt.Errorf("%s has no upstream CA: write one of its kinds below upstream: (see docs/configuration.md)", path)
 			}
-			trial := &upstreamTrial{flags: &f, ca: above.CA, kind: above.Kind, trustDomain: v.trustDomain, pins: v.pins}
+			trial := &upstreamTrial{flags: &f, ca: above.CA, kind: above.Kind, trustDomain: v.trustDomain, pins: v.pins, leaves: above.Leaves}
 			return trial.report(cmd)
 		},
 	}
@@ -142,6 +144,7 @@ type upstreamTrial struct {
 	trustDomain spiffeid.TrustDomain
 	pins        [][32]byte
 	open        func() (upstream.CA, error) // starts a plug-in anew; nil for other kinds
+	leaves      bool                        // X.509-SVIDs are asked for, not intermediates
 
 	// What the first answer was.
 	anchor   *x509.Certificate
@@ -177,14 +180,18 @@ func (t *upstreamTrial) checks() []*check {
 	if t.kind == "disk" {
 		configure = "the error says what to change"
 	}
+	signs, lives := "signs an intermediate", "allow a longer life in the profile or template used there, or shorten authority.intermediate_life"
+	if t.leaves {
+		signs, lives = "signs an X.509-SVID", "allow a longer life in the profile or template used there, or shorten svid.max_ttl"
+	}
 	return []*check{
-		{Check: "signs an intermediate", Fix: fix("the error says what to change; a plug-in's log lines are above", configure), run: t.first},
+		{Check: signs, Fix: fix("the error says what to change; a plug-in's log lines are above", configure), run: t.first},
 		{
 			Check: "is the same CA the second time", run: t.second,
 			Fix: fix("give each certificate a serial number of its own (RFC 5280 §4.1.2.2), and keep one root", "have one CA, with one root, behind the address that is configured"),
 		},
 		{Check: "is pinned", Fix: "compare the fingerprint with what the operators of that CA say, then write it to upstream.roots_sha256", run: t.pinned},
-		{Check: "lives as long as was asked for", Fix: "allow a longer life in the profile or template used there, or shorten authority.intermediate_life", run: t.lives},
+		{Check: "lives as long as was asked for", Fix: lives, run: t.lives},
 		{Check: "announces its roots", Fix: fix("WatchRoots has to send all present roots at once, among them the one that signs", configure), run: t.watch},
 		{Check: "signs while its roots are watched", Fix: fix("serve calls concurrently: with one worker, a watch keeps all others waiting", configure), run: t.whileWatched},
 		{
@@ -272,8 +279,33 @@ func (t *upstreamTrial) request() (*upstream.Request, error) {
 	if err != nil {
 		return nil, err
 	}
+	if t.leaves {
+		return t.leaf(key)
+	}
 	subject := pkix.Name{CommonName: "meshid trial", SerialNumber: strings.ToLower(rand.Text())}
 	return upstream.NewRequest(t.trustDomain, key, subject, t.flags.life, t.ca.Capabilities())
+}
+
+// leaf makes a request for an X.509-SVID, of a SPIFFE ID that no workload has.
+func (t *upstreamTrial) leaf(key *ecdsa.PrivateKey) (*upstream.Request, error) {
+	names := pkcs10.Names{URI: t.trustDomain.IDString() + identity.ReservedPath + "trial"}
+	csr, err := pkcs10.Sign(key, names)
+	if err != nil {
+		return nil, err
+	}
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	return upstream.NewLeaf(t.trustDomain, csr, spki, names, t.flags.life, t.ca.Capabilities())
+}
+
+// sign has the CA sign a request.
+func (t *upstreamTrial) sign(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	if signer, ok := t.ca.(upstream.LeafSigner); ok && t.leaves {
+		return signer.SignLeaf(ctx, r)
+	}
+	return t.ca.Mint(ctx, r)
 }
 
 func (t *upstreamTrial) mint(ctx context.Context) (*upstream.Verified, error) {
@@ -281,7 +313,7 @@ func (t *upstreamTrial) mint(ctx context.Context) (*upstream.Verified, error) {
 	if err != nil {
 		return nil, err
 	}
-	m, err := t.ca.Mint(ctx, r)
+	m, err := t.sign(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -386,7 +418,7 @@ func (t *upstreamTrial) refused(ctx context.Context, spoil func(*upstream.Reques
 	if err := spoil(r); err != nil {
 		return "", err
 	}
-	_, err = t.ca.Mint(ctx, r)
+	_, err = t.sign(ctx, r)
 	switch {
 	case err == nil:
 		return "", errors.New("it was signed")

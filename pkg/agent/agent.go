@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -117,6 +118,8 @@ type Agent struct {
 	renew   chan struct{} // capacity 1: the agent's own X.509-SVID is to be replaced
 	tasks   sync.WaitGroup
 	vault   *vault // nil while there is no sealing key
+	// namesInCSR: the CA that was spoken to last needs CSRs that ask for the names.
+	namesInCSR atomic.Bool
 
 	mu sync.Mutex // guards what follows; never held while waiting for anything
 

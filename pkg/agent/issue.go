@@ -20,6 +20,7 @@ import (
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/internal/pkcs10"
 	"github.com/meshid/meshid/pkg/agent/cache"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
@@ -166,15 +167,22 @@ func (a *Agent) call(ctx context.Context, s *session, batch []cache.Request, fac
 	defer cancel()
 	request := &nodev1.IssueRequest{Items: make([]*nodev1.IssueItem, len(batch))}
 	pairs := make([]*keyPair, len(batch))
+	named := a.namesInCSR.Load()
 	for n, q := range batch {
 		pair, err := a.keys.take()
 		if err != nil {
 			return nil, nil, err
 		}
 		pairs[n] = pair
+		csr := pair.csr
+		if named {
+			if csr, err = pkcs10.Sign(pair.key, pkcs10.Names{URI: q.Identity.ID.String(), DNS: q.Identity.DNSNames}); err != nil {
+				return nil, nil, fmt.Errorf("create CSR: %w", err)
+			}
+		}
 		request.Items[n] = &nodev1.IssueItem{
 			Entry:          q.Identity.Entry.Name(),
-			Csr:            pair.csr,
+			Csr:            csr,
 			Instance:       q.Instance,
 			Workload:       facts[n].attributes,
 			Process:        facts[n].process,

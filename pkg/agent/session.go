@@ -36,6 +36,7 @@ import (
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/internal/backoff"
+	"github.com/meshid/meshid/internal/pkcs10"
 	"github.com/meshid/meshid/pkg/agent/cache"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
@@ -312,7 +313,7 @@ func (a *Agent) proveNode(ctx context.Context) (*granted, error) {
 	start := &nodev1.AttestRequest{Step: &nodev1.AttestRequest_Start{Start: &nodev1.AttestStart{
 		Method: a.cfg.Node.Method(), Evidence: evidence, Csr: pair.csr, AgentVersion: a.cfg.Version,
 	}}}
-	answer, err := a.askAttestation(ctx, start, binding[:])
+	answer, err := a.askAttestation(ctx, start, pair.key, binding[:])
 	if err != nil {
 		return nil, err
 	}
@@ -322,35 +323,35 @@ func (a *Agent) proveNode(ctx context.Context) (*granted, error) {
 // askAttestation talks to a CA that the bundle at hand verifies. Where that
 // fails (the agent has been away for longer than the roots it knows), the
 // configured anchors or pin are asked.
-func (a *Agent) askAttestation(ctx context.Context, start *nodev1.AttestRequest, binding []byte) (*nodev1.AgentIdentity, error) {
+func (a *Agent) askAttestation(ctx context.Context, start *nodev1.AttestRequest, key *ecdsa.PrivateKey, binding []byte) (*nodev1.AgentIdentity, error) {
 	a.mu.Lock()
 	bundle := a.bundle
 	a.mu.Unlock()
 	if bundle != nil {
-		answer, untrusted, err := a.attestOver(ctx, bundle.Roots, nil, start, binding)
+		answer, untrusted, err := a.attestOver(ctx, bundle.Roots, nil, start, key, binding)
 		if err == nil || !untrusted {
 			return answer, err
 		}
 	}
-	answer, _, err := a.attestOver(ctx, a.cfg.TrustAnchors, a.cfg.RootSHA256, start, binding)
+	answer, _, err := a.attestOver(ctx, a.cfg.TrustAnchors, a.cfg.RootSHA256, start, key, binding)
 	return answer, err
 }
 
 // attestOver runs the Attest call over a connection of its own. untrusted says
 // that the peer did not prove to be the CA.
-func (a *Agent) attestOver(ctx context.Context, roots []*x509.Certificate, pin []byte, start *nodev1.AttestRequest, binding []byte) (answer *nodev1.AgentIdentity, untrusted bool, err error) {
+func (a *Agent) attestOver(ctx context.Context, roots []*x509.Certificate, pin []byte, start *nodev1.AttestRequest, key *ecdsa.PrivateKey, binding []byte) (answer *nodev1.AgentIdentity, untrusted bool, err error) {
 	trust := &trust{roots: roots, pin: pin}
 	conn, err := a.dial(nil, trust)
 	if err != nil {
 		return nil, false, err
 	}
 	defer conn.Close() //nolint:errcheck // nothing can be done, and nothing is lost
-	answer, err = a.attestWith(ctx, conn, start, binding)
+	answer, err = a.attestWith(ctx, conn, start, key, binding)
 	return answer, trust.failed.Load(), err
 }
 
 // attestWith is the dialogue of an attestation.
-func (a *Agent) attestWith(ctx context.Context, conn *grpc.ClientConn, start *nodev1.AttestRequest, binding []byte) (*nodev1.AgentIdentity, error) {
+func (a *Agent) attestWith(ctx context.Context, conn *grpc.ClientConn, start *nodev1.AttestRequest, key *ecdsa.PrivateKey, binding []byte) (*nodev1.AgentIdentity, error) {
 	stream, err := nodev1.NewNodeServiceClient(conn).Attest(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("call the CA: %w", err)
@@ -371,6 +372,13 @@ func (a *Agent) attestWith(ctx context.Context, conn *grpc.ClientConn, start *no
 				return nil, fmt.Errorf("answer the CA's challenge: %w", err)
 			}
 			sendErr = stream.Send(&nodev1.AttestRequest{Step: &nodev1.AttestRequest_Response{Response: response}})
+		case *nodev1.AttestResponse_Name:
+			// What it may not ask for is refused when it comes back.
+			csr, err := pkcs10.Sign(key, pkcs10.Names{URI: step.Name})
+			if err != nil {
+				return nil, fmt.Errorf("create CSR: %w", err)
+			}
+			sendErr = stream.Send(&nodev1.AttestRequest{Step: &nodev1.AttestRequest_Response{Response: csr}})
 		default:
 			return nil, errors.New("the CA sent a step of attestation that this agent does not know")
 		}
@@ -603,8 +611,12 @@ func (a *Agent) renewOwn(ctx context.Context, s *session) error {
 	if err != nil {
 		return err
 	}
+	csr, err := pkcs10.Sign(pair.key, pkcs10.Names{URI: s.own.id.String()})
+	if err != nil {
+		return fmt.Errorf("create CSR: %w", err)
+	}
 	answer, err := s.client.Renew(ctx, &nodev1.RenewRequest{
-		Csr: pair.csr, PreviousSerial: s.own.chain[0].SerialNumber.Bytes(),
+		Csr: csr, PreviousSerial: s.own.chain[0].SerialNumber.Bytes(),
 	})
 	if err != nil {
 		o := failed

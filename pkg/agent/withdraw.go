@@ -130,9 +130,10 @@ func (a *Agent) lostStream(s *stream) {
 	}
 }
 
-// welcome notes that the CA of this session wants to be told, and tells it of all
-// that is remembered: what was sent on an earlier one may have been lost with it.
+// welcome notes what the CA of this session needs, and tells it, if it wants to be told,
+// of all that is remembered: what was sent on an earlier one may have been lost with it.
 func (a *Agent) welcome(m *nodev1.Welcome) {
+	a.namesInCSR.Store(m.GetNamesInCsr())
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.reporting = m.GetReportsWithdrawals(); !a.reporting {

@@ -64,11 +64,13 @@ type authority struct {
 	// renewAt is half of its life.
 	renewAt time.Time
 
-	key      crypto.Signer // in memory
+	key      crypto.Signer // in memory; nil for the upstream CA, if that signs each leaf
 	scheme   *scheme
 	template template
 	// record is shared by the ledger records of all that it signs: read only.
 	record *ledgerv1.Authority
+	// own is there instead of a key.
+	own *ownLeaf
 	// lastLeaf is the greatest NotAfter that it has signed, in Unix seconds.
 	lastLeaf atomic.Int64
 	// suspect is set when a signature did not verify: its key is replaced.

@@ -213,6 +213,7 @@ type CA struct {
 	metrics *metrics
 	nap     time.Duration // longestNap, but in tests of years
 	live    *liveKeys
+	leaves  *leafSigner // nil unless the upstream CA signs each leaf
 
 	// state is what Sign reads: one load, no lock.
 	state atomic.Pointer[state]
@@ -295,6 +296,10 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	if err := cfg.check(); err != nil {
 		return nil, fmt.Errorf("configure the authority: %w", err)
 	}
+	leaves, err := newLeafSigner(cfg.Upstream)
+	if err != nil {
+		return nil, fmt.Errorf("configure the authority: %w", err)
+	}
 	m, err := newMetrics(cfg.Registerer)
 	if err != nil {
 		return nil, fmt.Errorf("register the authority's metrics: %w", err)
@@ -302,6 +307,7 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	c := &CA{
 		cfg: cfg, log: cfg.Logger, metrics: m,
 		live:    newLiveKeys(cfg.MaxTTL, maxLiveKeys),
+		leaves:  leaves,
 		drained: make(map[string]time.Time),
 		nap:     longestNap,
 		kick:    make(chan struct{}, 1), kickMint: make(chan struct{}, 1),
@@ -366,11 +372,13 @@ func (c *CA) Authorities() []Authority {
 	for _, r := range s.roots {
 		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.shown(), Certificate: r.cert})
 	}
-	if s.active != nil {
+	if s.active != nil && s.active.key != nil {
 		all = append(all, s.active.describe(StateActive))
 	}
 	for _, r := range s.retiring {
-		all = append(all, r.describe(StateRetiring))
+		if r.key != nil {
+			all = append(all, r.describe(StateRetiring))
+		}
 	}
 	return all
 }
@@ -423,12 +431,15 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 	}
 	failed := c.failed.Load()
 	upstreamFailed := c.mintHealth(s, now)
+	leafFailed := c.leafHealth()
 	stalled := c.stalled.Load()
 	switch end := s.signer.cert.NotAfter; {
 	case stalled != nil && *stalled != "":
 		warning = errors.New(*stalled)
 	case upstreamFailed != nil:
 		warning = upstreamFailed
+	case leafFailed != nil:
+		warning = leafFailed
 	case failed != nil:
 		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
 	case !s.signer.foreign && end.Sub(now) < c.cfg.IntermediateLife:

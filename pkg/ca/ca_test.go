@@ -110,6 +110,11 @@ type fixture struct {
 	reg *prometheus.Registry
 }
 
+// Sign is that of the CA, for tests in which nothing is waited for.
+func (f *fixture) Sign(now time.Time, r *Request) (*Signed, error) {
+	return f.CA.Sign(context.Background(), now, r)
+}
+
 // open opens a CA over what earlier calls with the same cfg have left.
 func open(t testing.TB, cfg Config) *fixture {
 	t.Helper()

@@ -166,8 +166,8 @@ func (c *CA) intermediateDue(now time.Time) bool {
 
 func (c *CA) ownDue(now time.Time) bool {
 	own, active := c.own.Load(), c.state.Load().active
-	if active == nil || !active.usable(now) {
-		return false // there is nothing to sign it with
+	if active == nil || !active.usable(now) || active.key == nil {
+		return false // there is nothing to sign it with, or runMint does it
 	}
 	return own == nil || !own.usable(now) || !now.Before(own.renewAt) || own.authority != active.id
 }
@@ -221,12 +221,17 @@ func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 	if err := c.cfg.Store.PutIntermediates(sctx, now, made...); err != nil {
 		return err
 	}
-	drafts := []*ledger.Draft{c.intermediateDraft(now, a, StateActive, s.trust.Sequence)}
-	if s.active != nil {
+	var drafts []*ledger.Draft
+	if a.key != nil {
+		drafts = append(drafts, c.intermediateDraft(now, a, StateActive, s.trust.Sequence))
+	}
+	if s.active != nil && s.active.key != nil {
 		drafts = append(drafts, c.intermediateDraft(now, s.active, StateRetiring, s.trust.Sequence))
 	}
-	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
-		return fmt.Errorf("record it: %w", err)
+	if len(drafts) > 0 {
+		if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
+			return fmt.Errorf("record it: %w", err)
+		}
 	}
 	next := *s
 	next.active = a
@@ -240,7 +245,11 @@ func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 		next.retiring = next.retiring[:maxRetiring]
 	}
 	c.setState(&next)
-	c.log.InfoContext(ctx, "intermediate active", "authority", a.id, "not_after", a.notAfter)
+	what := "intermediate active"
+	if a.key == nil {
+		what = "upstream ca signs each x.509-svid"
+	}
+	c.log.InfoContext(ctx, what, "authority", a.id, "not_after", a.notAfter)
 	return nil
 }
 
@@ -256,10 +265,12 @@ func (c *CA) dropGone(ctx context.Context, now time.Time) error {
 	for _, r := range s.retiring {
 		if gone(r) {
 			ended = append(ended, Intermediate{ID: r.id, Root: r.root.id, Instance: c.cfg.Instance, LiveUntil: now.Add(-time.Second)})
-			drafts = append(drafts, c.intermediateDraft(now, r.authority, StateGone, s.trust.Sequence))
+			if r.key != nil {
+				drafts = append(drafts, c.intermediateDraft(now, r.authority, StateGone, s.trust.Sequence))
+			}
 		}
 	}
-	if len(drafts) == 0 {
+	if len(ended) == 0 {
 		return nil
 	}
 	sctx, cancel := context.WithTimeout(ctx, storeTimeout)
@@ -267,8 +278,10 @@ func (c *CA) dropGone(ctx context.Context, now time.Time) error {
 	if err := c.cfg.Store.PutIntermediates(sctx, now, ended...); err != nil {
 		return err
 	}
-	if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
-		return err
+	if len(drafts) > 0 {
+		if _, err := c.cfg.Ledger.Append(ctx, drafts...); err != nil {
+			return err
+		}
 	}
 	next := *s
 	next.retiring = slices.DeleteFunc(slices.Clone(s.retiring), gone)
@@ -607,17 +620,25 @@ func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
+	signed, err := c.sign(ctx, now, &Request{ID: id, DNSNames: c.cfg.DNSNames, Key: pub, TTL: c.cfg.MaxTTL, Record: c.ownRecord()}, true)
+	if err != nil {
+		return err
+	}
+	return c.showOwn(ctx, c.state.Load().active, key, signed)
+}
+
+// ownRecord is what the record of the CA's own X.509-SVID says of the request.
+func (c *CA) ownRecord() *ledgerv1.Record {
 	kind := ledgerv1.Kind_KIND_RENEWAL
 	if c.own.Load() == nil {
 		kind = ledgerv1.Kind_KIND_FIRST
 	}
-	s := c.state.Load()
-	signed, err := c.sign(now, &Request{ID: id, DNSNames: c.cfg.DNSNames, Key: pub, TTL: c.cfg.MaxTTL, Record: &ledgerv1.Record{
-		Event: ledgerv1.Event_EVENT_ISSUE, Kind: kind, Instance: "ca", VerifiedBy: "ca",
-	}}, true)
-	if err != nil {
-		return err
-	}
+	return &ledgerv1.Record{Event: ledgerv1.Event_EVENT_ISSUE, Kind: kind, Instance: "ca", VerifiedBy: "ca"}
+}
+
+// showOwn has the CA show itself with an X.509-SVID that a has signed, once that is
+// recorded.
+func (c *CA) showOwn(ctx context.Context, a *authority, key crypto.Signer, signed *Signed) error {
 	durable, err := c.cfg.Ledger.Append(ctx, signed.Draft)
 	if err != nil {
 		return fmt.Errorf("record it: %w", err)
@@ -625,14 +646,14 @@ func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
 	if len(durable) != 1 {
 		return fmt.Errorf("record it: the ledger returned %d records for 1", len(durable))
 	}
-	chain := append(slices.Clone(durable[0].Chain()), s.active.root.cert.Raw)
+	chain := append(slices.Clone(durable[0].Chain()), a.root.cert.Raw)
 	parsedLeaf, err := x509.ParseCertificate(chain[0])
 	if err != nil {
 		return err
 	}
 	c.own.Store(&ownSVID{
 		certificate: &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: parsedLeaf},
-		authority:   s.active.id,
+		authority:   a.id,
 		notBefore:   signed.NotBefore, notAfter: signed.NotAfter, renewAt: signed.RenewAt,
 	})
 	c.metrics.ownNotAfter.Set(seconds(signed.NotAfter))

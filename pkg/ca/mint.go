@@ -34,6 +34,9 @@ type Upstream struct {
 	CA upstream.CA
 	// Kind names it in messages, such as "vault".
 	Kind string
+	// Leaves has it sign each X.509-SVID, in place of intermediates; it has to be an
+	// upstream.LeafSigner.
+	Leaves bool
 	// Pins are the SHA-256 of those of its roots that may be trusted. Without any,
 	// the roots of its first answer are trusted, and later ones as it names them.
 	Pins [][32]byte
@@ -97,7 +100,7 @@ func (c *CA) runMint(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
-			c.log.WarnContext(ctx, "upstream ca gave no intermediate, will retry", "kind", c.cfg.Upstream.Kind, "err", err)
+			c.log.WarnContext(ctx, "upstream ca signed nothing, will retry", "kind", c.cfg.Upstream.Kind, "err", err)
 			continue
 		}
 		c.cfg.OnChange()
@@ -147,11 +150,18 @@ func (c *CA) mintAndInstall(ctx context.Context) (a *authority, err error) {
 	if c.state.Load().signer.id != a.root.id {
 		return nil, errors.New("the root has changed in the meantime")
 	}
-	if err := c.install(ctx, a, now); err != nil {
+	install := c.install
+	if c.leaves != nil {
+		install = c.installAbove
+	}
+	if err := install(ctx, a, now); err != nil {
 		return nil, err
 	}
 	c.mintFailed.Store(nil)
 	c.flushRenewals()
+	if c.leaves != nil {
+		return a, nil
+	}
 	if err := c.replaceOwn(ctx, now); err != nil {
 		c.log.WarnContext(ctx, "own x.509-svid not renewed, will retry", "err", err)
 	}
@@ -196,6 +206,9 @@ func (c *CA) mint(ctx context.Context) (*authority, error) {
 	if s.signer.id != name {
 		return nil, fmt.Errorf("the upstream CA now signs with root %s (%.100q), which is used when every live proxy has acknowledged it", name, anchor.Subject)
 	}
+	if c.leaves != nil {
+		return above(verified, key, s.signer, now), nil
+	}
 	return newAuthority(verified.Chain, verified.NotAfter, s.signer, key, s.trust.Sequence, now)
 }
 
@@ -213,7 +226,22 @@ func (c *CA) rank(cert *x509.Certificate) int {
 	}
 }
 
-// ask makes a key, has it certified, and verifies the answer.
+// requestIntermediate makes a key and the request for an intermediate.
+func (c *CA) requestIntermediate() (crypto.Signer, *upstream.Request, error) {
+	key, err := c.cfg.IntermediateKey.Generate()
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := authorityTemplate(c.cfg.TrustDomain, c.cfg.Subject.name(c.cfg.TrustDomain, RoleIntermediate), key.Public())
+	if err != nil {
+		return nil, nil, err
+	}
+	request, err := upstream.NewRequest(c.cfg.TrustDomain, key, t.Subject, c.cfg.IntermediateLife, c.cfg.Upstream.CA.Capabilities())
+	return key, request, err
+}
+
+// ask makes a key, has it certified, and verifies the answer: an intermediate, or the
+// CA's own X.509-SVID if the upstream CA signs each.
 func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ crypto.Signer, _ time.Time, err error) {
 	defer func(start time.Time) { c.metrics.observeUpstream(start, err) }(time.Now())
 	var now time.Time
@@ -221,26 +249,22 @@ func (c *CA) ask(ctx context.Context) (_ *upstream.Verified, _ crypto.Signer, _ 
 		return nil, nil, now, fmt.Errorf("%s: %w", doing, err)
 	}
 	u := c.cfg.Upstream
-	key, err := c.cfg.IntermediateKey.Generate()
-	if err != nil {
-		return fail("make an intermediate", err)
+	sign, request := u.CA.Mint, c.requestIntermediate
+	if c.leaves != nil {
+		sign, request = c.leaves.SignLeaf, c.requestOwn
 	}
-	t, err := authorityTemplate(c.cfg.TrustDomain, c.cfg.Subject.name(c.cfg.TrustDomain, RoleIntermediate), key.Public())
+	key, wanted, err := request()
 	if err != nil {
-		return fail("describe an intermediate", err)
-	}
-	request, err := upstream.NewRequest(c.cfg.TrustDomain, key, t.Subject, c.cfg.IntermediateLife, u.CA.Capabilities())
-	if err != nil {
-		return fail("request an intermediate", err)
+		return fail("make a request", err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, mintTimeout)
 	defer cancel()
-	minted, err := u.CA.Mint(ctx, request)
+	minted, err := sign(ctx, wanted)
 	if err != nil {
-		return fail("have an intermediate signed by "+u.Kind, err)
+		return fail("have it signed by "+u.Kind, err)
 	}
 	now = time.Now().Round(0)
-	verified, err := request.Verify(now, minted)
+	verified, err := wanted.Verify(now, minted)
 	if err != nil {
 		return fail("check the answer of "+u.Kind, err)
 	}
@@ -277,13 +301,17 @@ func (c *CA) mintHealth(s *state, now time.Time) error {
 	}
 	since := f.since.UTC().Format(time.RFC3339)
 	if s.active == nil {
-		return fmt.Errorf("the upstream CA has given no intermediate since %s: %w", since, f.err)
+		return fmt.Errorf("the upstream CA has signed nothing since %s: %w", since, f.err)
+	}
+	what, end := "intermediate", s.active.leafEnd
+	if s.active.key == nil { // the leaves themselves are in leafHealth
+		what, end = "X.509-SVID of this CA", s.active.own.chain[0].NotAfter
 	}
 	urgent := ""
 	// Half of the life is slack; half of that is gone.
-	if half := s.active.notAfter.Sub(s.active.renewAt); s.active.notAfter.Sub(now) < half/2 {
+	if half := end.Sub(s.active.renewAt); end.Sub(now) < half/2 {
 		urgent = "act now: more than half of the time for it is over: "
 	}
-	return fmt.Errorf("%sthe upstream CA has given no new intermediate since %s, and issuing ends at %s: %w",
-		urgent, since, s.active.leafEnd.UTC().Format(time.RFC3339), f.err)
+	return fmt.Errorf("%sthe upstream CA has signed no new %s since %s, and issuing ends at %s: %w",
+		urgent, what, since, end.UTC().Format(time.RFC3339), f.err)
 }

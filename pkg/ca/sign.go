@@ -1,10 +1,12 @@
 package ca
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
+	"runtime"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -23,7 +25,8 @@ import (
 //  5. check       what was signed: the linter, then the signature itself
 //  6. record      what the ledger has to make durable before the release
 //
-// Nothing on it waits: the authority is one atomic load away.
+// Nothing on it waits: the authority is one atomic load away. Where the upstream CA signs
+// each leaf, steps 3 to 5 are its (leaves.go).
 
 // Reasons of a RequestError.
 const (
@@ -69,6 +72,9 @@ type Request struct {
 	// MinLife and MaxLife bound the time from NotBefore to NotAfter; zero for no bound.
 	// What is more is cut off at its end, and what is less is refused.
 	MinLife, MaxLife time.Duration
+	// CSR is the request in PKCS #10, DER, of which Key is the key. It is needed if the
+	// upstream CA signs (CA.NamesInCSR), and then has to ask for the names above.
+	CSR []byte
 	// Record has the facts: event, kind, node, entry, workload, instance and how
 	// long the request took. Sign fills in the rest and puts it in the draft; on
 	// an error it is the caller's again, for the record of the refusal. Its node
@@ -98,13 +104,23 @@ const minRemaining = MinTTL / 2
 // granted, an error that wraps ErrNoAuthority if no authority can sign at now,
 // or an error that says that the result was not what was meant. In each case
 // nothing was released. It waits for nothing but the processor, and may be called
-// concurrently from all cores.
-func (c *CA) Sign(now time.Time, r *Request) (*Signed, error) {
-	return c.sign(now, r, false)
+// concurrently from all cores. If the upstream CA signs each leaf, it waits for that, up
+// to the end of ctx, and returns a *LaterError for what may be granted later; then it
+// may be called Concurrency times at once.
+func (c *CA) Sign(ctx context.Context, now time.Time, r *Request) (*Signed, error) {
+	return c.sign(ctx, now, r, false)
+}
+
+// Concurrency is how many calls of Sign are of use at once.
+func (c *CA) Concurrency() int {
+	if c.leaves != nil {
+		return leafConcurrency
+	}
+	return runtime.GOMAXPROCS(0)
 }
 
 // sign is Sign; own is set for the CA's own X.509-SVID.
-func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
+func (c *CA) sign(ctx context.Context, now time.Time, r *Request, own bool) (*Signed, error) {
 	start := time.Now()
 	s := c.state.Load()
 	record := r.Record
@@ -146,38 +162,23 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 		c.metrics.refused[refusedCSR].Inc()
 		return nil, &RequestError{Reason: ReasonCSR, Err: errors.New("another workload instance has a live certificate for its key: make a new key")}
 	}
-	newSerial(&l.serial)
-	// 3. Encode.
-	buffer, err := a.template.appendTBS(&l)
-	if err != nil {
-		c.metrics.refused[refusedDNS].Inc()
-		return nil, &RequestError{Reason: ReasonDNS, Err: err}
+	var made signature
+	if a.key == nil {
+		err = c.signAbove(ctx, a, r, &l, &made)
+	} else {
+		err = c.signHere(a, &l, now, &made)
 	}
-	// 4. Sign.
-	signature, err := a.scheme.sign(a.key, buffer[outerHead:])
 	if err != nil {
-		c.metrics.refused[refusedSelfCheck].Inc()
-		return nil, fmt.Errorf("sign for %s with authority %s: %w", id, a.id, err)
-	}
-	certificate := a.template.appendSignature(buffer, signature)
-	// 5. Check.
-	if err := c.check(a, &l, now, certificate); err != nil {
-		if errors.Is(err, errBadSignature) {
-			// The key in memory may be damaged: Run replaces it.
-			a.suspect.Store(true)
-			c.wake()
-		}
-		c.metrics.refused[refusedSelfCheck].Inc()
-		return nil, fmt.Errorf("check the certificate for %s from authority %s: %w", id, a.id, err)
+		return nil, err
 	}
 	// 6. Record.
 	a.sawLeaf(l.notAfter.Unix())
-	c.fill(record, a, &l, now, certificate)
+	c.fill(record, &made, &l, now)
 	signed := &Signed{
-		Draft:     ledger.NewDraft(record, a.under(certificate)),
+		Draft:     ledger.NewDraft(record, made.chain),
 		NotBefore: l.notBefore, NotAfter: l.notAfter,
 		RenewAt: renewAt(now, l.notAfter),
-		Serial:  l.serial[:],
+		Serial:  made.serial,
 	}
 	if shrunk >= 0 {
 		c.metrics.shrunk[shrunk].Inc()
@@ -189,6 +190,36 @@ func (c *CA) sign(now time.Time, r *Request, own bool) (*Signed, error) {
 	c.metrics.signed[kind].Inc()
 	c.metrics.duration.Observe(time.Since(start).Seconds())
 	return signed, nil
+}
+
+// signHere is steps 3 to 5 with the key of an intermediate.
+func (c *CA) signHere(a *authority, l *leaf, now time.Time, made *signature) error {
+	newSerial(&l.serial)
+	// 3. Encode.
+	buffer, err := a.template.appendTBS(l)
+	if err != nil {
+		c.metrics.refused[refusedDNS].Inc()
+		return &RequestError{Reason: ReasonDNS, Err: err}
+	}
+	// 4. Sign.
+	signature, err := a.scheme.sign(a.key, buffer[outerHead:])
+	if err != nil {
+		c.metrics.refused[refusedSelfCheck].Inc()
+		return fmt.Errorf("sign for %s with authority %s: %w", l.id, a.id, err)
+	}
+	certificate := a.template.appendSignature(buffer, signature)
+	// 5. Check.
+	if err := c.check(a, l, now, certificate); err != nil {
+		if errors.Is(err, errBadSignature) {
+			// The key in memory may be damaged: Run replaces it.
+			a.suspect.Store(true)
+			c.wake()
+		}
+		c.metrics.refused[refusedSelfCheck].Inc()
+		return fmt.Errorf("check the certificate for %s from authority %s: %w", l.id, a.id, err)
+	}
+	made.chain, made.serial, made.authority = a.under(certificate), l.serial[:], a.record
+	return nil
 }
 
 // validate returns the SPIFFE ID's text.
@@ -282,8 +313,8 @@ func (c *CA) check(a *authority, l *leaf, now time.Time, certificate []byte) err
 // recordVersion is that of the ledger's records.
 const recordVersion = 1
 
-func (c *CA) fill(r *ledgerv1.Record, a *authority, l *leaf, now time.Time, certificate []byte) {
-	fingerprint := sha256.Sum256(certificate)
+func (c *CA) fill(r *ledgerv1.Record, made *signature, l *leaf, now time.Time) {
+	fingerprint := sha256.Sum256(made.chain[0])
 	r.Version = recordVersion
 	if r.Time == nil {
 		r.Time = timestamppb.New(now)
@@ -295,19 +326,19 @@ func (c *CA) fill(r *ledgerv1.Record, a *authority, l *leaf, now time.Time, cert
 	r.TrustDomain = c.cfg.TrustDomain.Name()
 	r.SpiffeId = l.id
 	r.Certificate = &ledgerv1.Certificate{
-		Serial: l.serial[:], Sha256: fingerprint[:], SpkiSha256: l.key.hash[:],
+		Serial: made.serial, Sha256: fingerprint[:], SpkiSha256: l.key.hash[:],
 		KeyAlgorithm: l.key.algorithm,
 		NotBefore:    timestamppb.New(l.notBefore), NotAfter: timestamppb.New(l.notAfter),
 		DnsNames: l.dnsNames,
 	}
-	r.Authority = a.record
+	r.Authority = made.authority
 	r.CaInstance, r.CaVersion = c.cfg.Instance, c.cfg.Version
 }
 
 // noAuthority says why.
 func (c *CA) noAuthority(s *state, now time.Time) error {
 	if s.signer.foreign {
-		return fmt.Errorf("%w: the upstream CA has not given an intermediate yet", ErrNoAuthority)
+		return fmt.Errorf("%w: the upstream CA has signed nothing yet", ErrNoAuthority)
 	}
 	switch r := s.signer.cert; {
 	case now.Before(r.NotBefore):

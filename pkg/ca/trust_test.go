@@ -410,9 +410,16 @@ type unwatched struct{ *upstreamtest.Memory }
 
 func (unwatched) WatchRoots() {}
 
-// From a root of our own to that of an enterprise, and back; at each hour all that
-// was issued and lives verifies.
+// From a root of our own to that of an enterprise, which signs intermediates or each
+// leaf, and back; at each hour all that was issued and lives verifies.
 func TestAdoptUpstreamAndBack(t *testing.T) {
+	for _, leaves := range []bool{false, true} {
+		t.Run(fmt.Sprintf("leaves=%t", leaves), func(t *testing.T) { adoptAndBack(t, leaves) })
+	}
+}
+
+func adoptAndBack(t *testing.T, leaves bool) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		nodes := &fleet{}
 		nodes.acknowledge(1)
@@ -423,7 +430,7 @@ func TestAdoptUpstreamAndBack(t *testing.T) {
 			t.Errorf("without an upstream CA: %v", err)
 		}
 		keyStore := f.cfg.Keys
-		f = open(t, Config{Store: store, Keys: keyStore, Upstream: &Upstream{CA: upstreamtest.NewMemory(a, upstreamtest.Good), Kind: "memory"}, Fleet: nodes.nodes})
+		f = open(t, Config{Store: store, Keys: keyStore, Upstream: &Upstream{CA: upstreamtest.NewMemory(a, upstreamtest.Good), Kind: "memory", Leaves: leaves}, Fleet: nodes.nodes})
 		f.run(t)
 		synctest.Wait()
 		if n := len(f.state.Load().roots); n != 1 {
@@ -437,7 +444,9 @@ func TestAdoptUpstreamAndBack(t *testing.T) {
 		hours := func(n int) {
 			t.Helper()
 			for range n {
-				signed, err := f.Sign(time.Now(), &Request{ID: id("/app"), Key: parseKey(t, newKey(t)), TTL: 5 * time.Hour})
+				request := named(t, newKey(t), appNames)
+				request.TTL = 5 * time.Hour
+				signed, err := f.Sign(time.Now(), request)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -146,7 +146,7 @@ func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
 		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why",
 			fmt.Errorf("verifier established a node of method %q with %d bytes of attributes", node.GetMethod(), proto.Size(node)))
 	}
-	return a.admit(ctx, node, key, start.GetAgentVersion())
+	return a.admit(ctx, node, key, start)
 }
 
 // receive returns the agent's next message. Recv itself knows no deadline: it
@@ -191,6 +191,24 @@ func (a *attestation) challenge(ctx context.Context, challenge []byte) ([]byte, 
 	return step.Response, nil
 }
 
+// named has the agent make a CSR with the name that it did not know before, for the key
+// that was attested. The names in it are looked at where it is used.
+func (a *attestation) named(ctx context.Context, id string, key *ca.PublicKey) ([]byte, error) {
+	if err := a.stream.Send(&nodev1.AttestResponse{Step: &nodev1.AttestResponse_Name{Name: id}}); err != nil {
+		return nil, fmt.Errorf("send the node's name: %w", err)
+	}
+	msg, err := a.receive(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("receive a CSR with the node's name: %w", err)
+	}
+	csr := msg.GetResponse()
+	again, err := ca.ParseCSR(csr)
+	if err == nil && again.Hash() != key.Hash() {
+		err = errors.New("the CSR with the node's name is for another key")
+	}
+	return csr, err
+}
+
 // refused records that an attestation was refused. ref is nil while the node is
 // not known; it is then counted for the address that it came from.
 func (a *attestation) refused(ctx context.Context, ref *ledgerv1.NodeRef, reason string, k kind, text string, cause error) error {
@@ -226,11 +244,17 @@ func (a *attestation) record(event ledgerv1.Event) *ledgerv1.Record {
 
 // admit gives a node that was attested its X.509-SVID. Whatever the node had
 // before is worth nothing from then on.
-func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, key *ca.PublicKey, version string) (*nodev1.AgentIdentity, error) {
-	s := a.s
+func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, key *ca.PublicKey, start *nodev1.AttestStart) (*nodev1.AgentIdentity, error) {
+	s, version := a.s, start.GetAgentVersion()
 	id, err := identity.NodeID(s.cfg.TrustDomain, attributes.GetMethod(), attributes.GetId())
 	if err != nil {
 		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why", err)
+	}
+	csr := start.GetCsr()
+	if s.cfg.CA.NamesInCSR() {
+		if csr, err = a.named(ctx, id.String(), key); err != nil {
+			return nil, a.refused(ctx, nil, reasonCSR, kindInvalid, "the answer to the node's name must be a CSR that has it: is this agent older than the CA?", err)
+		}
 	}
 	defer s.lockNode(id.String())()
 	before, known := s.registry.Node(id.String())
@@ -253,7 +277,7 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 		u.Node = ref
 		used = append(used, u)
 	}
-	signed, durable, err := s.signAgent(ctx, id.String(), key, r, used...)
+	signed, durable, err := s.signAgent(ctx, id.String(), key, csr, r, used...)
 	if err != nil {
 		return nil, err
 	}
@@ -276,12 +300,14 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 
 // signAgent signs an agent's X.509-SVID and makes its record durable, and with it
 // what else happened on the way: that is recorded also if nothing is signed.
-func (s *Server) signAgent(ctx context.Context, id string, key *ca.PublicKey, r *ledgerv1.Record, also ...*ledgerv1.Record) (*ca.Signed, *ledger.Durable, error) {
+func (s *Server) signAgent(ctx context.Context, id string, key *ca.PublicKey, csr []byte, r *ledgerv1.Record, also ...*ledgerv1.Record) (*ca.Signed, *ledger.Durable, error) {
 	parsed, err := identity.ParseID(id)
 	if err != nil {
 		return nil, nil, fail(kindInternal, "internal error", err)
 	}
-	signed, err := s.cfg.CA.Sign(time.Now(), &ca.Request{ID: parsed, Key: key, TTL: s.cfg.AgentTTL, Record: r})
+	signing, done := context.WithTimeout(ctx, signTimeout)
+	defer done()
+	signed, err := s.cfg.CA.Sign(signing, time.Now(), &ca.Request{ID: parsed, Key: key, CSR: csr, TTL: s.cfg.AgentTTL, Record: r})
 	if err != nil {
 		_, label, message, _ := refusalOf(err)
 		if label != reasonCSR {
@@ -395,7 +421,7 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 		return nil, fail(kindUnauthenticated, "the node has a newer X.509-SVID: attest again", nil)
 	}
 	r.Node = nodeRef(node, c.address)
-	signed, durable, err := s.signAgent(ctx, node.ID, key, r)
+	signed, durable, err := s.signAgent(ctx, node.ID, key, req.GetCsr(), r)
 	if err != nil {
 		return nil, err
 	}

@@ -128,8 +128,10 @@ func (s *Server) IssueDirect(ctx context.Context, d *Direct) (*DirectSVID, error
 		Entry: b.entryFor(d), Instance: d.Instance, Workload: d.Workload, Csr: d.CSR, Kind: nodev1.IssueKind_ISSUE_KIND_UNSPECIFIED,
 	}
 	decisions := make([]decision, 1)
+	signing, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
 	if err := s.eachOnAllCores(ctx, 1, func(int) {
-		b.decide(&decisions[0], item, &Placed{Verdict: PlacementVerified})
+		b.decide(signing, &decisions[0], item, &Placed{Verdict: PlacementVerified})
 	}); err != nil {
 		return nil, &DirectError{Reason: nodev1.Reason_REASON_UNAVAILABLE, Message: "the request was given up", RetryAfter: retryOverload}
 	}

@@ -9,6 +9,7 @@ package server
 //  4. issuedSVID   only what the ledger gave back can be answered
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,6 +42,10 @@ const (
 	maxDetailBytes    = 1024
 	maxProcessBytes   = 64
 )
+
+// signTimeout bounds the signing of a batch, where an upstream CA signs: what is not signed
+// then is refused, and the rest is not lost. Agents wait for 15 s.
+const signTimeout = 10 * time.Second
 
 // Reasons of refusals in the ledger and in the metric: a closed set.
 const (
@@ -110,12 +115,14 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 	}
 	start := time.Now()
 	placed := batch.place(ctx, items[:admitted])
+	signing, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
 	if err := s.eachOnAllCores(ctx, admitted, func(i int) {
 		var p *Placed
 		if placed != nil {
 			p = placed[i]
 		}
-		batch.decide(&decisions[i], items[i], p)
+		batch.decide(signing, &decisions[i], items[i], p)
 	}); err != nil {
 		return nil, err
 	}
@@ -124,7 +131,7 @@ func (s *Server) issue(ctx context.Context, c *caller, items []*nodev1.IssueItem
 }
 
 // eachOnAllCores calls fn for 0 to n-1. All batches together use as many cores
-// as there are, taking turns item by item.
+// as there are, taking turns item by item; or as many calls of an upstream CA.
 func (s *Server) eachOnAllCores(ctx context.Context, n int, fn func(i int)) error {
 	var next atomic.Int64
 	work := func() {
@@ -189,7 +196,7 @@ func (d *decision) refuse(reason nodev1.Reason, label, message string, retryAfte
 // the attested attributes: of the CSR only the public key and the proof that the
 // agent holds the private one are taken. placed is what the platform says of the
 // workload, nil if the entry does not depend on it.
-func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
+func (b *batch) decide(ctx context.Context, d *decision, item *nodev1.IssueItem, placed *Placed) {
 	defer func() {
 		if p := recover(); p != nil {
 			b.s.metrics.panics.Inc()
@@ -321,9 +328,12 @@ func (b *batch) decide(d *decision, item *nodev1.IssueItem, placed *Placed) {
 	}
 	r.Outcome = ledgerv1.Outcome_OUTCOME_SUCCESS
 	r.Took = durationpb.New(time.Since(b.c.began))
-	signed, err := b.s.cfg.CA.Sign(time.Now(), b.direct.bound(&ca.Request{ID: id.ID, DNSNames: id.DNSNames, Key: key, TTL: b.ttl(id.TTL), Record: r}))
+	signed, err := b.s.cfg.CA.Sign(ctx, time.Now(), b.direct.bound(&ca.Request{ID: id.ID, DNSNames: id.DNSNames, Key: key, CSR: item.GetCsr(), TTL: b.ttl(id.TTL), Record: r}))
 	if err != nil {
 		reason, label, message, retryAfter := refusalOf(err)
+		if label == reasonCSR && b.s.cfg.CA.NamesInCSR() {
+			retryAfter = retryNoSigning // its agent may not know yet that names are needed, or which
+		}
 		if label == reasonUnavailable {
 			b.s.log.Error("signing is not possible", "request_id", b.c.requestID, "entry", entry.Name(), "err", err)
 		}
@@ -387,6 +397,9 @@ func refusalOf(err error) (reason nodev1.Reason, label, message string, retryAft
 			return nodev1.Reason_REASON_TEMPLATE, reasonTemplate, truncate(req.Error()), 0
 		default:
 		}
+	}
+	if later, ok := errors.AsType[*ca.LaterError](err); ok {
+		return nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the upstream CA does not sign now", cmp.Or(later.After, retryNoSigning)
 	}
 	return nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "the CA cannot sign now", retryNoSigning
 }

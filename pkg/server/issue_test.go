@@ -546,7 +546,7 @@ func FuzzDecide(f *testing.F) {
 		c := &caller{requestID: "fuzz", node: node, began: time.Now()}
 		b := &batch{s: h.server, c: c, entries: h.server.registry.Entries(), node: nodeRef(node, "")}
 		var d decision
-		b.decide(&d, &nodev1.IssueItem{Entry: entry, Instance: instance, Workload: w, Csr: csr}, nil)
+		b.decide(t.Context(), &d, &nodev1.IssueItem{Entry: entry, Instance: instance, Workload: w, Csr: csr}, nil)
 		if (d.signed == nil) == (d.refusal == nil) {
 			t.Fatalf("decision is %+v", d)
 		}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -215,7 +214,7 @@ type Server struct {
 	issued    atomic.Uint64
 	refused   atomic.Uint64
 
-	workers  chan struct{} // one token a core, held while an item is worked on
+	workers  chan struct{} // one token a core or call of an upstream CA, held while an item is worked on
 	perNode  sync.Map      // node's SPIFFE ID → *nodeUse
 	bundleCh chan struct{} // capacity 1: the bundle may have changed
 
@@ -259,7 +258,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		refusals:  newRefusalLog(),
 		below:     newBelow(),
 		started:   time.Now(),
-		workers:   make(chan struct{}, runtime.GOMAXPROCS(0)),
+		workers:   make(chan struct{}, cfg.CA.Concurrency()),
 		attests:   NewPlaces(cfg.Limits.Attestations),
 		tasks:     newTasks(),
 		bundleCh:  make(chan struct{}, 1),

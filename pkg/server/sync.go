@@ -274,7 +274,7 @@ func (s *sender) sendNew() (evicted bool, err error) {
 		return false, nil
 	}
 	if hello.GetReportsWithdrawals() && !s.welcomed {
-		welcome := &nodev1.Welcome{ReportsWithdrawals: true}
+		welcome := &nodev1.Welcome{ReportsWithdrawals: true, NamesInCsr: s.s.cfg.CA.NamesInCSR()}
 		s.session.welcome()
 		if err := s.send(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Welcome{Welcome: welcome}}); err != nil {
 			return false, err

@@ -367,6 +367,7 @@ type AttestResponse struct {
 	//
 	//	*AttestResponse_Challenge
 	//	*AttestResponse_Identity
+	//	*AttestResponse_Name
 	Step          isAttestResponse_Step `protobuf_oneof:"step"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -427,6 +428,15 @@ func (x *AttestResponse) GetIdentity() *AgentIdentity {
 	return nil
 }
 
+func (x *AttestResponse) GetName() string {
+	if x != nil {
+		if x, ok := x.Step.(*AttestResponse_Name); ok {
+			return x.Name
+		}
+	}
+	return ""
+}
+
 type isAttestResponse_Step interface {
 	isAttestResponse_Step()
 }
@@ -439,9 +449,18 @@ type AttestResponse_Identity struct {
 	Identity *AgentIdentity `protobuf:"bytes,2,opt,name=identity,proto3,oneof"`
 }
 
+type AttestResponse_Name struct {
+	// The node's SPIFFE ID, from a CA that cannot make a certificate without a CSR
+	// that asks for its names. The response is a CSR with this name, PKCS#10, DER, for
+	// the key of start.
+	Name string `protobuf:"bytes,3,opt,name=name,proto3,oneof"`
+}
+
 func (*AttestResponse_Challenge) isAttestResponse_Step() {}
 
 func (*AttestResponse_Identity) isAttestResponse_Step() {}
+
+func (*AttestResponse_Name) isAttestResponse_Step() {}
 
 // AgentIdentity is the agent's own X.509-SVID.
 type AgentIdentity struct {
@@ -507,7 +526,9 @@ func (x *AgentIdentity) GetRenewAt() *timestamppb.Timestamp {
 
 type RenewRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Csr   []byte                 `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"`
+	// PKCS#10, DER, with the node's SPIFFE ID. Only the public key and the proof of
+	// possession are used, unless an upstream CA signs.
+	Csr []byte `protobuf:"bytes,1,opt,name=csr,proto3" json:"csr,omitempty"`
 	// Serial of the X.509-SVID that is replaced. It must be the newest that the
 	// CA issued to this node: an older one betrays a copy of the agent.
 	PreviousSerial []byte `protobuf:"bytes,2,opt,name=previous_serial,json=previousSerial,proto3" json:"previous_serial,omitempty"`
@@ -1616,8 +1637,11 @@ type Welcome struct {
 	// The CA wants Withdrawing. After Evicted it then leaves the stream open until the
 	// agent closes it: for Withdrawing alone, and not for long.
 	ReportsWithdrawals bool `protobuf:"varint,1,opt,name=reports_withdrawals,json=reportsWithdrawals,proto3" json:"reports_withdrawals,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// CSRs have to ask for the names of the X.509-SVID: an upstream CA that signs it
+	// takes them from there.
+	NamesInCsr    bool `protobuf:"varint,2,opt,name=names_in_csr,json=namesInCsr,proto3" json:"names_in_csr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Welcome) Reset() {
@@ -1653,6 +1677,13 @@ func (*Welcome) Descriptor() ([]byte, []int) {
 func (x *Welcome) GetReportsWithdrawals() bool {
 	if x != nil {
 		return x.ReportsWithdrawals
+	}
+	return false
+}
+
+func (x *Welcome) GetNamesInCsr() bool {
+	if x != nil {
+		return x.NamesInCsr
 	}
 	return false
 }
@@ -2150,7 +2181,8 @@ type IssueItem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the entry that the agent found to match.
 	Entry string `protobuf:"bytes,1,opt,name=entry,proto3" json:"entry,omitempty"`
-	// PKCS#10, DER. Only the public key and the proof of possession are used.
+	// PKCS#10, DER. Only the public key and the proof of possession are used. Where
+	// Welcome says names_in_csr, it has the names that the entry gives and nothing else.
 	Csr []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
 	// The workload instance that the key belongs to.
 	Instance string       `protobuf:"bytes,3,opt,name=instance,proto3" json:"instance,omitempty"`
@@ -2557,10 +2589,11 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x06method\x18\x01 \x01(\tR\x06method\x12\x1a\n" +
 	"\bevidence\x18\x02 \x01(\fR\bevidence\x12\x10\n" +
 	"\x03csr\x18\x03 \x01(\fR\x03csr\x12#\n" +
-	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\"u\n" +
+	"\ragent_version\x18\x04 \x01(\tR\fagentVersion\"\x8b\x01\n" +
 	"\x0eAttestResponse\x12\x1e\n" +
 	"\tchallenge\x18\x01 \x01(\fH\x00R\tchallenge\x12;\n" +
-	"\bidentity\x18\x02 \x01(\v2\x1d.meshid.node.v1.AgentIdentityH\x00R\bidentityB\x06\n" +
+	"\bidentity\x18\x02 \x01(\v2\x1d.meshid.node.v1.AgentIdentityH\x00R\bidentity\x12\x14\n" +
+	"\x04name\x18\x03 \x01(\tH\x00R\x04nameB\x06\n" +
 	"\x04step\"\x8c\x01\n" +
 	"\rAgentIdentity\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\x12.\n" +
@@ -2642,9 +2675,11 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x05clock\x18\a \x01(\v2\x15.meshid.node.v1.ClockH\x00R\x05clock\x12?\n" +
 	"\vquarantines\x18\b \x01(\v2\x1b.meshid.node.v1.QuarantinesH\x00R\vquarantines\x123\n" +
 	"\awelcome\x18\t \x01(\v2\x17.meshid.node.v1.WelcomeH\x00R\awelcomeB\t\n" +
-	"\amessage\":\n" +
+	"\amessage\"\\\n" +
 	"\aWelcome\x12/\n" +
-	"\x13reports_withdrawals\x18\x01 \x01(\bR\x12reportsWithdrawals\"o\n" +
+	"\x13reports_withdrawals\x18\x01 \x01(\bR\x12reportsWithdrawals\x12 \n" +
+	"\fnames_in_csr\x18\x02 \x01(\bR\n" +
+	"namesInCsr\"o\n" +
 	"\x05Clock\x12.\n" +
 	"\x04sent\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04sent\x126\n" +
 	"\breceived\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\breceived\"\x8c\x01\n" +
@@ -2855,6 +2890,7 @@ func file_proto_node_v1_node_proto_init() {
 	file_proto_node_v1_node_proto_msgTypes[2].OneofWrappers = []any{
 		(*AttestResponse_Challenge)(nil),
 		(*AttestResponse_Identity)(nil),
+		(*AttestResponse_Name)(nil),
 	}
 	file_proto_node_v1_node_proto_msgTypes[7].OneofWrappers = []any{
 		(*SyncRequest_Hello)(nil),

@@ -110,6 +110,13 @@ func NewAuthority(t testing.TB, b Behaviour) *Authority {
 	return a
 }
 
+// Behaving returns the same CA, with another behaviour.
+func (a *Authority) Behaving(b Behaviour) *Authority {
+	other := *a
+	other.behaviour = b
+	return &other
+}
+
 func template(name string) *x509.Certificate {
 	return &x509.Certificate{
 		Subject:   pkix.Name{CommonName: name},

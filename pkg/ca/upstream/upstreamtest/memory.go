@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/meshid/meshid/pkg/ca/upstream"
 )
@@ -39,7 +40,7 @@ func (m *Memory) Become(a *Authority, b Behaviour, extra ...*x509.Certificate) {
 	m.changed = make(chan struct{})
 }
 
-// Calls returns how often Mint was called.
+// Calls returns how often something was asked for.
 func (m *Memory) Calls() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -51,6 +52,15 @@ func (m *Memory) Capabilities() upstream.Capabilities { return m.Limits }
 
 // Mint implements upstream.CA.
 func (m *Memory) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	return m.answer(ctx, r, (*Authority).Answer)
+}
+
+// SignLeaf implements upstream.LeafSigner.
+func (m *Memory) SignLeaf(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	return m.answer(ctx, r, (*Authority).Leaf)
+}
+
+func (m *Memory) answer(ctx context.Context, r *upstream.Request, answer func(*Authority, []byte, time.Duration) (chain, roots []*x509.Certificate)) (*upstream.Minted, error) {
 	m.mu.Lock()
 	m.calls++
 	a, b, extra := m.authority, m.behaviour, m.extra
@@ -68,7 +78,7 @@ func (m *Memory) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minte
 	case Garbage:
 		return nil, errors.New("the answer is not JSON")
 	}
-	chain, roots := a.Answer(r.CSR, r.TTL)
+	chain, roots := answer(a, r.CSR, r.TTL)
 	return &upstream.Minted{Chain: chain, Roots: append(roots, extra...)}, nil
 }
 
