@@ -150,12 +150,12 @@ type signature struct {
 }
 
 // signAbove has the upstream CA sign l, whose times become those of the certificate.
-func (c *CA) signAbove(ctx context.Context, a *authority, r *Request, l *leaf, made *signature) error {
+func (c *CA) signAbove(ctx context.Context, now time.Time, a *authority, r *Request, l *leaf, made *signature) error {
 	if len(r.CSR) == 0 {
 		c.metrics.refused[refusedCSR].Inc()
 		return &RequestError{Reason: ReasonCSR, Err: errors.New("the upstream CA signs only what a request in PKCS #10 asks for, and there is none")}
 	}
-	request, err := upstream.NewLeaf(c.cfg.TrustDomain, r.CSR, l.key.spki, pkcs10.Names{URI: l.id, DNS: l.dnsNames}, l.notAfter.Sub(time.Now()).Round(time.Second), c.leaves.limits)
+	request, err := upstream.NewLeaf(c.cfg.TrustDomain, r.CSR, l.key.spki, pkcs10.Names{URI: l.id, DNS: l.dnsNames}, l.notAfter.Sub(now).Round(time.Second), c.leaves.limits)
 	switch {
 	case errors.Is(err, upstream.ErrLife):
 		c.metrics.refused[refusedTTL].Inc()

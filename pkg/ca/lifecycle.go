@@ -245,11 +245,11 @@ func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 		next.retiring = next.retiring[:maxRetiring]
 	}
 	c.setState(&next)
-	what := "intermediate active"
 	if a.key == nil {
-		what = "upstream ca signs each x.509-svid"
+		c.log.InfoContext(ctx, "upstream ca signs each x.509-svid", "authority", a.id, "not_after", a.notAfter)
+		return nil
 	}
-	c.log.InfoContext(ctx, what, "authority", a.id, "not_after", a.notAfter)
+	c.log.InfoContext(ctx, "intermediate active", "authority", a.id, "not_after", a.notAfter)
 	return nil
 }
 

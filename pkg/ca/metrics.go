@@ -82,7 +82,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	}, []string{"outcome"})
 	upstreams := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "meshid_ca_upstream_requests_total",
-		Help: "Requests to the upstream CA for an intermediate, by outcome. failure: no answer, a refusal, or an answer that does not hold what was asked for.",
+		Help: "Requests to the upstream CA for an intermediate, or for each X.509-SVID if it signs these, by outcome. failure: no answer, a refusal, or an answer that does not hold what was asked for.",
 	}, []string{"outcome"})
 	notAfter := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "meshid_ca_authority_not_after_timestamp_seconds",
@@ -103,7 +103,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}),
 		upstreamSuccess: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "meshid_ca_upstream_last_success_timestamp_seconds",
-			Help: "When the upstream CA last certified an intermediate of this process; 0 if it has not.",
+			Help: "When the upstream CA last signed what this process asked for; 0 if it has not.",
 		}),
 		retiring: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "meshid_ca_intermediates_retiring",

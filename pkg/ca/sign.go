@@ -164,7 +164,7 @@ func (c *CA) sign(ctx context.Context, now time.Time, r *Request, own bool) (*Si
 	}
 	var made signature
 	if a.key == nil {
-		err = c.signAbove(ctx, a, r, &l, &made)
+		err = c.signAbove(ctx, now, a, r, &l, &made)
 	} else {
 		err = c.signHere(a, &l, now, &made)
 	}

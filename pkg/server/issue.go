@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -200,7 +201,7 @@ func (b *batch) decide(ctx context.Context, d *decision, item *nodev1.IssueItem,
 	defer func() {
 		if p := recover(); p != nil {
 			b.s.metrics.panics.Inc()
-			b.s.log.Error("deciding on an item panicked", "request_id", b.c.requestID, "node_id", b.c.node.ID,
+			b.s.log.ErrorContext(ctx, "deciding on an item panicked", "request_id", b.c.requestID, "node_id", b.c.node.ID,
 				"err", fmt.Sprint(p), "stack", string(debug.Stack()))
 			*d = decision{}
 			d.refuse(nodev1.Reason_REASON_UNAVAILABLE, reasonUnavailable, "internal error", retryNoSigning)
@@ -334,8 +335,12 @@ func (b *batch) decide(ctx context.Context, d *decision, item *nodev1.IssueItem,
 		if label == reasonCSR && b.s.cfg.CA.NamesInCSR() {
 			retryAfter = retryNoSigning // its agent may not know yet that names are needed, or which
 		}
+		level := slog.LevelError
+		if _, ok := errors.AsType[*ca.LaterError](err); ok {
+			level = slog.LevelDebug // what is wrong above is in the CA's health
+		}
 		if label == reasonUnavailable {
-			b.s.log.Error("signing is not possible", "request_id", b.c.requestID, "entry", entry.Name(), "err", err)
+			b.s.log.Log(ctx, level, "signing is not possible", "request_id", b.c.requestID, "entry", entry.Name(), "err", err)
 		}
 		refused(reason, label, message, err.Error(), retryAfter)
 		return

@@ -20,12 +20,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
 	kubeclient "github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/k8scsr"
 	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
 	"github.com/meshid/meshid/test/kube"
 	"github.com/meshid/meshid/test/local"
+	"github.com/meshid/meshid/test/require"
 )
 
 func TestMain(m *testing.M) {
@@ -435,4 +439,83 @@ func TestCA(t *testing.T) {
 	if err := ca.Stop(t); err != nil {
 		t.Error(err)
 	}
+}
+
+// A mesh in which the signer signs each X.509-SVID: those of the CA, of an agent and of a
+// workload, the first and the next; and a signer that is away takes none of them.
+func TestMesh(t *testing.T) {
+	require.Root(t)
+	local.Binaries(t)
+	a := upstreamtest.NewAuthority(t, upstreamtest.Good)
+	i, c := start(t, whole, a)
+	ca := local.StartCA(t, local.CAOptions{Config: fmt.Sprintf(
+		"upstream:\n  leaves: true\n  k8scsr:\n    kubeconfig: %s\n    signer: %s\n    roots: {file: %s}\n", c.Kubeconfig, c.Signer, c.Roots.File)})
+	ca.Apply(t, "- {name: web, spiffe_id: 'spiffe://example.org/web', workloads: unix.uid == 0, dns_names: [web.shop.internal]}\n")
+	agent := ca.StartAgent(t, "web-1", local.AgentOptions{})
+	var svid *x509svid.SVID
+	fetch := func(ctx context.Context) (err error) {
+		svid, err = workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(agent.Address()))
+		return err
+	}
+	local.Await(t, "an identity", fetch)
+	first := svid.Certificates[0]
+	if svid.ID.String() != "spiffe://example.org/web" || !slices.Equal(first.DNSNames, []string{"web.shop.internal"}) || first.CheckSignatureFrom(a.Issuer) != nil {
+		t.Errorf("%s, %q, issued by %s", svid.ID, first.DNSNames, first.Issuer)
+	}
+	out := ca.MustCommand(t, "upstream", "check", "--config", filepath.Join(ca.Dir, "ca.yaml"))
+	if !strings.Contains(out, "ok       signs an X.509-SVID") || strings.Contains(out, "FAILED") {
+		t.Error(out)
+	}
+	if out := ca.MustCommand(t, "authority", "list"); strings.Contains(out, "intermediate") {
+		t.Errorf("there is an intermediate:\n%s", out)
+	}
+
+	i.mu.Lock()
+	i.behaviour = failing
+	i.mu.Unlock()
+	ca.MustCommand(t, "svid", "renew")
+	local.Await(t, "the CA to say what is wrong", func(context.Context) error {
+		if out, _ := ca.Command(t, "status"); !strings.Contains(out, "its CA is away") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	if err := fetch(t.Context()); err != nil || !svid.Certificates[0].Equal(first) {
+		t.Errorf("the identity is not served any more: %v", err)
+	}
+	i.mu.Lock()
+	i.behaviour = whole
+	i.mu.Unlock()
+	ca.MustCommand(t, "svid", "renew")
+	local.Await(t, "the next one", func(ctx context.Context) error {
+		if err := fetch(ctx); err != nil || svid.Certificates[0].Equal(first) {
+			return fmt.Errorf("it is the same: %w", err)
+		}
+		return nil
+	})
+	if err := ca.Stop(t); err != nil {
+		t.Error(err)
+	}
+	if out := ca.MustCommand(t, "ledger", "verify", "--dir", filepath.Join(ca.DataDir, "ledger")); !strings.Contains(out, "intact") {
+		t.Error(out)
+	}
+	ca.Start(t)
+	ca.AwaitReady(t)
+	agent.AwaitConnected(t)
+	i.checkServed(t)
+}
+
+// checkServed says whether all that was asked for was asked by the CA, and is deleted.
+func (i *signer) checkServed(t *testing.T) {
+	t.Helper()
+	local.Await(t, "the requests to be deleted", func(ctx context.Context) error {
+		var list struct {
+			Items []signingRequest `json:"items"`
+		}
+		err := i.server.Do(ctx, http.MethodGet, path+"?fieldSelector=spec.signerName%3D"+i.name, nil, &list)
+		if err == nil && len(list.Items) > 0 {
+			err = fmt.Errorf("%d requests are there", len(list.Items))
+		}
+		return err
+	})
 }
