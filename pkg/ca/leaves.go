@@ -254,14 +254,15 @@ func (c *CA) requestOwn() (crypto.Signer, *upstream.Request, error) {
 
 // above is the authority that stands for the upstream CA: it has the root, and no key.
 func above(v *upstream.Verified, key crypto.Signer, r *root, now time.Time) *authority {
-	end := r.cert.NotAfter
+	first := r.cert // that ends
 	for _, issuer := range v.Chain[1:] {
-		if issuer.NotAfter.Before(end) {
-			end = issuer.NotAfter
+		if issuer.NotAfter.Before(first.NotAfter) {
+			first = issuer
 		}
 	}
+	end := first.NotAfter
 	return &authority{
-		id: r.id, cert: r.cert, root: r, spkiHash: r.spkiHash,
+		id: r.id, cert: r.cert, root: r, spkiHash: r.spkiHash, above: first,
 		notBefore: r.cert.NotBefore, notAfter: end, leafEnd: floor(end.Add(-margin(end.Sub(now)))),
 		renewAt: renewAt(now, v.Chain[0].NotAfter),
 		own:     &ownLeaf{key: key, chain: v.Chain},
