@@ -43,24 +43,8 @@ func newRotationCommands(c *clientFlags) []*cobra.Command {
 		}
 		return cmd
 	}
-	var self bool
-	adopt := printing(&cobra.Command{
-		Use:   "adopt",
-		Short: "Change over to the root of the configured upstream CA, or back",
-		Long: `Change over to the root of the configured upstream CA, or with --self back to a
-root of this CA's own. It takes the same steps as a rotation: nothing signs with
-the new root before every live proxy has acknowledged it.`,
-		Args: cobra.NoArgs,
-	}, func(cmd *cobra.Command, _ []string) (*adminv1.Rotation, error) {
-		verb := "adopt"
-		if self {
-			verb = "adopt-self"
-		}
-		return changeRotation(cmd.Context(), c, verb, "", false)
-	}, showRotation, "text")
-	adopt.Flags().BoolVar(&self, "self", false, "back to a root of this CA's own")
 	return []*cobra.Command{
-		show, adopt,
+		show, newAuthorityAdopt(c),
 		step("prepare", "Make a root and have it distributed; it signs nothing yet",
 			"Make a root and have it distributed. It signs nothing until: ca authority activate", false),
 		step("activate [ROOT]", "Have the next root sign, once it is distributed",
@@ -73,6 +57,36 @@ the new root before every live proxy has acknowledged it.`,
 		step("pause", "Keep the roots from changing by themselves", "Keep the roots from changing by themselves until: ca authority resume", false),
 		step("resume", "Let the roots change by themselves again", "Let the roots change by themselves again.", false),
 	}
+}
+
+func newAuthorityAdopt(c *clientFlags) *cobra.Command {
+	var self, wait bool
+	var out cli.OutputFlag
+	cmd := &cobra.Command{
+		Use:   "adopt",
+		Short: "Change over to the root of the configured upstream CA, or back",
+		Long: `Change over to the root of the configured upstream CA, or with --self back to a
+root of this CA's own. It takes the same steps as a rotation: nothing signs with
+the new root before every live proxy has acknowledged it.`,
+		Example: `  ca authority adopt --wait
+  ca authority adopt --self`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			format, err := out.Format()
+			if err != nil {
+				return err
+			}
+			verb := "adopt"
+			if self {
+				verb = "adopt-self"
+			}
+			return changeRoot(cmd, c, verb, format, wait, showRotation)
+		},
+	}
+	out.Add(cmd, "text", "json")
+	cmd.Flags().BoolVar(&self, "self", false, "back to a root of this CA's own")
+	cmd.Flags().BoolVar(&wait, "wait", false, "show the progress until everything is renewed; events as JSON lines with -o json")
+	return cmd
 }
 
 func completeRoots(c *clientFlags) cobra.CompletionFunc {
@@ -169,7 +183,11 @@ leaves as soon as no node uses it.`,
 				return err
 			}
 			if len(args) == 1 && args[0] == "root" || compromised {
-				return rotateRoot(cmd, c, format, compromised, wait)
+				verb := "rotate"
+				if compromised {
+					verb = "taint"
+				}
+				return changeRoot(cmd, c, verb, format, wait, sayBegun)
 			}
 			answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.RotateIntermediate, &adminv1.RotateIntermediateRequest{Within: durationpb.New(within)})
 			if err != nil {
@@ -192,12 +210,19 @@ leaves as soon as no node uses it.`,
 // pollEvery is how often the progress of a rotation is asked for.
 const pollEvery = 500 * time.Millisecond
 
-func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, wait bool) error {
-	ctx, w := cmd.Context(), cmd.OutOrStdout()
-	verb := "rotate"
-	if compromised {
-		verb = "taint"
+// sayBegun is for whoever does not wait.
+func sayBegun(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
+	text := "the rotation has begun; follow it with: ca authority show"
+	if r.GetPaused() {
+		text = "the rotation is prepared, and goes on when it is no longer paused: ca authority resume"
 	}
+	_, err := fmt.Fprintln(cmd.OutOrStdout(), text)
+	return err
+}
+
+// changeRoot orders another root, and shows how that goes if wait is set, else say does.
+func changeRoot(cmd *cobra.Command, c *clientFlags, verb, format string, wait bool, say func(*cobra.Command, string, *adminv1.Rotation) error) error {
+	ctx, w := cmd.Context(), cmd.OutOrStdout()
 	before, err := getRotation(ctx, c)
 	if err != nil {
 		return err
@@ -210,14 +235,9 @@ func rotateRoot(cmd *cobra.Command, c *clientFlags, format string, compromised, 
 		if format == "json" {
 			return cli.JSON(w, r)
 		}
-		if r.GetPaused() {
-			fmt.Fprintln(w, "the rotation is prepared, and goes on when it is no longer paused: ca authority resume")
-			return nil
-		}
-		fmt.Fprintln(w, "the rotation has begun; follow it with: ca authority show")
-		return nil
+		return say(cmd, format, r)
 	}
-	p := &rotationProgress{w: w, json: format == "json", terminal: isTerminal(w), begun: time.Now(), old: activeRoot(before), gone: compromised}
+	p := &rotationProgress{w: w, json: format == "json", terminal: isTerminal(w), begun: time.Now(), old: activeRoot(before), gone: verb == "taint"}
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	for {
