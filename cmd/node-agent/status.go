@@ -100,7 +100,8 @@ func writeStatus(w io.Writer, s *agent.Status, now time.Time) error {
 	}
 	fmt.Fprintf(w, "node            %s\nconnection      %s\n", s.NodeID, connection)
 	fmt.Fprintf(w, "agent's SVID    expires %s, renewed %s\n", cli.Until(now, s.NotAfter), cli.Until(now, s.RenewAt))
-	fmt.Fprintf(w, "entries         %d at revision %d; bundle sequence %d acknowledged by %d of %d streams\n", s.Entries, s.Revision, s.BundleSequence, s.Acknowledged, s.Streams)
+	fmt.Fprintf(w, "entries         %d at revision %d; bundle sequence %d acknowledged by %d of %d streams that carry it\n",
+		s.Entries, s.Revision, s.BundleSequence, s.Acknowledged, s.BundleStreams)
 	if s.ClockSkewSeconds != nil {
 		fmt.Fprintf(w, "clock           %s the CA's\n", agent.SkewText(time.Duration(*s.ClockSkewSeconds*float64(time.Second))))
 	}
