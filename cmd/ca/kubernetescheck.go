@@ -503,7 +503,7 @@ func (t *clusterTrial) registered(ctx context.Context) (string, error) {
 	case errors.Is(err, kube.ErrDenied):
 		return "the CA may not see drivers; --kubeconfig names somebody who may", errSkipped
 	case errors.Is(err, kube.ErrNotFound):
-		return "", &mistake{"there is no CSIDriver " + driver, "apply the object of docs/kubernetes.md: without it, the kubelet refuses the volumes of pods"}
+		return "", &mistake{"there is no CSIDriver " + driver, "apply that of deploy/kubernetes/meshid.yaml: without it, the kubelet refuses the volumes of pods"}
 	case err != nil:
 		return "", err
 	}

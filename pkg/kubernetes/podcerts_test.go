@@ -510,7 +510,7 @@ func TestPodCertificatesOfSeveralCAs(t *testing.T) {
 	for _, ca := range cas {
 		condition(ca, true)
 	}
-	s.Apply(t, documented(t, "meshid-ca-pod-certificates")+"\n---\n"+documented(t, "meshid-ca-placement"))
+	s.Apply(t, documented(t, "pod-certificates.md", "meshid-ca-pod-certificates")+"\n---\n"+documented(t, "kubernetes.md", "meshid-ca-placement"))
 	for _, role := range []string{"meshid-ca-placement", "meshid-ca-pod-certificates"} {
 		s.MustKubectl(t, "create", "clusterrolebinding", role+"-test", "--clusterrole="+role, "--user=meshid-ca")
 	}
@@ -569,20 +569,20 @@ func serial(t *testing.T, der []byte) string {
 	return fmt.Sprintf("%x", c.SerialNumber.Bytes())
 }
 
-// documented returns the manifest with this name in the documents.
-func documented(t *testing.T, name string) string {
+// documented returns the manifest with this name in a page of the documents.
+func documented(t *testing.T, page, name string) string {
 	t.Helper()
-	page, err := os.ReadFile(require.Repository() + "/docs/kubernetes.md")
+	text, err := os.ReadFile(require.Repository() + "/docs/" + page)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, block := range strings.Split(string(page), "```yaml\n")[1:] {
+	for _, block := range strings.Split(string(text), "```yaml\n")[1:] {
 		block, _, _ = strings.Cut(block, "```")
 		if strings.Contains(block, "kind: ClusterRole\nmetadata: {name: "+name+"}") {
 			return block
 		}
 	}
-	t.Fatalf("docs/kubernetes.md has no ClusterRole %s", name)
+	t.Fatalf("docs/%s has no ClusterRole %s", page, name)
 	return ""
 }
 

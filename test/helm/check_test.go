@@ -181,7 +181,7 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 			name:  "a driver that the cluster does not know",
 			spoil: func() { do(http.MethodDelete, "/apis/storage.k8s.io/v1/csidrivers/csi.meshid.io", nil) },
 			mend:  func() { s.Apply(t, manifest(t, "meshid.yaml")) },
-			check: "kubernetes: the CSI driver is registered", detail: "no CSIDriver", fix: "docs/kubernetes.md",
+			check: "kubernetes: the CSI driver is registered", detail: "no CSIDriver", fix: "deploy/kubernetes/meshid.yaml",
 		},
 		{
 			name: "a driver that the kubelet does not know",
