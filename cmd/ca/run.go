@@ -18,6 +18,7 @@ import (
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/clock"
 	"github.com/meshid/meshid/internal/durable"
+	"github.com/meshid/meshid/internal/memory"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
@@ -261,6 +262,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if forIstio != nil {
 		group.Go(func() error { return forIstio.run(ctx) })
 	}
+	group.Go(func() error { memory.Tend(ctx, memory.Calm, logger); return nil })
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { index.run(ctx); return nil })

@@ -23,6 +23,7 @@ import (
 
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
+	"github.com/meshid/meshid/internal/memory"
 	"github.com/meshid/meshid/pkg/agent"
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
@@ -141,6 +142,10 @@ func checkEvidence(ctx context.Context, out io.Writer, node attest.NodeAttester,
 	return nil
 }
 
+// gcPercent is GOGC where the operator sets none: an agent is on every machine and has
+// little to do, so its memory is dearer than its collector's time.
+const gcPercent = 50
+
 // serve puts the parts together and runs them until ctx ends. The sockets open
 // before any network is touched: what was issued before a restart is served
 // from the sealed cache meanwhile.
@@ -204,10 +209,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		return errors.Join(fmt.Errorf("admin_socket: %w", err), socket.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		tendMemory(ctx, calm)
-		return nil
-	})
+	group.Go(func() error { memory.Tend(ctx, memory.Calm, logger); return nil })
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })

@@ -16,7 +16,7 @@ import (
 var errTarget = errors.New("not a path that a kubelet has for a CSI volume of a pod")
 
 // targetPath is what the kubelet has for a CSI volume, below its folder pods.
-var targetPath = regexp.MustCompile(`^[-0-9A-Za-z]{1,64}/volumes/kubernetes\.io~csi/[^/]{1,253}/mount$`)
+var targetPath = regexp.MustCompile(`^[-0-9A-Za-z]{1,64}/volumes/kubernetes\.io~csi/[^/]+/mount$`)
 
 // volumes mounts the source folder below the kubelet's folder of pods. All paths are
 // walked from a descriptor of that folder, through no link, so that whoever could

@@ -1,7 +1,8 @@
-package main
+package memory
 
 import (
 	"context"
+	"log/slog"
 	"runtime"
 	"runtime/metrics"
 	"testing"
@@ -9,12 +10,12 @@ import (
 )
 
 // After a burst, and after the next one, memory is given back.
-func TestTendMemory(t *testing.T) {
+func TestTend(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		tendMemory(ctx, time.Millisecond)
+		Tend(ctx, time.Millisecond, slog.New(slog.DiscardHandler))
 	}()
 	defer func() {
 		cancel()
@@ -40,4 +41,31 @@ func TestTendMemory(t *testing.T) {
 		}
 	}
 	runtime.KeepAlive(kept)
+}
+
+// What the program's file takes is given back, and the program goes on.
+func TestUnmapFile(t *testing.T) {
+	before := resident(t)
+	if err := unmapFile(); err != nil {
+		t.Fatal(err)
+	}
+	if after := resident(t); before == 0 || after >= before {
+		t.Errorf("%d KiB of the program's file before, %d afterwards", before, after)
+	}
+}
+
+// resident returns how much of the program's file is in memory and could be given back,
+// in KiB.
+func resident(t *testing.T) (kib int) {
+	t.Helper()
+	all, err := fileMaps()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if !m.own {
+			kib += m.resident
+		}
+	}
+	return kib
 }

@@ -1,0 +1,159 @@
+// Package memory answers what a program that waits for most of its life can give
+// back to the machine, and when. It does not know what the program waits for.
+package memory
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"runtime/metrics"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Calm is how long nothing was collected when a burst is over.
+const Calm = 5 * time.Second
+
+// Tend gives memory back to the machine once nothing was collected for calm after the
+// start, and after each burst of work, until ctx ends. It polls nothing: it is woken by
+// the collector.
+func Tend(ctx context.Context, calm time.Duration, log *slog.Logger) {
+	collected := make(chan struct{}, 1)
+	tellCollections(ctx, collected)
+	timer := time.NewTimer(calm)
+	defer timer.Stop()
+	for given := uint64(0); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-collected:
+			timer.Reset(calm)
+		case <-timer.C:
+			// Those that were forced, our own too, are not counted. One alone
+			// is no burst: the runtime collects every two minutes whatever
+			// happens.
+			if n := collections(); n > given+1 {
+				given = n
+				debug.FreeOSMemory()
+				if err := unmapFile(); err != nil {
+					log.DebugContext(ctx, "pages of the program's file stay in memory", "err", err)
+				}
+			}
+		}
+	}
+}
+
+// tellCollections sends to collected after each collection, until ctx ends.
+func tellCollections(ctx context.Context, collected chan<- struct{}) {
+	type witness [64]byte // large enough to be an object of its own
+	runtime.AddCleanup(new(witness), func(struct{}) {
+		if ctx.Err() != nil {
+			return
+		}
+		select {
+		case collected <- struct{}{}:
+		default:
+		}
+		tellCollections(ctx, collected)
+	}, struct{}{})
+}
+
+// collections counts the garbage collections that the runtime began by itself.
+func collections() uint64 {
+	s := []metrics.Sample{{Name: "/gc/cycles/automatic:gc-cycles"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
+
+// unmapFile has the kernel take the pages of the program's file out of the program's
+// memory. Most were needed once, at the start, and each came with its neighbours,
+// sixteen pages and more; what is needed again is there again without the disk, for as
+// long as the kernel has it in its cache.
+func unmapFile() error {
+	maps, err := fileMaps()
+	for _, m := range maps {
+		if m.own {
+			continue
+		}
+		if _, _, no := unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED); no != 0 {
+			err = errors.Join(err, fmt.Errorf("give back pages of the program's file: %w", no))
+		}
+	}
+	return err
+}
+
+// fileMap is a part of the program's file in memory that cannot be written.
+type fileMap struct {
+	start, end uintptr
+	resident   int // KiB
+	// own: there are pages in it that are not the file's any more. In programs that are
+	// position independent addresses were relocated there.
+	own bool
+}
+
+// fileMaps returns those of this process, from smaps of proc_pid_smaps(5).
+func fileMaps() ([]fileMap, error) {
+	file, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return nil, fmt.Errorf("find the program's file: %w", err)
+	}
+	smaps, err := os.Open("/proc/self/smaps")
+	if err != nil {
+		return nil, fmt.Errorf("find where the program's file is in memory: %w", err)
+	}
+	defer smaps.Close() //nolint:errcheck // only read from
+	var all []fileMap
+	ours := false
+	lines := bufio.NewScanner(smaps)
+	for lines.Scan() {
+		f := strings.Fields(lines.Text())
+		if len(f) < 2 {
+			continue
+		}
+		if start, end, ok := addresses(f[0]); ok {
+			// start-end permissions offset device inode path
+			ours = len(f) > 5 && strings.Join(f[5:], " ") == file && !strings.Contains(f[1], "w")
+			if ours {
+				all = append(all, fileMap{start: start, end: end, own: true})
+			}
+			continue
+		}
+		if !ours {
+			continue
+		}
+		kib, err := strconv.Atoi(f[1])
+		switch last := &all[len(all)-1]; f[0] {
+		case "Rss:":
+			last.resident = kib
+		case "Anonymous:":
+			last.own = err != nil || kib != 0
+		default:
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("find where the program's file is in memory: %w", err)
+	}
+	return all, nil
+}
+
+// addresses returns both ends of a mapping.
+func addresses(field string) (start, end uintptr, ok bool) {
+	first, last, ok := strings.Cut(field, "-")
+	if !ok {
+		return 0, 0, false
+	}
+	s, err := strconv.ParseUint(first, 16, strconv.IntSize)
+	if err != nil {
+		return 0, 0, false
+	}
+	e, err := strconv.ParseUint(last, 16, strconv.IntSize)
+	return uintptr(s), uintptr(e), err == nil
+}
