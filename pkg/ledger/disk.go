@@ -25,7 +25,8 @@ type disk interface {
 type file interface {
 	WriteAt(p []byte, offset int64) (int, error)
 	Truncate(size int64) error
-	// allocate reserves blocks for n bytes from offset on, which read as zero.
+	// allocate reserves blocks for n bytes from offset on, behind the end of the
+	// file, and writes zeros to them.
 	allocate(offset, n int64) error
 	// dataSync makes the content durable, and the size, if that is needed to read
 	// the content.
@@ -62,7 +63,11 @@ func (osDisk) syncDir(dir string) error     { return durable.SyncDir(dir) }
 type osFile struct{ *os.File }
 
 func (f osFile) allocate(offset, n int64) error {
-	return f.control("allocate", func(fd int) error { return unix.Fallocate(fd, 0, offset, n) })
+	if err := f.control("allocate", func(fd int) error { return unix.Fallocate(fd, 0, offset, n) }); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(make([]byte, n), offset)
+	return err
 }
 
 func (f osFile) dataSync() error { return f.control("fdatasync", unix.Fdatasync) }

@@ -9,9 +9,13 @@ import (
 	"time"
 )
 
-// allocateBytes is the space that is reserved at a time: an fdatasync that need
-// not make a new file size durable is cheaper.
-const allocateBytes = 4 << 20
+// allocateBytes is the space that is reserved at a time. A file system makes data in
+// blocks that were written before durable with nothing but the data; where blocks are
+// new, or reserved and never written, or the size of the file grows, it has to make
+// its own notes durable as well, which takes twice as long and more. So space is
+// filled with zeros first, some hundred records at a time: the batch that needs it
+// pays for all of them.
+const allocateBytes = 256 << 10
 
 // ErrFull is wrapped by the error of Append while there is no space for more
 // records. Nothing was written; the journal goes on by itself when there is
