@@ -307,9 +307,9 @@ func TestV_H3_SessionsAfterAChange(t *testing.T) {
 	}
 }
 
-// TestSpec_S20_TLS12: a client that speaks TLS 1.2 at most is served, through a rotation, where no minimum
+// TestSpec_S20_ClientOfTLS12: a client that speaks TLS 1.2 at most is served, through a rotation, where no minimum
 // is configured, and refused with the one that we ship.
-func TestSpec_S20_TLS12(t *testing.T) {
+func TestSpec_S20_ClientOfTLS12(t *testing.T) {
 	ca := identitytest.NewAuthority(t, "a.test")
 	a := newAgent(t, ca.Snapshot(1, ca.SVID("/x")))
 	c := config{Socket: a.socket, Delta: true, Application: newApplication(t)}
