@@ -21,7 +21,7 @@ func anchorPath(dataDir string) string { return filepath.Join(dataDir, "store.an
 func newStoreCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "store",
-		Short: "What to do when the CA's database was restored from a copy",
+		Short: "What to do when the CA's database was restored from a copy, or its ledger was lost",
 	}
 	cmd.AddCommand(newStoreAccept())
 	return cmd
@@ -32,7 +32,7 @@ func newStoreAccept() *cobra.Command {
 	var o overrides
 	cmd := &cobra.Command{
 		Use:   "accept",
-		Short: "Go on with a database that is older than the ledger",
+		Short: "Go on with a database that is older than the ledger, or belongs to another one",
 		Long: `A CA does not start when its database (meshid.db in its data folder) is older than
 what its ledger says and agents were told: entries that were deleted since would be
 back, and those that were applied would be gone. It names what was lost.
@@ -40,7 +40,14 @@ back, and those that were applied would be gone. It names what was lost.
 Put the newest copy of the database back. If this one is all there is, accept it:
 what is in it counts from then on, in a new epoch that all agents take for new. That
 it was accepted, by whom, and what was lost with it is recorded. Bans, evictions and
-quarantines since the copy stay in force. Then apply the entries again.
+quarantines since the copy stay in force, and join tokens that were used or withdrawn
+since stay worthless. Then apply the entries again.
+
+A CA does not start either when its database belongs to another ledger: another CA's,
+or one that was lost. A database has one CA, so give a second one a data folder of its
+own. If the folder ledger was lost, put the newest copy of it back, with tree and
+keys/log.key; if there is none, accept the database. The new ledger then begins with
+the record that there was another one.
 
 The CA must not run meanwhile.`,
 		Args: cobra.NoArgs,
@@ -65,7 +72,7 @@ The CA must not run meanwhile.`,
 			}
 			err = server.AcceptStore(ctx, anchorPath(v.DataDir), journal, db, who,
 				func(revision, sequence uint64) (string, error) {
-					err := db.Restored(ctx, revision, sequence)
+					err := db.Restored(ctx, server.LedgerName(journal), revision, sequence)
 					return db.Epoch(), err
 				})
 			if err != nil {

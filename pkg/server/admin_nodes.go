@@ -68,6 +68,8 @@ func (a *adminService) CreateToken(ctx context.Context, req *adminv1.CreateToken
 		return nil, fail(kindInvalid, "the node's name must be a legal part of a SPIFFE ID: "+truncate(err.Error()), err)
 	}
 	now := time.Now()
+	s.tokenMu.Lock()
+	defer s.tokenMu.Unlock()
 	open, err := s.cfg.Store.Tokens(ctx, now)
 	if err != nil {
 		return nil, fail(kindUnavailable, "the store cannot be read now", err)
@@ -88,6 +90,7 @@ func (a *adminService) CreateToken(ctx context.Context, req *adminv1.CreateToken
 		s.log.ErrorContext(ctx, "join token cannot be made", "actor", c.actor, "request_id", c.requestID, "err", err)
 		return nil, fail(kindUnavailable, "no token was made: the store or the ledger cannot write now", err)
 	}
+	s.cfg.Anchor.noteToken(sum, t)
 	s.log.InfoContext(ctx, "join token made", "actor", c.actor, "node_id", id.String(), "request_id", c.requestID)
 	return &adminv1.CreateTokenResponse{Token: secret, NodeId: id.String(), ExpiresAt: timestamppb.New(t.ExpiresAt)}, nil
 }
@@ -118,14 +121,19 @@ func (s *Server) tokenNodeID(t *registry.Token) string {
 // tokenNodeRef is the node that a token is for, with the attributes that it will
 // have.
 func (s *Server) tokenNodeRef(t *registry.Token) *ledgerv1.NodeRef {
-	return &ledgerv1.NodeRef{Id: s.tokenNodeID(t), Attributes: &attributesv1.Node{
+	return &ledgerv1.NodeRef{Id: s.tokenNodeID(t), Attributes: tokenAttributes(t)}
+}
+
+// tokenAttributes are those that the node that uses a token will have.
+func tokenAttributes(t *registry.Token) *attributesv1.Node {
+	return &attributesv1.Node{
 		Method: methodJoinToken, Id: t.NodeName, Labels: t.Labels, JoinToken: &attributesv1.JoinToken{CreatedBy: t.CreatedBy},
-	}}
+	}
 }
 
 // ListTokens implements adminv1.AdminServiceServer.
 func (a *adminService) ListTokens(ctx context.Context, _ *adminv1.ListTokensRequest) (*adminv1.ListTokensResponse, error) {
-	tokens, err := a.s.cfg.Store.Tokens(ctx, time.Now())
+	tokens, err := a.s.openTokens(ctx)
 	if err != nil {
 		return nil, fail(kindUnavailable, "the store cannot be read now", err)
 	}
@@ -146,7 +154,9 @@ func (a *adminService) DeleteToken(ctx context.Context, req *adminv1.DeleteToken
 		return nil, err
 	}
 	s := a.s
-	tokens, err := s.cfg.Store.Tokens(ctx, time.Now())
+	s.tokenMu.Lock()
+	defer s.tokenMu.Unlock()
+	tokens, err := s.cfg.Store.Tokens(ctx, time.Now()) // also what the ledger does not know can be deleted
 	if err != nil {
 		return nil, fail(kindUnavailable, "the store cannot be read now", err)
 	}
@@ -169,6 +179,7 @@ func (a *adminService) DeleteToken(ctx context.Context, req *adminv1.DeleteToken
 	if err := s.cfg.Store.DeleteToken(ctx, found[0].SHA256, func() error { return s.append(ctx, r) }); err != nil {
 		return nil, fail(kindUnavailable, "the token was not deleted: it was used just now, or the store or the ledger cannot write", err)
 	}
+	s.cfg.Anchor.noteToken(found[0].SHA256, nil)
 	return &adminv1.DeleteTokenResponse{}, nil
 }
 

@@ -31,6 +31,9 @@ import (
 // recorded and told: it was restored from a copy.
 var ErrStoreBehind = errors.New("the store is older than the ledger: it was restored from a copy, or replaced")
 
+// ErrStoreForeign is wrapped when the store belongs to another ledger than this CA's.
+var ErrStoreForeign = errors.New("the database belongs to another ledger than the one in this CA's data folder")
+
 // ErrUnrecordedRoot is wrapped when the store has a root that no record of the
 // ledger speaks of.
 var ErrUnrecordedRoot = errors.New("the store has a root that the CA never recorded")
@@ -47,13 +50,20 @@ type TrustStore interface {
 	Trust(ctx context.Context) (ca.Trust, error)
 	Nodes(ctx context.Context) ([]*registry.Node, error)
 	Quarantines(ctx context.Context) ([]*registry.Quarantine, error)
+	Tokens(ctx context.Context, now time.Time) ([]*registry.Token, error)
+	DeleteToken(ctx context.Context, sum [32]byte, record func() error) error
 	Epoch() string
+	// Ledger returns the name of the ledger that the store belongs to, "" if to none.
+	Ledger(ctx context.Context) (journal string, err error)
+	// ClaimLedger has the store belong to a ledger if it belongs to none, and returns
+	// the one that it belongs to.
+	ClaimLedger(ctx context.Context, journal string) (owner string, err error)
 }
 
 // Anchor is what the CA knows of its store without the store: a small file beside
 // the ledger with the last revision that was told to anybody, the hash of each
-// entry, root and attested node that was recorded, and the bans and quarantines that
-// are in force. The store's rows are a copy of what the ledger says, and a row that
+// entry, root, attested node and open join token that was recorded, and the bans and
+// quarantines that are in force. The store's rows are a copy of what the ledger says, and a row that
 // the ledger does not know of is not believed: whoever can write to the store can
 // stop the CA, and can neither have it issue nor lift what an operator withdrew.
 //
@@ -66,15 +76,17 @@ type Anchor struct {
 	journal *ledger.Journal
 	version string
 
-	// wanted is what nodes and quarantines were when the CA stopped; nil if nobody
-	// knows. It is not changed.
+	// wanted is what nodes, quarantines and join tokens were when the CA stopped; nil
+	// if nobody knows. It is not changed.
 	wanted *wanted
 
-	mu         sync.Mutex        // held while the file is written; guards what follows
-	unrecorded map[string]string // entries not to be believed, by name → why
-	missing    map[string]string // recorded entries that are not in the store, by name → digest
-	edited     []string          // what was not believed of nodes and quarantines, for a person
-	kept       *anchored         // what the file says; not changed
+	mu         sync.Mutex               // held while the file is written; guards what follows
+	unrecorded map[string]string        // entries not to be believed, by name → why
+	missing    map[string]string        // recorded entries that are not in the store, by name → digest
+	edited     []string                 // what was not believed of nodes, quarantines and tokens, for a person; the first of it
+	edits      int                      // how much that was
+	tokens     map[string]anchoredToken // join tokens that can be used, by SHA-256
+	kept       *anchored                // what the file says; not changed
 }
 
 // unrecordedEntry says why an entry of the store is not to be believed, if so. A
@@ -129,13 +141,13 @@ func (a *Anchor) problem(entries []string) string {
 		problems = append(problems, "these entries are not what the ledger says, and are not in force: "+strings.Join(entries, ", ")+
 			". Apply them again, then delete those that are not wanted")
 	}
-	if n := len(a.edited); n > 0 {
-		text := strings.Join(a.edited[:min(n, maxEdited)], ", ")
-		if n > maxEdited {
-			text += fmt.Sprintf(" and %d more", n-maxEdited)
+	if a.edits > 0 {
+		text := strings.Join(a.edited, ", ")
+		if n := a.edits - len(a.edited); n > 0 {
+			text += fmt.Sprintf(" and %d more", n)
 		}
-		problems = append(problems, "this was not in it as it was recorded, and holds all the same: "+text+
-			". It is put right; `ca ledger find --event store_edited` has the records, and this is said until the next start")
+		problems = append(problems, "this is not in it as it was recorded: "+text+
+			". What was recorded holds, and the database is put right; `ca ledger find --event store_edited` has the records, and this is said until the next start")
 	}
 	if len(problems) == 0 {
 		return ""
@@ -145,6 +157,15 @@ func (a *Anchor) problem(entries []string) string {
 
 // maxEdited is how much that was edited is named.
 const maxEdited = 8
+
+// noteEdited notes something that is not believed.
+func (a *Anchor) noteEdited(what string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.edits++; len(a.edited) < maxEdited {
+		a.edited = append(a.edited, what)
+	}
+}
 
 // changed notes that entries were changed by a recorded call.
 func (a *Anchor) changed(changes []*change) {
@@ -173,8 +194,8 @@ type anchored struct {
 
 // OpenAnchor compares the store with the anchor at path and with the ledger, before
 // anything is made of the store. Without an anchor, as at the first start of this
-// version, it reads the whole ledger. The error wraps ErrStoreBehind or
-// ErrUnrecordedRoot if the CA must not go on with this store; single entries that
+// version, it reads the whole ledger. The error wraps ErrStoreBehind, ErrStoreForeign
+// or ErrUnrecordedRoot if the CA must not go on with this store; single entries that
 // are not recorded are no error: the server does not put them into force.
 //
 // version is that of this program: what a node attested is compared with what was
@@ -184,12 +205,24 @@ func OpenAnchor(ctx context.Context, path string, journal *ledger.Journal, st Tr
 	if err != nil {
 		return nil, err
 	}
+	// Another CA may have come first since it was compared.
+	if owner, err := st.ClaimLedger(ctx, LedgerName(journal)); err != nil {
+		return nil, err
+	} else if owner != LedgerName(journal) {
+		return nil, &BehindError{Foreign: owner, Ledger: LedgerName(journal)}
+	}
 	return a, nil
+}
+
+// LedgerName is how a store names a ledger.
+func LedgerName(j *ledger.Journal) string {
+	name := j.Name()
+	return hex.EncodeToString(name[:])
 }
 
 // openAnchor returns what it knows also if the store is behind.
 func openAnchor(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, version string) (*Anchor, error) {
-	a := &Anchor{path: path, journal: journal, version: version, unrecorded: map[string]string{}, missing: map[string]string{}}
+	a := &Anchor{path: path, journal: journal, version: version, unrecorded: map[string]string{}, missing: map[string]string{}, tokens: map[string]anchoredToken{}}
 	kept, err := readAnchor(path)
 	if err == nil {
 		a.wanted, err = a.wantedNodes(ctx, kept)
@@ -247,6 +280,21 @@ func (a *Anchor) compare(ctx context.Context, kept *anchored, st TrustStore) err
 		}
 		said, err = scanRecorded(ctx, a.journal.Dir(), from)
 		return err
+	}
+	if owner, err := st.Ledger(ctx); err != nil {
+		return err
+	} else if name := LedgerName(a.journal); owner != "" && owner != name {
+		if err := scan(); err != nil {
+			return err
+		}
+		foreign := &BehindError{
+			Foreign: owner, Ledger: name, Revision: revision, Sequence: trust.Sequence, Epoch: st.Epoch(),
+			WantRevision: said.revision, WantSequence: said.sequence,
+		}
+		if kept != nil {
+			foreign.WantRevision, foreign.WantSequence = max(kept.Revision, said.revision), max(kept.Sequence, said.sequence)
+		}
+		return foreign
 	}
 	if kept == nil {
 		if err := scan(); err != nil {
@@ -406,8 +454,11 @@ func (r *recorded) since(revision uint64) []string {
 	return all
 }
 
-// BehindError says in which way the store is older; it wraps ErrStoreBehind.
+// BehindError says in which way the store is older, or which ledger it belongs to; it
+// wraps ErrStoreBehind or ErrStoreForeign.
 type BehindError struct {
+	Foreign                string // the ledger that the store belongs to; "" if it is older
+	Ledger                 string // this CA's ledger
 	Revision, WantRevision uint64 // of entries and roots
 	Sequence, WantSequence uint64 // of the trust bundle
 	Epoch, WantEpoch       string
@@ -417,6 +468,12 @@ type BehindError struct {
 // Error names the difference, and what to do.
 func (e *BehindError) Error() string {
 	var b strings.Builder
+	if e.Foreign != "" {
+		fmt.Fprintf(&b, "%v: that one is %s, and this one %s", ErrStoreForeign, e.Foreign, e.Ledger)
+		b.WriteString("\n  A database has one CA: give this one a data_dir of its own." +
+			"\n  If its ledger was lost, put the newest copy of it back; or, if there is none, go on with a new one by `ca store accept`, which records that there was another")
+		return b.String()
+	}
 	fmt.Fprintf(&b, "%v: the store is at revision %d with trust bundle %d, the ledger at %d with %d",
 		ErrStoreBehind, e.Revision, e.Sequence, e.WantRevision, e.WantSequence)
 	const shown = 10
@@ -430,8 +487,21 @@ func (e *BehindError) Error() string {
 	return b.String()
 }
 
-// Unwrap returns ErrStoreBehind.
-func (e *BehindError) Unwrap() error { return ErrStoreBehind }
+// Unwrap returns ErrStoreBehind or ErrStoreForeign.
+func (e *BehindError) Unwrap() error {
+	if e.Foreign != "" {
+		return ErrStoreForeign
+	}
+	return ErrStoreBehind
+}
+
+// past is what is recorded of the store when it is accepted.
+func (e *BehindError) past() string {
+	if e.Foreign != "" {
+		return fmt.Sprintf("the database had belonged to the ledger %s", e.Foreign)
+	}
+	return fmt.Sprintf("the database had been restored from a copy of revision %d; the ledger was at %d", e.Revision, e.WantRevision)
+}
 
 // Acceptance is by whom a store is accepted that OpenAnchor refuses, and what its
 // record says besides.
@@ -443,7 +513,8 @@ type Acceptance struct {
 
 // AcceptStore makes the store that OpenAnchor refuses the one that counts, by the
 // word of an operator, which is recorded first: its rows are what was recorded. What
-// was banned, evicted or quarantined since stays so. restore must make the store's
+// was banned, evicted or quarantined since stays so, and join tokens that were used or
+// withdrawn since are removed. restore must have the store belong to this ledger, make its
 // revision and trust bundle sequence at least these, and begin a new epoch, so that
 // agents take what it says for new.
 func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, who Acceptance,
@@ -451,7 +522,7 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 ) error {
 	a, err := openAnchor(ctx, path, journal, st, who.Version)
 	if err == nil {
-		return errors.New("the store is not behind the ledger: there is nothing to accept")
+		return errors.New("the store is this ledger's, and not behind it: there is nothing to accept")
 	}
 	behind, ok := errors.AsType[*BehindError](err)
 	if !ok {
@@ -473,10 +544,14 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 	if err != nil {
 		return err
 	}
+	tokens, err := st.Tokens(ctx, who.Now)
+	if err != nil {
+		return err
+	}
 	if _, err := journal.Append(ctx, ledger.NewDraft(&ledgerv1.Record{
 		Version: recordVersion, Time: timestamppb.New(who.Now), Event: ledgerv1.Event_EVENT_STORE_ACCEPTED, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
 		TrustDomain: who.TrustDomain, CaInstance: who.Instance, CaVersion: who.Version, Actor: who.By,
-		Detail: fmt.Sprintf("the database had been restored from a copy of revision %d; the ledger was at %d", behind.Revision, behind.WantRevision),
+		Detail: behind.past(),
 		Store: &ledgerv1.StoreAccepted{
 			Revision: behind.Revision, BundleSequence: behind.Sequence, LedgerRevision: behind.WantRevision, LedgerBundleSequence: behind.WantSequence,
 			Lost: behind.Changes[:min(len(behind.Changes), maxShown)],
@@ -485,6 +560,12 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 		return err
 	}
 	revision, sequence := max(behind.WantRevision, revision)+1, max(behind.WantSequence, trust.Sequence)+1
+	open, used, withdrawn := a.wanted.knownTokens().judge(tokens)
+	for _, t := range slices.Concat(used, withdrawn) {
+		if err := st.DeleteToken(ctx, t.SHA256, recordNothing); err != nil {
+			return err
+		}
+	}
 	epoch, err := restore(revision, sequence)
 	if err != nil {
 		return err
@@ -493,7 +574,7 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 		Epoch: epoch, Revision: revision, Sequence: sequence, Records: journal.Size(), Entries: map[string]string{},
 		Roots: rootHashes(trust.Bundle()), anchoredNodes: a.wanted.accept(nodes, quarantines),
 	}
-	next.NodeRecords, next.Version = next.Records, who.Version
+	next.NodeRecords, next.Version, next.Tokens = next.Records, who.Version, open
 	for _, e := range entries {
 		next.Entries[e.GetName()] = digestText(identity.DigestOf(e))
 	}

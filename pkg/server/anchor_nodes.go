@@ -48,6 +48,8 @@ type anchoredNodes struct {
 	NodeRecords uint64                  `json:"node_records,omitempty"` // in the journal when it was noted
 	Nodes       map[string]anchoredNode `json:"nodes"`                  // by SPIFFE ID
 	Quarantines []*registry.Quarantine  `json:"quarantines,omitempty"`
+	// Tokens are by SHA-256; nil in the file of a version that did not note them.
+	Tokens map[string]anchoredToken `json:"tokens"`
 }
 
 type anchoredNode struct {
@@ -81,9 +83,10 @@ func anchorNode(n *registry.Node) anchoredNode {
 type wanted struct {
 	nodes       map[string]*wantedNode
 	quarantines map[string]*registry.Quarantine // by name
-	archived    bool                            // there were records that are not known any more
-	facts       bool                            // what nodes attested is known
-	begun       bool                            // the ledger has records of a CA that was in use
+	tokens      wantedTokens
+	archived    bool // there were records that are not known any more
+	facts       bool // what nodes attested is known
+	begun       bool // the ledger has records of a CA that was in use
 }
 
 // wantedNode is a node. Of an active one, all digests since the file was written are
@@ -100,7 +103,10 @@ func (a *Anchor) wantedNodes(ctx context.Context, kept *anchored) (*wanted, erro
 	if err != nil {
 		return nil, err
 	}
-	w := &wanted{nodes: make(map[string]*wantedNode), quarantines: make(map[string]*registry.Quarantine), facts: true}
+	w := &wanted{
+		nodes: make(map[string]*wantedNode), quarantines: make(map[string]*registry.Quarantine), facts: true,
+		tokens: wantedTokens{open: make(map[string]anchoredToken), deleted: make(map[string]anchoredToken)},
+	}
 	from := uint64(0)
 	if kept != nil && kept.Nodes != nil {
 		from = min(kept.NodeRecords, a.journal.Size())
@@ -110,6 +116,12 @@ func (a *Anchor) wantedNodes(ctx context.Context, kept *anchored) (*wanted, erro
 		}
 		for _, q := range kept.Quarantines {
 			w.quarantines[q.Name()] = q
+		}
+		maps.Copy(w.tokens.open, kept.Tokens)
+		if kept.Tokens == nil && from > 0 {
+			if err := scan(ctx, a.journal.Dir(), 0, w.tokens.take); err != nil {
+				return nil, err
+			}
 		}
 	}
 	w.archived = from < archived.Size
@@ -125,6 +137,7 @@ func (a *Anchor) wantedNodes(ctx context.Context, kept *anchored) (*wanted, erro
 // take takes a record.
 func (w *wanted) take(r *ledgerv1.Record) {
 	w.begun = w.begun || r.GetBundle() != nil || r.GetEntry() != nil || r.GetNode() != nil
+	w.tokens.take(r)
 	if r.GetOutcome() != ledgerv1.Outcome_OUTCOME_SUCCESS {
 		return
 	}
@@ -279,14 +292,12 @@ func (s *Server) believe(ctx context.Context, nodes []*registry.Node, quarantine
 		if err != nil { // it is in force all the same, and judged again at the next start
 			s.log.ErrorContext(ctx, "the database cannot be put right", "reason", e.reason, "err", err)
 		}
-		a.mu.Lock()
-		a.edited = append(a.edited, e.text)
-		a.mu.Unlock()
+		a.noteEdited(e.text)
 	}
 	return nodes, quarantines, nil
 }
 
-// noteNodes notes which nodes and quarantines are in force.
+// noteNodes notes which nodes, quarantines and join tokens are in force.
 func (s *Server) noteNodes(ctx context.Context) {
 	a := s.cfg.Anchor
 	if a == nil {
@@ -303,6 +314,10 @@ func (s *Server) noteNodes(ctx context.Context) {
 	for i := range s.nodeMu {
 		s.nodeMu[i].Unlock()
 	}
+	// Tokens may be newer than that many records: to read a change again changes nothing.
+	s.tokenMu.Lock()
+	next.Tokens = a.tokensNow(time.Now())
+	s.tokenMu.Unlock()
 	next.Nodes = make(map[string]anchoredNode, len(nodes))
 	for _, n := range nodes {
 		next.Nodes[n.ID] = anchorNode(n)
@@ -313,7 +328,7 @@ func (s *Server) noteNodes(ctx context.Context) {
 		return // nothing is in force yet
 	}
 	if old := a.kept.anchoredNodes; old.Version == next.Version && next.NodeRecords-old.NodeRecords < anchorRecords &&
-		maps.Equal(old.Nodes, next.Nodes) && slices.Equal(old.Quarantines, next.Quarantines) {
+		maps.Equal(old.Nodes, next.Nodes) && old.Tokens != nil && maps.Equal(old.Tokens, next.Tokens) && slices.Equal(old.Quarantines, next.Quarantines) {
 		return
 	}
 	all := *a.kept

@@ -233,7 +233,7 @@ func TestAcceptedStoreLiftsNothing(t *testing.T) {
 		accepted = true
 		err := AcceptStore(t.Context(), filepath.Join(h.dir, "store.anchor"), c.Ledger, db, Acceptance{By: "uid:7", Version: c.Version, TrustDomain: td.Name(), Instance: c.Instance},
 			func(revision, sequence uint64) (string, error) {
-				err := db.Restored(context.WithoutCancel(t.Context()), revision, sequence)
+				err := db.Restored(context.WithoutCancel(t.Context()), LedgerName(c.Ledger), revision, sequence)
 				return db.Epoch(), err
 			})
 		if err != nil {

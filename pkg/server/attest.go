@@ -146,6 +146,9 @@ func (a *attestation) run(ctx context.Context) (*nodev1.AgentIdentity, error) {
 		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why",
 			fmt.Errorf("verifier established a node of method %q with %d bytes of attributes", node.GetMethod(), proto.Size(node)))
 	}
+	if err := a.claimToken(ctx, node); err != nil {
+		return nil, a.refused(ctx, nil, reasonAttestation, kindDenied, "attestation refused: the CA's ledger says why", err)
+	}
 	return a.admit(ctx, node, key, start)
 }
 

@@ -108,6 +108,8 @@ type Config struct {
 	NewToken func() (secret string, sum [32]byte, err error)
 	// Records is the ledger's search index; nil if there is none.
 	Records Records
+	// CatchUp waits until Records has what is in the ledger now; nil if nobody knows.
+	CatchUp func(ctx context.Context) error
 	// Sinks are those that the ledger is not archived without; nil if there are
 	// none.
 	Sinks Sinks
@@ -221,6 +223,7 @@ type Server struct {
 	withdrawals withdrawals
 
 	quarantineMu sync.Mutex // held while quarantines are changed
+	tokenMu      sync.Mutex // held while join tokens are made and withdrawn
 
 	entryMu sync.Mutex     // held from reading entries to having applied the change
 	nodeMu  [64]sync.Mutex // by hash of the SPIFFE ID: held while a node is changed
@@ -302,6 +305,9 @@ func (s *Server) load(ctx context.Context) error {
 		return err
 	}
 	if nodes, quarantines, err = s.believe(ctx, nodes, quarantines); err != nil {
+		return err
+	}
+	if err := s.believeTokens(ctx); err != nil {
 		return err
 	}
 	compiled := make([]*identity.Entry, 0, len(stored))

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
@@ -262,10 +263,15 @@ func (h *house) dial(key *ecdsa.PrivateKey, chain []*x509.Certificate, options .
 	return conn
 }
 
-func (h *house) token(name string, labels map[string]string) string {
+// token makes a join token, for an hour or for ttl.
+func (h *house) token(name string, labels map[string]string, ttl ...time.Duration) string {
 	h.t.Helper()
 	admin, ctx := h.admin()
-	resp, err := admin.CreateToken(ctx, &adminv1.CreateTokenRequest{NodeName: name, Labels: labels})
+	req := &adminv1.CreateTokenRequest{NodeName: name, Labels: labels}
+	for _, d := range ttl {
+		req.Ttl = durationpb.New(d)
+	}
+	resp, err := admin.CreateToken(ctx, req)
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	_ "modernc.org/sqlite" // the driver "sqlite", without cgo
@@ -102,6 +103,11 @@ func privateFile(path string) error {
 	}
 	if !st.Mode().IsRegular() {
 		return fmt.Errorf("database %s is not a regular file: name the file itself, not a link to it", path)
+	}
+	// SQLite keeps its log beside the name by which the file was opened: two processes
+	// that use two names destroy the database.
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok && sys.Nlink > 1 {
+		return fmt.Errorf("database %s is a hard link: there are %d names of the file, remove the others, and give each CA a database of its own", path, sys.Nlink)
 	}
 	if perm := st.Mode().Perm(); perm&0o077 != 0 {
 		return fmt.Errorf("database %s has mode %04o and can be read by others: run chmod 600 %s", path, perm, path)

@@ -81,12 +81,43 @@ func (d *DB) Revision(ctx context.Context) (uint64, error) {
 	return uint64(revision), nil //nolint:gosec // the table holds the CHECK that it is not negative
 }
 
+// Ledger returns the name of the ledger that this store belongs to, "" if it belongs
+// to none yet.
+func (d *DB) Ledger(ctx context.Context) (journal string, err error) {
+	row := d.reader.QueryRowContext(ctx, d.dialect.rebind(`SELECT journal FROM ledgers`))
+	if err := row.Scan(&journal); err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return "", fmt.Errorf("read the name of the ledger: %w", err)
+	}
+	return journal, nil
+}
+
+// ClaimLedger has this store belong to a ledger, if it belongs to none, and returns
+// the one that it belongs to. Of any number of concurrent calls, one decides.
+func (d *DB) ClaimLedger(ctx context.Context, journal string) (owner string, err error) {
+	err = d.update(ctx, func(tx *sql.Tx) error {
+		if _, err := d.exec(ctx, tx, `INSERT INTO ledgers (journal) SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM ledgers)`, journal); err != nil {
+			return err
+		}
+		return tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT journal FROM ledgers`)).Scan(&owner)
+	})
+	if err != nil {
+		return "", fmt.Errorf("write the name of the ledger: %w", err)
+	}
+	return owner, nil
+}
+
 // Restored says that what is in the store was restored from a copy and counts
-// from now on: a new history begins, at this revision and this sequence of the
-// trust bundle, which must be above all that were ever told.
-func (d *DB) Restored(ctx context.Context, revision, sequence uint64) error {
+// from now on, for this ledger: a new history begins, at this revision and this
+// sequence of the trust bundle, which must be above all that were ever told.
+func (d *DB) Restored(ctx context.Context, journal string, revision, sequence uint64) error {
 	epoch := rand.Text()
 	err := d.update(ctx, func(tx *sql.Tx) error {
+		if _, err := d.exec(ctx, tx, `DELETE FROM ledgers`); err != nil {
+			return err
+		}
+		if _, err := d.exec(ctx, tx, `INSERT INTO ledgers (journal) VALUES (?1)`, journal); err != nil {
+			return err
+		}
 		_, err := d.exec(ctx, tx, `UPDATE state SET epoch = ?1, revision = ?2, bundle_sequence = ?3 WHERE id = 1`,
 			epoch, int64(revision), int64(sequence)) //nolint:gosec // the table holds the CHECK that they are not negative
 		return err

@@ -490,6 +490,89 @@ func TestFault_F21_SecondOpenIsRefused(t *testing.T) {
 	open(t, path)
 }
 
+// Of 16 CAs with ledgers of their own, the store belongs to one, for good; or until an
+// operator says otherwise.
+func TestFault_F21_OneLedger(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ca.db")
+	d := open(t, path)
+	if owner, err := d.Ledger(t.Context()); owner != "" || err != nil {
+		t.Errorf("a new store belongs to %q: %v", owner, err)
+	}
+	owners := make([]string, 16)
+	var wg sync.WaitGroup
+	for i := range owners {
+		wg.Go(func() {
+			var err error
+			if owners[i], err = d.ClaimLedger(t.Context(), fmt.Sprint("ledger-", i)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	first := owners[0]
+	if slices.ContainsFunc(owners, func(o string) bool { return o != first }) || !strings.HasPrefix(first, "ledger-") {
+		t.Errorf("it belongs to %v", owners)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, path)
+	if owner, err := d.Ledger(t.Context()); owner != first || err != nil {
+		t.Errorf("it belongs to %q: %v", owner, err)
+	}
+	if err := d.Restored(t.Context(), "another", 7, 7); err != nil {
+		t.Fatal(err)
+	}
+	if owner, err := d.ClaimLedger(t.Context(), first); owner != "another" || err != nil {
+		t.Errorf("it belongs to %q: %v", owner, err)
+	}
+}
+
+// A ban is in force from its commit on, on every connection that reads: also on those
+// that were in use while it was written, and while others go on writing.
+func TestV_L5_CommittedIsRead(t *testing.T) {
+	d := open(t, filepath.Join(t.TempDir(), "ca.db"))
+	n := &registry.Node{ID: "spiffe://example.org/meshid/node/x/n", Attributes: &attributesv1.Node{Id: "n"}}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	for i := range 2 * sqliteReaders { // no connection is idle
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				_, err := d.Nodes(ctx)
+				if i == 0 && err == nil {
+					_, err = d.ApplyEntries(ctx, []*entryv1.Entry{entry("a")}, nil, ignore)
+				}
+				if err != nil && ctx.Err() == nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for round := range 100 {
+		n.State = registry.Active
+		if round%2 == 1 {
+			n.State = registry.Banned
+		}
+		if err := d.PutNode(t.Context(), n); err != nil {
+			t.Fatal(err)
+		}
+		var read sync.WaitGroup
+		for range 2 * sqliteReaders {
+			read.Go(func() {
+				if got, err := d.Nodes(t.Context()); err != nil || len(got) != 1 || got[0].State != n.State {
+					t.Errorf("round %d: read is %v: %v", round, got, err)
+				}
+			})
+		}
+		read.Wait()
+	}
+	if used := d.reader.Stats().OpenConnections; used != sqliteReaders {
+		t.Errorf("%d connections read, want %d", used, sqliteReaders)
+	}
+}
+
 // 64 CAs add their first root at once: one of them succeeds.
 func TestFault_F21_FirstRootOnce(t *testing.T) {
 	d := open(t, filepath.Join(t.TempDir(), "ca.db"))
@@ -670,12 +753,16 @@ func TestOpenFile(t *testing.T) {
 	if err := os.Symlink(path, link); err != nil {
 		t.Fatal(err)
 	}
+	linked := filepath.Join(dir, "linked.db")
+	if err := errors.Join(os.WriteFile(linked, nil, 0o600), os.Link(linked, filepath.Join(dir, "other.db"))); err != nil {
+		t.Fatal(err)
+	}
 	garbage := filepath.Join(dir, "garbage.db")
 	if err := os.WriteFile(garbage, []byte(strings.Repeat("not a database ", 100)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for path, want := range map[string]string{
-		wide: "chmod 600", link: "not a regular file", dir: "not a regular file", garbage: "not a database",
+		wide: "chmod 600", link: "not a regular file", linked: "hard link", dir: "not a regular file", garbage: "not a database",
 		filepath.Join(dir, "missing", "ca.db"): "no such file",
 	} {
 		if _, err := Open(t.Context(), path); err == nil || !strings.Contains(err.Error(), want) {

@@ -114,6 +114,85 @@ func TestFault_F17_RowsEditedByHand(t *testing.T) {
 	}
 }
 
+// A second CA, with a ledger of its own, comes to the database of one that is there, or
+// to a copy of it: it says what is wrong and what to do, touches nothing, and the first
+// goes on. Only when an operator says so does a database belong to another ledger.
+func TestFault_F21_DatabaseOfAnotherLedger(t *testing.T) {
+	t.Parallel()
+	require.Root(t)
+	first, second := local.StartCA(t, local.CAOptions{}), local.StartCA(t, local.CAOptions{})
+	first.Apply(t, entries)
+	must(t, second.Stop(t))
+	theirs, own := filepath.Join(first.DataDir, "meshid.db"), filepath.Join(second.DataDir, "meshid.db")
+	remove := func() {
+		t.Helper()
+		for _, suffix := range []string{"", "-wal", "-shm"} {
+			if err := os.Remove(own + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Fatal(err)
+			}
+		}
+	}
+	says := func(want ...string) {
+		t.Helper()
+		why := refusedStart(t, second)
+		for _, w := range want {
+			if !strings.Contains(why, w) {
+				t.Errorf("it does not say %q: %s", w, why)
+			}
+		}
+		first.Apply(t, entries) // it is there, and can write
+	}
+	remove()
+	must(t, os.Symlink(theirs, own))
+	says("not a regular file")
+	remove()
+	must(t, os.Link(theirs, own))
+	says("hard link")
+	remove()
+
+	keep := second.DataDir + ".own"
+	must(t, os.Rename(second.DataDir, keep))
+	must(t, os.Symlink(first.DataDir, second.DataDir))
+	says("is not a directory")
+	must(t, os.Remove(second.DataDir))
+	must(t, os.Rename(keep, second.DataDir))
+
+	must(t, first.Stop(t))
+	content, err := os.ReadFile(theirs)
+	must(t, err)
+	first.Start(t)
+	first.AwaitReady(t)
+	must(t, os.WriteFile(own, content, 0o600))
+	for range 2 {
+		says("belongs to another ledger", "a data_dir of its own", "ca store accept")
+	}
+	config := filepath.Join(second.Dir, "ca.yaml")
+	roots, err := filepath.Glob(filepath.Join(first.DataDir, "keys", "root-*"))
+	must(t, err)
+	for _, root := range roots {
+		key, err := os.ReadFile(root)
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(second.DataDir, "keys", filepath.Base(root)), key, 0o600))
+	}
+	second.MustCommand(t, "store", "accept", "--config", config)
+	second.Start(t)
+	second.AwaitReady(t)
+	if message := unrecorded(t, second); message != "" {
+		t.Errorf("the condition is %q", message)
+	}
+	local.Await(t, "find the record of the acceptance", func(context.Context) error {
+		out, err := second.Command(t, "ledger", "find", "--event", "store_accepted", "-o", "jsonl")
+		if err == nil && !strings.Contains(out, "had belonged to the ledger") {
+			err = fmt.Errorf("found is %s", out)
+		}
+		return err
+	})
+	must(t, second.Stop(t))
+	if out, err := second.Command(t, "store", "accept", "--config", config); err == nil || !strings.Contains(err.Error(), "nothing to accept") {
+		t.Errorf("it is accepted again: %s %v", out, err)
+	}
+}
+
 // A root is put into the database by hand: the CA does not start with it, and no
 // agent ever sees it.
 func TestV_G9_RootAddedByHand(t *testing.T) {

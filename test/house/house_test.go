@@ -562,6 +562,43 @@ func secretOf(n ast.Node) string {
 	return line
 }
 
+// What a caller may do is decided by what is in memory, which a change is in before its
+// answer is given. The store is asked for nodes, entries and quarantines at the start
+// only, so that none of its connections, nor a replica, can answer with what was.
+func TestV_L5_AuthorizationReadsMemory(t *testing.T) {
+	allowed := []string{"load", "compare", "AcceptStore"}
+	reads, elsewhere := 0, 0
+	for _, f := range parse(t) {
+		if f.Test() || !strings.HasPrefix(f.Path, "pkg/server/") {
+			continue
+		}
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			ast.Inspect(fn, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok {
+					return true
+				}
+				sel, ok := call.Fun.(*ast.SelectorExpr)
+				if !ok || len(call.Args) == 0 || !slices.Contains([]string{"Nodes", "Entries", "Quarantines"}, sel.Sel.Name) {
+					return true // those of the registry, which is memory, take no context
+				}
+				if reads++; !slices.Contains(allowed, fn.Name.Name) {
+					elsewhere++
+					t.Errorf("%s: %s asks the store for %s", f.Position(call.Pos()), fn.Name.Name, sel.Sel.Name)
+				}
+				return true
+			})
+		}
+	}
+	if reads < 6 {
+		t.Errorf("only %d reads of the store were found", reads)
+	}
+}
+
 // A decision that asks two clocks can be at odds with itself: times come from the CA,
 // as arguments, and no statement asks the database's clock.
 func TestV_L6_TheDatabaseHasNoClock(t *testing.T) {

@@ -87,11 +87,12 @@ const (
 	Event_EVENT_ARCHIVED Event = 23
 	// Somebody signed in to the console, or was refused: sign_in says how.
 	Event_EVENT_SIGN_IN Event = 24
-	// An operator accepted a database that is older than the ledger: store says what
-	// was lost with it.
+	// An operator accepted a database that is older than the ledger, or that belonged
+	// to another one: store says what was lost with it.
 	Event_EVENT_STORE_ACCEPTED Event = 25
-	// What the database says of a node or a quarantine is not what was recorded, and
-	// is not believed: node or quarantine says what is in force instead.
+	// What the database says of a node, a quarantine or a join token is not what was
+	// recorded, and is not believed: node or quarantine says what is in force instead,
+	// token_sha256 which token lets nobody in.
 	Event_EVENT_STORE_EDITED Event = 26
 	// What was withdrawn (an entry deleted, a node evicted or banned, a quarantine
 	// added) is out of use: every proxy that carried it has acknowledged that it is
@@ -346,7 +347,8 @@ type Record struct {
 	Took *durationpb.Duration `protobuf:"bytes,21,opt,name=took,proto3" json:"took,omitempty"`
 	// For entry events: the change, as a unified diff of the entry's YAML.
 	Diff string `protobuf:"bytes,22,opt,name=diff,proto3" json:"diff,omitempty"`
-	// For token events and attestations with a token: SHA-256 of the token.
+	// For token events, attestations with a token, and a token that is not believed
+	// (EVENT_STORE_EDITED): SHA-256 of the token.
 	TokenSha256 []byte `protobuf:"bytes,23,opt,name=token_sha256,json=tokenSha256,proto3" json:"token_sha256,omitempty"`
 	// The attestors whose facts are in workload, such as "unix" and "docker".
 	Attestors []string `protobuf:"bytes,24,rep,name=attestors,proto3" json:"attestors,omitempty"`
