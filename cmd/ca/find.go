@@ -177,15 +177,16 @@ func enumNumber(d protoreflect.EnumDescriptor, prefix, flag, name string) (proto
 	return v.Number(), nil
 }
 
-// hexFlag reads hexadecimal, with or without colons.
+// hexFlag reads hexadecimal as other programs print it: with or without colons, or
+// with 0x before it.
 func hexFlag(flag, value string) ([]byte, error) {
-	digits := strings.ReplaceAll(value, ":", "")
+	digits := strings.TrimPrefix(strings.ToLower(strings.ReplaceAll(value, ":", "")), "0x")
 	if len(digits)%2 == 1 {
 		digits = "0" + digits
 	}
 	b, err := hex.DecodeString(digits)
 	if err != nil {
-		return nil, fmt.Errorf("--%s %q is not hexadecimal", flag, value)
+		return nil, fmt.Errorf("--%s %q is not hexadecimal, such as 7f3a12 or 7F:3A:12", flag, value)
 	}
 	return b, nil
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -86,8 +88,12 @@ func newLedgerTail(f *ledgerFlags) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "tail",
 		Short: "Show the newest records",
+		Long: `Tail reads the newest records from the ledger's folder, the oldest of them first,
+and with --follow those that are made from then on. Each is a line: its number, when,
+what was decided and how, and what it is about; as JSON, the whole record. To ask
+for certain ones, see "ca ledger find".`,
 		Example: `  ca ledger tail -n 50
-  ca ledger tail -f -o json | jq 'select(.outcome == "refused")'`,
+  ca ledger tail -f -o json | jq 'select(.record.outcome == "OUTCOME_REFUSED")'`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			format, err := out.Format()
@@ -146,9 +152,12 @@ func newLedgerGet(f *ledgerFlags) *cobra.Command {
 			var from uint64
 			matches := func(ledger.Entry) bool { return true }
 			if serial != "" {
-				want := strings.TrimLeft(strings.ToLower(strings.ReplaceAll(serial, ":", "")), "0")
+				want, err := parseSerial(serial)
+				if err != nil {
+					return err
+				}
 				matches = func(e ledger.Entry) bool {
-					return strings.TrimLeft(hex.EncodeToString(e.Record.GetCertificate().GetSerial()), "0") == want
+					return bytes.Equal(bytes.TrimLeft(e.Record.GetCertificate().GetSerial(), "\x00"), want)
 				}
 			} else if from, err = strconv.ParseUint(args[0], 10, 64); err != nil {
 				return fmt.Errorf("%q is not an index; write a number from 0 on", args[0])
@@ -158,14 +167,35 @@ func newLedgerGet(f *ledgerFlags) *cobra.Command {
 					return err
 				}
 				if matches(e) {
-					return writeRecord(cmd.OutOrStdout(), "json", e)
+					return writeIndented(cmd.OutOrStdout(), e)
 				}
 			}
-			return fmt.Errorf("no such record in %s", dir)
+			if serial != "" {
+				return fmt.Errorf("no record of a certificate with this serial number in %s", dir)
+			}
+			size, err := ledger.Size(dir)
+			if err != nil {
+				return err
+			}
+			return fmt.Errorf("there is no record %d in %s: the next one will be %d", from, dir, size)
 		},
 	}
 	cmd.Flags().StringVar(&serial, "serial", "", "serial number of a certificate, in hexadecimal")
 	return cmd
+}
+
+// writeIndented writes a record for people and programs.
+func writeIndented(w io.Writer, e ledger.Entry) error {
+	line, err := ledger.FormatJSON(e)
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	if err := json.Indent(&b, line, "", "  "); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(w, b.String())
+	return err
 }
 
 func writeRecord(w io.Writer, format string, e ledger.Entry) error {

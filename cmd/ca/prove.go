@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -262,12 +261,8 @@ run, the folder "tree" is read from its newest record on until it is found.`,
 
 // parseSerial reads a serial number as people write it, without leading zeros.
 func parseSerial(s string) ([]byte, error) {
-	digits := strings.TrimLeft(strings.ReplaceAll(s, ":", ""), "0")
-	if len(digits)%2 == 1 {
-		digits = "0" + digits
-	}
-	b, err := hex.DecodeString(digits)
-	if err != nil || len(b) == 0 {
+	b, err := hexFlag("serial", s)
+	if b = bytes.TrimLeft(b, "\x00"); err != nil || len(b) == 0 {
 		return nil, fmt.Errorf("--serial %q is not a serial number: write it in hexadecimal, as openssl x509 -serial prints it", s)
 	}
 	return b, nil

@@ -153,7 +153,7 @@ func writeReplay(w io.Writer, r *audit.Report) {
 	fmt.Fprintf(w, "%d issuances and %d refusals from %s to %s: %d would be the same\n", r.Issued, r.Refusals,
 		r.Since.Local().Format(time.RFC3339), r.Until.Local().Format(time.RFC3339), r.Kept)
 	if r.Other > 0 {
-		fmt.Fprintf(w, "%d others were not decided by entries\n", r.Other)
+		fmt.Fprintf(w, "not decided by entries: %d\n", r.Other)
 	}
 	for _, g := range r.Groups {
 		count := fmt.Sprintf("  %d records of %d instances, the last is record %d", g.Records, g.Instances, g.LastIndex)

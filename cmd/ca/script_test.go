@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
 
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
@@ -92,5 +93,28 @@ func await(ts *testscript.TestScript, _ bool, args []string) {
 		if time.Now().After(deadline) {
 			ts.Fatalf("%v prints nothing: %v\n%s", args, err, ts.ReadFile("stderr"))
 		}
+	}
+}
+
+// The type of a flag is one word: pflag takes what stands in backquotes in its usage
+// for it.
+func TestUsageOfFlags(t *testing.T) {
+	seen := 0
+	var look func(c *cobra.Command)
+	look = func(c *cobra.Command) {
+		for line := range strings.Lines(c.LocalFlags().FlagUsages()) {
+			seen++
+			head, _, _ := strings.Cut(strings.TrimSpace(line), "   ") // then comes the usage
+			if long := head[strings.Index(head, "--"):]; len(strings.Fields(long)) > 2 {
+				t.Errorf("%s: %s", c.CommandPath(), line)
+			}
+		}
+		for _, below := range c.Commands() {
+			look(below)
+		}
+	}
+	look(newRoot())
+	if seen < 100 {
+		t.Errorf("only %d flags were looked at", seen)
 	}
 }

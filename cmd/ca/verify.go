@@ -276,9 +276,17 @@ func describe(r tree.Report, withTree bool, err error) verification {
 	return v
 }
 
+// count says how many there are, with the noun's plural.
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
 func writeReport(w io.Writer, r tree.Report, withTree bool, dir string) error {
 	j := r.Journal
-	fmt.Fprintf(w, "%d records in %d segments are intact\nhead %s\n", j.Head.Size-j.First, j.Segments, j.Head)
+	fmt.Fprintf(w, "%d records in %s are intact\nhead %s\n", j.Head.Size-j.First, count(j.Segments, "segment"), j.Head)
 	if j.First > 0 {
 		fmt.Fprintf(w, "those before record %d were archived\n", j.First)
 	}

@@ -89,7 +89,7 @@ const changeover = 30 * time.Second
 // FindSerial returns the newest record about the certificate with a serial number,
 // given in hexadecimal. progress is told of each segment that was searched.
 func FindSerial(ctx context.Context, dir, serial string, progress func(done, all int)) (uint64, error) {
-	text := strings.TrimLeft(strings.ToLower(strings.ReplaceAll(serial, ":", "")), "0")
+	text := strings.TrimLeft(strings.TrimPrefix(strings.ToLower(strings.ReplaceAll(serial, ":", "")), "0x"), "0")
 	if text == "" || strings.Trim(text, "0123456789abcdef") != "" {
 		return 0, fmt.Errorf("%q is no serial number: write it in hexadecimal", serial)
 	}

@@ -21,6 +21,7 @@ import (
 //
 //	{"index":7,"hash":"<64 hex digits>","link":"<64 hex digits>","record":{…}}
 //
+// The link is left out if it is not known, as of a record that was read from a proof.
 // The record is a protobuf message in JSON with the field names of its .proto
 // file, fields that are not set left out, and these rules where the protobuf
 // mapping leaves a choice or is unkind to people and tools: bytes (serials,
@@ -36,8 +37,10 @@ func FormatJSON(e Entry) ([]byte, error) {
 	b = strconv.AppendUint(b, e.Index, 10)
 	b = append(b, `,"hash":`...)
 	b = appendHex(b, e.Hash[:])
-	b = append(b, `,"link":`...)
-	b = appendHex(b, e.Link[:])
+	if e.Link != ([32]byte{}) {
+		b = append(b, `,"link":`...)
+		b = appendHex(b, e.Link[:])
+	}
 	b = append(b, `,"record":`...)
 	b, err := appendMessage(b, e.Record.ProtoReflect())
 	if err != nil {

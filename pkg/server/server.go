@@ -108,8 +108,6 @@ type Config struct {
 	NewToken func() (secret string, sum [32]byte, err error)
 	// Records is the ledger's search index; nil if there is none.
 	Records Records
-	// CatchUp waits until Records has what is in the ledger now; nil if nobody knows.
-	CatchUp func(ctx context.Context) error
 	// Sinks are those that the ledger is not archived without; nil if there are
 	// none.
 	Sinks Sinks

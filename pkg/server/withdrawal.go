@@ -309,6 +309,9 @@ func (s *Server) settleWithdrawal(w *withdrawal) {
 	}
 	r := s.ownRecord(ledgerv1.Event_EVENT_WITHDRAWN)
 	r.Actor, r.RequestId = w.actor, w.request
+	if w.cause == withdrawalNode {
+		r.Node = &ledgerv1.NodeRef{Id: w.what}
+	}
 	r.Detail, r.Took = truncate(w.summary()), durationpb.New(w.ended.Sub(w.began))
 	if state == withdrawalIncomplete {
 		r.Outcome = ledgerv1.Outcome_OUTCOME_ERROR

@@ -79,7 +79,7 @@ func TestMessage(t *testing.T) {
 	e.Record.Node, e.Record.Entry, e.Record.Detail, e.Record.Actor, e.Record.Reason, e.Record.RequestId = nil, nil, "", "", "", ""
 	zero := strings.Repeat("0", 64)
 	want := `<132>1 2026-11-23T14:31:05.123456Z a_] meshid-ca - issue [meshid@32473 journal="00" index="7" hash="` + zero +
-		`" event="issue" outcome="refused" spiffe_id="a \]"] {"index":7,"hash":"` + zero + `","link":"` + zero +
+		`" event="issue" outcome="refused" spiffe_id="a \]"] {"index":7,"hash":"` + zero +
 		`","record":{"time":"2026-11-23T14:31:05.123456789Z","event":"EVENT_ISSUE","outcome":"OUTCOME_REFUSED","spiffe_id":"a ]","ca_instance":"a ]"}}`
 	if got := string(target.message("00", e)); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
