@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"strings"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/attest/node/x509pop"
@@ -35,7 +37,7 @@ import (
 )
 
 // nodeVerifiers is the table of node attestation methods: one line a method.
-func nodeVerifiers(n nodeAttestation, db *store.DB, kubernetes *clusters, logger *slog.Logger) ([]attest.NodeVerifier, error) {
+func nodeVerifiers(n nodeAttestation, db *store.DB, kubernetes *clusters, reg prometheus.Registerer, logger *slog.Logger) ([]attest.NodeVerifier, error) {
 	var verifiers []attest.NodeVerifier
 	if n.JoinToken.Present() || !n.X509PoP.Present() && !n.K8sPSAT.Present() {
 		if err := n.JoinToken.Decode(&struct{}{}); err != nil {
@@ -55,7 +57,7 @@ func nodeVerifiers(n nodeAttestation, db *store.DB, kubernetes *clusters, logger
 		verifiers = append(verifiers, v)
 	}
 	if n.K8sPSAT.Present() {
-		v, err := psatVerifier(n.K8sPSAT, db, kubernetes, logger)
+		v, err := psatVerifier(n.K8sPSAT, db, kubernetes, reg, logger)
 		if err != nil {
 			return nil, err
 		}

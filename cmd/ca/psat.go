@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/attest"
@@ -16,7 +18,7 @@ import (
 
 // psatVerifier makes the CA's half of k8s_psat, with what verifies each cluster's
 // tokens, and its pods where they are followed. It talks to no cluster yet.
-func psatVerifier(s config.Section, db *store.DB, kubernetes *clusters, logger *slog.Logger) (*k8spsat.Verifier, error) {
+func psatVerifier(s config.Section, db *store.DB, kubernetes *clusters, reg prometheus.Registerer, logger *slog.Logger) (*k8spsat.Verifier, error) {
 	var c k8spsat.Config
 	if err := s.Decode(&c); err != nil {
 		return nil, err
@@ -29,7 +31,7 @@ func psatVerifier(s config.Section, db *store.DB, kubernetes *clusters, logger *
 	}
 	var all []k8spsat.Cluster
 	for i, cluster := range c.Clusters {
-		tokens, setting, err := psatTokens(cluster, kubernetes, logger)
+		tokens, setting, err := psatTokens(cluster, kubernetes, reg, logger)
 		if err != nil {
 			return nil, s.Errorf(fmt.Sprintf("clusters[%d].%s", i, setting), "%v", err)
 		}
@@ -45,7 +47,7 @@ func psatVerifier(s config.Section, db *store.DB, kubernetes *clusters, logger *
 }
 
 // psatTokens returns what verifies a cluster's tokens, or the setting that is wrong.
-func psatTokens(c k8spsat.ClusterConfig, kubernetes *clusters, logger *slog.Logger) (tokens kube.TokenVerifier, setting string, err error) {
+func psatTokens(c k8spsat.ClusterConfig, kubernetes *clusters, reg prometheus.Registerer, logger *slog.Logger) (tokens kube.TokenVerifier, setting string, err error) {
 	if c.JWKS != nil {
 		keys, err := kube.NewKeys(kube.KeysConfig(*c.JWKS))
 		return keys, "jwks", err
@@ -55,7 +57,7 @@ func psatTokens(c k8spsat.ClusterConfig, kubernetes *clusters, logger *slog.Logg
 	}
 	client, err := kube.Open(kube.Config{
 		Name: c.Name, Kubeconfig: c.TokenReview.Kubeconfig, Context: c.TokenReview.Context,
-		UserAgent: "meshid-ca/" + cli.Version(), Logger: logger,
+		UserAgent: "meshid-ca/" + cli.Version(), Logger: logger, Registerer: reg,
 	})
 	if err != nil {
 		return nil, "token_review", err

@@ -95,7 +95,7 @@ func newCheckCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := nodeVerifiers(v.NodeAttestation, nil, kubernetes, slog.New(slog.DiscardHandler)); err != nil {
+			if _, err := nodeVerifiers(v.NodeAttestation, nil, kubernetes, nil, slog.New(slog.DiscardHandler)); err != nil {
 				return err
 			}
 			if _, err := planIstio(v, kubernetes.names()); err != nil {
@@ -184,7 +184,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if err != nil {
 		return err
 	}
-	verifiers, err := nodeVerifiers(v.NodeAttestation, db, kubernetes, logger)
+	verifiers, err := nodeVerifiers(v.NodeAttestation, db, kubernetes, registry, logger)
 	if err != nil {
 		return err
 	}

@@ -143,6 +143,7 @@ var dashboards = []dashboard{
 			{kind: graph, title: "Refusals, by reason", unit: "ops", queries: []query{rate("meshid_ca_refusals_total", "reason")}},
 			{kind: graph, title: "Anomalies, by rule", unit: "none", queries: []query{{`sum by (rule) (increase(meshid_ca_anomalies_total{instance=~"$instance"}[1h]))`, "{{rule}}"}}},
 			{kind: graph, title: "Attestations of nodes, by method and outcome", unit: "ops", queries: []query{{`sum by (method, outcome) (rate(meshid_ca_attestations_total{instance=~"$instance"}[$__rate_interval]))`, "{{method}} {{outcome}}"}}},
+			{kind: graph, title: "TokenReviews, by cluster and outcome", about: "Agents that attest with k8s_psat, and Istio's proxies. Refused: the cluster says no. Error: nobody knows.", unit: "ops", queries: []query{{`sum by (cluster, outcome) (rate(meshid_ca_kubernetes_token_reviews_total{instance=~"$instance"}[$__rate_interval]))`, "{{cluster}} {{outcome}}"}}},
 			{kind: graph, title: "TLS handshakes, by outcome", unit: "ops", queries: []query{rate("meshid_ca_tls_handshakes_total", "outcome")}},
 			{kind: graph, title: "Changes of entries and nodes", unit: "none", queries: []query{
 				{`sum by (action) (increase(meshid_ca_entry_changes_total{instance=~"$instance"}[1h]))`, "entry {{action}}"},

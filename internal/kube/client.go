@@ -59,8 +59,8 @@ type Config struct {
 	UserAgent string
 	// Logger gets what the API server warns of; nil for none.
 	Logger *slog.Logger
-	// Registerer gets the client's metrics; nil for none. One client of a cluster is
-	// enough for a process.
+	// Registerer gets the client's metrics; nil for none. Clients of clusters of the same
+	// name count together.
 	Registerer prometheus.Registerer
 }
 

@@ -22,27 +22,69 @@ var outcomes = []struct {
 	{ErrUnavailable, "unavailable"},
 }
 
-// metrics are what a client counts.
-type metrics struct{ calls *prometheus.CounterVec }
+// Outcomes of a TokenReview.
+const (
+	reviewAccepted = "accepted"
+	reviewRefused  = "refused" // the cluster, or what it says, speaks against the token
+	reviewError    = "error"   // nobody knows
+)
+
+// metrics are what the clients of a cluster count, all together.
+type metrics struct {
+	calls     *prometheus.CounterVec
+	reviews   *prometheus.CounterVec
+	reviewing prometheus.Histogram
+}
 
 // ofCluster has the metrics of a cluster say which one it is.
 func ofCluster(cluster string, reg prometheus.Registerer) prometheus.Registerer {
 	return prometheus.WrapRegistererWith(prometheus.Labels{"cluster": cluster}, reg)
 }
 
-// newMetrics registers the metrics of one client; reg may be nil.
+// newMetrics returns the metrics of a cluster's clients, and registers them if this is the
+// first one; reg may be nil.
 func newMetrics(cluster string, reg prometheus.Registerer) (*metrics, error) {
-	m := &metrics{calls: prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "meshid_ca_kubernetes_calls_total",
-		Help: "Calls to a cluster's API server, without watches, by what became of them.",
-	}, []string{"outcome"})}
+	m := &metrics{
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "meshid_ca_kubernetes_calls_total",
+			Help: "Calls to a cluster's API server, without watches, by what became of them.",
+		}, []string{"outcome"}),
+		reviews: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "meshid_ca_kubernetes_token_reviews_total",
+			Help: "Service account tokens that a cluster was asked about (TokenReview), by what became of them.",
+		}, []string{"outcome"}),
+		reviewing: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                        "meshid_ca_kubernetes_token_review_duration_seconds",
+			Help:                        "Time that a cluster takes for a TokenReview.",
+			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 15},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
+	}
+	if reg != nil {
+		reg = ofCluster(cluster, reg)
+		if err := errors.Join(shared(reg, &m.calls), shared(reg, &m.reviews), shared(reg, &m.reviewing)); err != nil {
+			return nil, err
+		}
+	}
 	for _, o := range outcomes {
 		m.calls.WithLabelValues(o.name)
 	}
-	if reg == nil {
-		return m, nil
+	for _, o := range []string{reviewAccepted, reviewRefused, reviewError} {
+		m.reviews.WithLabelValues(o)
 	}
-	return m, ofCluster(cluster, reg).Register(m.calls)
+	return m, nil
+}
+
+// shared registers a collector, or replaces it by the one that is registered already.
+func shared[C prometheus.Collector](reg prometheus.Registerer, c *C) error {
+	err := reg.Register(*c)
+	if registered, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
+		if known, ok := registered.ExistingCollector.(C); ok {
+			*c = known
+			return nil
+		}
+	}
+	return err
 }
 
 func (m *metrics) count(err error) {
@@ -52,6 +94,19 @@ func (m *metrics) count(err error) {
 			return
 		}
 	}
+}
+
+// reviewed counts a TokenReview that began then.
+func (m *metrics) reviewed(began time.Time, err error) {
+	outcome := reviewAccepted
+	switch {
+	case errors.Is(err, ErrToken):
+		outcome = reviewRefused
+	case err != nil:
+		outcome = reviewError
+	}
+	m.reviews.WithLabelValues(outcome).Inc()
+	m.reviewing.Observe(time.Since(began).Seconds())
 }
 
 // register registers the metrics of what is followed; reg may be nil.

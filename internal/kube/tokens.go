@@ -213,6 +213,14 @@ func (r *Reviewer) Verify(ctx context.Context, token, audience string) (*TokenId
 	if err != nil {
 		return nil, err
 	}
+	began := time.Now()
+	id, err := r.ask(ctx, token, audience, c)
+	r.client.metrics.reviewed(began, err)
+	return id, err
+}
+
+// ask has a token reviewed whose claims were read.
+func (r *Reviewer) ask(ctx context.Context, token, audience string, c *claims) (*TokenIdentity, error) {
 	review := &tokenReview{APIVersion: "authentication.k8s.io/v1", Kind: "TokenReview"}
 	review.Spec.Token, review.Spec.Audiences = token, []string{audience}
 	var answer tokenReview

@@ -36,6 +36,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/meshid/meshid/test/fakes/kubeapi"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
 )
@@ -114,7 +115,7 @@ func TestNames(t *testing.T) {
 func TestDashboards(t *testing.T) {
 	t.Parallel()
 	require.Root(t)
-	ca := local.StartCA(t, local.CAOptions{Config: upstreamOnDisk(t)})
+	ca := local.StartCA(t, local.CAOptions{Config: upstreamOnDisk(t) + clusterOfAgents(t)})
 	agent := ca.StartAgent(t, "node-1", local.AgentOptions{})
 	servers := map[string]string{
 		"classic": startPrometheus(t, ca.Metrics, agent.Metrics),
@@ -157,6 +158,12 @@ func TestDashboards(t *testing.T) {
 			}
 		}
 	}
+}
+
+// clusterOfAgents returns the settings of a cluster whose agents may attest.
+func clusterOfAgents(t *testing.T) string {
+	t.Helper()
+	return fmt.Sprintf("node_attestation: {join_token: {}, k8s_psat: {clusters: [{name: prod, service_accounts: [meshid/agent], token_review: {kubeconfig: %q}}]}}\n", kubeapi.New(t).Kubeconfig)
 }
 
 // upstreamOnDisk makes an upstream CA in files, and returns its settings.
