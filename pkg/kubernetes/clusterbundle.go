@@ -98,25 +98,31 @@ func (b *ClusterBundle) Run(ctx context.Context) error {
 	return nil
 }
 
+// certificatesResource returns the best version of a resource of the group that the API
+// server has; the error is kube.ErrNotFound if it has none.
+func certificatesResource(ctx context.Context, c *kube.Client, plural string) (r kube.Resource, err error) {
+	for _, version := range certificatesVersions {
+		r = kube.Resource{Group: certificatesGroup, Version: version, Plural: plural}
+		err = c.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
+		if !errors.Is(err, kube.ErrNotFound) {
+			break
+		}
+	}
+	return r, err
+}
+
 // discover waits until the API server has the kind; it returns false if ctx ends.
 func (b *ClusterBundle) discover(ctx context.Context) (r kube.Resource, ok bool) {
 	for {
-		var failed error
-		for _, version := range certificatesVersions {
-			r := kube.Resource{Group: certificatesGroup, Version: version, Plural: "clustertrustbundles"}
-			err := b.cfg.Client.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
-			if err == nil {
-				return r, true
-			}
-			if failed = err; !errors.Is(err, kube.ErrNotFound) {
-				break
-			}
+		r, err := certificatesResource(ctx, b.cfg.Client, "clustertrustbundles")
+		if err == nil {
+			return r, true
 		}
-		if errors.Is(failed, kube.ErrNotFound) {
-			failed = errors.New("the API server does not have this kind: enable ClusterTrustBundle there, or remove the setting")
+		if errors.Is(err, kube.ErrNotFound) {
+			err = errors.New("the API server does not have this kind: enable ClusterTrustBundle there, or remove the setting")
 		}
 		if ctx.Err() == nil {
-			b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s of cluster %s cannot be kept: %v", b.cfg.Name, b.cfg.Client.Name(), failed))
+			b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s of cluster %s cannot be kept: %v", b.cfg.Name, b.cfg.Client.Name(), err))
 		}
 		select {
 		case <-ctx.Done():

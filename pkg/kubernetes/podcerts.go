@@ -97,8 +97,8 @@ type PodCertificates struct {
 	cfg     PodCertificatesConfig
 	metrics *podMetrics
 	slots   chan struct{}
-	// room has capacity 1: there is room for requests that were left out.
-	room chan struct{}
+	// waker is woken when there is room for requests that were left out.
+	waker waker
 
 	mu       sync.Mutex // guards what follows
 	path     kube.Path
@@ -163,7 +163,7 @@ func NewPodCertificates(cfg PodCertificatesConfig) (*PodCertificates, error) {
 		cfg.Report = func(string) {}
 	}
 	p := &PodCertificates{
-		cfg: cfg, slots: make(chan struct{}, maxSigning), room: make(chan struct{}, 1), pending: make(map[string]*podRequest),
+		cfg: cfg, slots: make(chan struct{}, maxSigning), waker: newWaker(), pending: make(map[string]*podRequest),
 	}
 	var err error
 	p.metrics, err = newPodMetrics(cfg.Client.Name(), cfg.Registerer, p.length)
@@ -184,7 +184,10 @@ func (p *PodCertificates) Run(ctx context.Context) error {
 	defer cancel()
 	for {
 		again := recheck
-		resource, err := p.discover(ctx)
+		resource, err := certificatesResource(ctx, p.cfg.Client, podCertificates)
+		if errors.Is(err, kube.ErrNotFound) {
+			err = errNoAPI
+		}
 		if err == nil {
 			p.follow(ctx, &requests, resource)
 			again = 0
@@ -204,18 +207,6 @@ func (p *PodCertificates) Run(ctx context.Context) error {
 
 var errNoAPI = errors.New("the API server does not have this kind: Kubernetes 1.37 has, and 1.34 and newer with the feature gate PodCertificateRequest; or remove the setting")
 
-// discover finds the version of the API that the server has.
-func (p *PodCertificates) discover(ctx context.Context) (kube.Resource, error) {
-	for _, version := range certificatesVersions {
-		r := kube.Resource{Group: certificatesGroup, Version: version, Plural: podCertificates}
-		err := p.cfg.Client.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
-		if !errors.Is(err, kube.ErrNotFound) {
-			return r, err
-		}
-	}
-	return kube.Resource{}, errNoAPI
-}
-
 // follow answers requests until ctx ends, the server does not have this version any more,
 // or there is room for those that were left out.
 func (p *PodCertificates) follow(ctx context.Context, requests *sync.WaitGroup, resource kube.Resource) {
@@ -231,34 +222,34 @@ func (p *PodCertificates) follow(ctx context.Context, requests *sync.WaitGroup, 
 	}}
 	feed := kube.Follow(p.cfg.Client, kube.Path{Resource: resource}, kube.FollowOptions{Fields: "spec.signerName=" + p.cfg.Signer},
 		func(o *podCertificateRequest) *podCertificateRequest { return o }, kube.Reader[*podCertificateRequest](reader))
-	var done sync.WaitGroup
-	defer done.Wait()
 	defer cancel()
-	done.Go(func() { feed.Run(following) })
-	ticker := time.NewTicker(progress)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-p.room:
-			return
-		case <-ticker.C:
+	p.waker.wake()
+	loop(following, p.waker, 0, func(context.Context) time.Duration {
+		if !p.check(feed.State()) {
+			cancel()
 		}
-		p.mu.Lock()
-		rejected := p.rejected
-		p.mu.Unlock()
-		switch _, why := feed.State().Behind(time.Now()); {
-		case errors.Is(why, kube.ErrNotFound):
-			return
-		case why != nil && !errors.Is(why, kube.ErrReading):
-			p.cfg.Report(fmt.Sprintf("the PodCertificateRequest objects of cluster %s cannot be read: %v", p.cfg.Client.Name(), why))
-		case rejected != nil:
-			p.cfg.Report(fmt.Sprintf("a PodCertificateRequest of cluster %s cannot be answered: %v", p.cfg.Client.Name(), rejected))
-		default:
-			p.cfg.Report("")
-		}
+		return progress
+	}, feed)
+}
+
+// check reports how the requests are followed, and says whether that goes on.
+func (p *PodCertificates) check(feed kube.FeedState) bool {
+	p.mu.Lock()
+	rejected, room := p.rejected, p.missed && len(p.pending) <= maxPending/2
+	p.mu.Unlock()
+	_, why := feed.Behind(time.Now())
+	if room || errors.Is(why, kube.ErrNotFound) {
+		return false
 	}
+	switch {
+	case why != nil && !errors.Is(why, kube.ErrReading):
+		p.cfg.Report(fmt.Sprintf("the PodCertificateRequest objects of cluster %s cannot be read: %v", p.cfg.Client.Name(), why))
+	case rejected != nil:
+		p.cfg.Report(fmt.Sprintf("a PodCertificateRequest of cluster %s cannot be answered: %v", p.cfg.Client.Name(), rejected))
+	default:
+		p.cfg.Report("")
+	}
+	return true
 }
 
 // podRequests is the Reader of the requests.
@@ -319,10 +310,7 @@ func (p *PodCertificates) end(r *podRequest) {
 	defer p.mu.Unlock()
 	delete(p.pending, r.Metadata.UID)
 	if p.missed && len(p.pending) <= maxPending/2 {
-		select {
-		case p.room <- struct{}{}:
-		default:
-		}
+		p.waker.wake()
 	}
 }
 

@@ -30,6 +30,7 @@ type Server struct {
 	changed  chan struct{} // closed when something of this changes
 	down     bool
 	frozen   bool
+	held     map[string]bool // collections of which nothing is said
 	requests int
 }
 
@@ -47,7 +48,7 @@ type event struct {
 // New starts a server, which ends with the test.
 func New(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{objects: map[string]object{}, changed: make(chan struct{}), version: 1}
+	s := &Server{objects: map[string]object{}, held: map[string]bool{}, changed: make(chan struct{}), version: 1}
 	web := httptest.NewUnstartedServer(http.HandlerFunc(s.serve))
 	web.EnableHTTP2 = true
 	web.StartTLS()
@@ -121,6 +122,9 @@ func (s *Server) Down(down bool) { s.change(func() { s.down = down }) }
 // say all of it.
 func (s *Server) Freeze(frozen bool) { s.change(func() { s.frozen = frozen }) }
 
+// Hold has the server say nothing about one collection, from now on.
+func (s *Server) Hold(collection string) { s.change(func() { s.held[collection] = true }) }
+
 // Forget has the server not remember what has changed: whoever was not there lists
 // again.
 func (s *Server) Forget() { s.change(func() { s.history = nil }) }
@@ -182,7 +186,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		case s.down:
 			s.mu.Unlock()
 			return
-		case s.frozen:
+		case s.frozen || s.held[collection]:
 		case seen < 0:
 			for _, o := range s.objects {
 				if o.collection == collection {

@@ -1,0 +1,87 @@
+package kubernetes
+
+import (
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+
+	"github.com/meshid/meshid/internal/kube"
+	"github.com/meshid/meshid/pkg/server"
+	"github.com/meshid/meshid/test/fakes/kubeapi"
+)
+
+// A request is denied for good for what the cluster says, and never for what this CA has
+// not heard yet. Pods and nodes are followed apart: one may be known and the other not.
+func TestPodIsNotHeardOfYet(t *testing.T) {
+	const pod = `{"metadata":{"uid":"p1","namespace":"shop","name":"cart"},"spec":{"nodeName":"n1","serviceAccountName":"cart","containers":[{"name":"app"}]},"status":{"phase":"Running"}}`
+	const node = `{"metadata":{"name":"n1","uid":"nu1"}}`
+	for name, c := range map[string]struct {
+		pods, nodes bool // have been read
+		podUID      string
+		nodeUID     string
+		want        string // the denial; empty if it is to wait
+	}{
+		"nothing was read":                 {false, false, "p1", "nu1", ""},
+		"the nodes were not":               {true, false, "p1", "nu1", ""},
+		"the nodes were not, nor the pod":  {true, false, "p2", "nu1", ""},
+		"the pods were not":                {false, true, "p1", "nu1", ""},
+		"all was read, and not the pod":    {true, true, "p2", "nu1", "there is no pod p2"},
+		"all was read, and another node":   {true, true, "p1", "nu2", "does not have the UID nu2"},
+		"the pod is another's in any case": {true, false, "p3", "nu1", "is not on node n1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			api := kubeapi.New(t)
+			api.Set("nodes", node)
+			api.Set("pods", pod)
+			api.Set("pods", strings.NewReplacer("p1", "p3", "cart", "other", "n1", "n2").Replace(pod))
+			for collection, read := range map[string]bool{"pods": c.pods, "nodes": c.nodes} {
+				if !read {
+					api.Hold(collection)
+				}
+			}
+			client, err := kube.Open(kube.Config{Name: "prod", Kubeconfig: api.Kubeconfig})
+			if err != nil {
+				t.Fatal(err)
+			}
+			pods, err := kube.NewPods(client, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var done sync.WaitGroup
+			done.Go(func() { pods.Run(t.Context()) })
+			t.Cleanup(done.Wait)
+			patience, look := time.After(time.Minute), time.NewTicker(time.Millisecond)
+			defer look.Stop()
+			for p, n := pods.State(); p.Current != c.pods || n.Current != c.nodes; p, n = pods.State() {
+				select {
+				case <-look.C:
+				case <-patience:
+					t.Fatal("pods and nodes are not read within a minute")
+				}
+			}
+			p, err := NewPodCertificates(PodCertificatesConfig{Client: client, Pods: pods, Signer: "meshid.io/svid"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &podRequest{podCertificateRequest: new(podCertificateRequest), seen: time.Now().Add(-secondLook)} // it has waited
+			r.Metadata.Namespace = "shop"
+			r.Spec.PodName, r.Spec.PodUID, r.Spec.ServiceAccountName, r.Spec.NodeName, r.Spec.NodeUID = "cart", c.podUID, "cart", "n1", c.nodeUID
+			if c.podUID == "p3" {
+				r.Spec.PodName = "other"
+			}
+			err = p.checkPod(t.Context(), r, &server.Direct{Workload: new(attributesv1.Workload)})
+			refused, denied := errors.AsType[*denial](err)
+			_, waits := errors.AsType[*later](err)
+			switch {
+			case c.want == "" && !waits:
+				t.Errorf("%v, want it to wait", err)
+			case c.want != "" && (!denied || !strings.Contains(refused.message, c.want)):
+				t.Errorf("%v, want a denial: %s", err, c.want)
+			}
+		})
+	}
+}
