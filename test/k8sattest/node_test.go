@@ -47,6 +47,12 @@ func (t tokens) Verify(ctx context.Context, token, audience string) (*k8spsat.To
 // reviewer verifies by asking a cluster, with the right to do so and no other.
 func reviewer(t *testing.T, s *testkube.APIServer) (*kube.Reviewer, *kube.Client) {
 	t.Helper()
+	return reviewerOf(t, "prod", s)
+}
+
+// reviewerOf is reviewer for a cluster of any name.
+func reviewerOf(t *testing.T, cluster string, s *testkube.APIServer) (*kube.Reviewer, *kube.Client) {
+	t.Helper()
 	s.Apply(t, `
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -65,7 +71,7 @@ metadata: {name: ca-pods}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-pods}
 subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
 `)
-	c, err := kube.Open(kube.Config{Name: "prod", Kubeconfig: s.UserKubeconfig(t, "ca")})
+	c, err := kube.Open(kube.Config{Name: cluster, Kubeconfig: s.UserKubeconfig(t, "ca")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,14 +96,25 @@ func offline(t *testing.T, s *testkube.APIServer) *kube.Keys {
 type halves struct {
 	verifier *k8spsat.Verifier
 	database *store.DB
-	file     string
 }
 
 func newHalves(t *testing.T, namespace string, v kube.TokenVerifier, pods k8spsat.Pods) *halves {
 	t.Helper()
-	c := k8spsat.Config{Clusters: []k8spsat.ClusterConfig{{Name: "prod", ServiceAccounts: []string{namespace + "/agent"}, JWKS: &k8spsat.JWKSConfig{}}}}
+	return newHalvesOf(t, namespace, k8spsat.Cluster{Config: k8spsat.ClusterConfig{Name: "prod"}, Tokens: tokens{v}, Pods: pods})
+}
+
+// newHalvesOf is newHalves for several clusters, whose agents are of the same name.
+func newHalvesOf(t *testing.T, namespace string, clusters ...k8spsat.Cluster) *halves {
+	t.Helper()
+	var c k8spsat.Config
+	for _, cluster := range clusters {
+		c.Clusters = append(c.Clusters, k8spsat.ClusterConfig{Name: cluster.Config.Name, ServiceAccounts: []string{namespace + "/agent"}, JWKS: &k8spsat.JWKSConfig{}})
+	}
 	if err := c.Check(); err != nil {
 		t.Fatal(err)
+	}
+	for i := range clusters {
+		clusters[i].Config = c.Clusters[i]
 	}
 	db, err := store.Open(t.Context(), filepath.Join(t.TempDir(), "ca.db"))
 	if err != nil {
@@ -109,24 +126,31 @@ func newHalves(t *testing.T, namespace string, v kube.TokenVerifier, pods k8spsa
 		}
 	})
 	return &halves{
-		verifier: k8spsat.NewVerifier([]k8spsat.Cluster{{Config: c.Clusters[0], Tokens: tokens{v}, Pods: pods}}, db),
-		database: db, file: filepath.Join(t.TempDir(), "token"),
+		verifier: k8spsat.NewVerifier(clusters, db),
+		database: db,
 	}
 }
 
 // attest attests with a token.
 func (h *halves) attest(t *testing.T, token string) (*attributesv1.Node, error) {
 	t.Helper()
-	if err := os.WriteFile(h.file, []byte(token), 0o600); err != nil {
-		t.Fatal(err)
+	return h.attestTo(t, "prod", token)
+}
+
+// attestTo attests as a node of a cluster. It may be called concurrently.
+func (h *halves) attestTo(t *testing.T, cluster, token string) (*attributesv1.Node, error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+		return nil, err
 	}
-	a, err := k8spsat.NewAttester(k8spsat.AgentConfig{Cluster: "prod", TokenFile: h.file})
+	a, err := k8spsat.NewAttester(k8spsat.AgentConfig{Cluster: cluster, TokenFile: file})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	evidence, err := a.Evidence(t.Context(), nil)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	binding := sha256.Sum256([]byte("key"))
 	return h.verifier.Verify(t.Context(), attest.Claim{Evidence: evidence, Binding: binding[:]}, nil)

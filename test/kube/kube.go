@@ -155,6 +155,13 @@ func (s *APIServer) start(t testing.TB, p place) {
 	t.Helper()
 	s.URL = "https://" + p.host + ":" + p.port
 	s.Issuer = s.URL
+	p.args = slices.DeleteFunc(slices.Clone(p.args), func(arg string) (found bool) {
+		issuer, found := strings.CutPrefix(arg, "--service-account-issuer=")
+		if found {
+			s.Issuer = issuer // the first one in the arguments is who issues
+		}
+		return found
+	})
 	admin := s.authority.issue(t, s.dir, "admin", pkix.Name{CommonName: "admin", Organization: []string{"system:masters"}})
 	kubelet := s.authority.issue(t, s.dir, "kubelet-client", pkix.Name{CommonName: "kube-apiserver", Organization: []string{"system:masters"}})
 	serving := s.authority.issue(t, s.dir, "server", pkix.Name{CommonName: "kube-apiserver"}, p.host, serviceIP, "kubernetes.default.svc", "localhost")
