@@ -190,7 +190,9 @@ func (a *Agent) call(ctx context.Context, s *session, batch []cache.Request, fac
 			PreviousSerial: q.PreviousSerial,
 		}
 	}
+	began := time.Now()
 	response, err := s.client.Issue(ctx, request)
+	a.metrics.calls.Observe(time.Since(began).Seconds())
 	if err != nil {
 		return nil, nil, fmt.Errorf("issue: %w", err)
 	}

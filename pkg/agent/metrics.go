@@ -35,6 +35,8 @@ type metrics struct {
 	lag          prometheus.Histogram
 	first        prometheus.Histogram
 	attestations *prometheus.CounterVec // of workloads
+	attesting    *prometheus.HistogramVec
+	calls        prometheus.Histogram   // to the CA, to have X.509-SVIDs issued
 	rejections   *prometheus.CounterVec // by proxies
 	nodes        *prometheus.CounterVec // of this node
 	keys         prometheus.Histogram
@@ -65,6 +67,18 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 			Name: "meshid_agent_workload_attestations_total",
 			Help: "Questions about processes to workload attestors; not_mine is an answer too.",
 		}, []string{"method", "outcome"}),
+		attesting: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:                        "meshid_agent_workload_attestation_seconds",
+			Help:                        "Time of a workload attestor for one process, with what it waits for.",
+			Buckets:                     []float64{.0001, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1, 5},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}, []string{"method"}),
+		calls: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                        "meshid_agent_issue_seconds",
+			Help:                        "Time of one call that has the CA issue X.509-SVIDs, as it is seen here.",
+			Buckets:                     []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, 1, 5, 30},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
 		nodes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_agent_node_attestations_total",
 			Help: "Attempts to attest this node.",
@@ -98,6 +112,7 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 		}
 	}
 	for _, w := range workloads {
+		m.attesting.WithLabelValues(w.Name())
 		for _, o := range []string{string(succeeded), string(failed), "not_mine"} {
 			m.attestations.WithLabelValues(w.Name(), o)
 		}
@@ -113,7 +128,7 @@ func newMetrics(reg prometheus.Registerer, workloads []attest.WorkloadAttestor) 
 		m.saved.WithLabelValues(string(o))
 	}
 	for _, c := range []prometheus.Collector{
-		m.renewals, m.lag, m.first, m.attestations, m.nodes, m.keys, m.connects, m.skipped, m.saved, m.rejections,
+		m.renewals, m.lag, m.first, m.attestations, m.attesting, m.calls, m.nodes, m.keys, m.connects, m.skipped, m.saved, m.rejections,
 	} {
 		if err := reg.Register(c); err != nil {
 			return nil, err

@@ -282,7 +282,9 @@ func (a *Agent) attest(ctx context.Context, p *peer.Peer) (*workload, error) {
 	ask := func(n int) {
 		ctx, cancel := context.WithTimeout(ctx, attestTimeout)
 		defer cancel()
+		began := time.Now()
 		facts[n], errs[n] = attestors[n].Attest(ctx, p)
+		a.metrics.attesting.WithLabelValues(attestors[n].Name()).Observe(time.Since(began).Seconds())
 		outcome := string(succeeded)
 		switch {
 		case errors.Is(errs[n], attest.ErrNotMine):

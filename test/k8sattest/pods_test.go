@@ -369,45 +369,57 @@ func (f *fleet) usage() (agents []time.Duration, ca time.Duration) {
 	return agents, f.processorTime(pid)
 }
 
-// calls are how often the agents have asked their kubelet or their runtime so.
-func (f *fleet) calls(call string) (n float64) {
-	f.t.Helper()
-	for i, a := range f.agents {
-		text, err := f.Nodes[i].Exec(f.t, "busybox", "wget", "-q", "-O", "-", "http://"+a.Metrics+"/metrics")
-		if err != nil {
-			f.t.Fatal(err)
-		}
-		n += f.series(text, fmt.Sprintf("meshid_agent_k8s_calls_total{call=%q,outcome=\"ok\"}", call))
-	}
-	return n
-}
+// metrics are those of the programs, by the name of a series: of the agents the sum.
+type metrics map[string]float64
 
-// mean returns the mean of a histogram of the CA since before, in milliseconds; with
-// what it is to be given as before the next time.
-func (f *fleet) mean(histogram string, before [2]float64) (float64, [2]float64) {
+// metrics asks all programs.
+func (f *fleet) metrics() metrics {
 	f.t.Helper()
 	text, err := exec.CommandContext(f.t.Context(), "busybox", "wget", "-q", "-O", "-", "http://"+f.ca.Metrics+"/metrics").Output()
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	now := [2]float64{f.series(string(text), histogram+"_sum"), f.series(string(text), histogram+"_count")}
-	return 1000 * (now[0] - before[0]) / (now[1] - before[1]), now
-}
-
-// series returns the value of one series of a program's metrics.
-func (f *fleet) series(text, name string) float64 {
-	f.t.Helper()
-	for line := range strings.Lines(text) {
-		if v, ok := strings.CutPrefix(line, name+" "); ok {
-			n, err := strconv.ParseFloat(strings.TrimSpace(v), 64)
-			if err != nil {
-				f.t.Fatal(err)
+	all := []string{string(text)}
+	for i, a := range f.agents {
+		text, err := f.Nodes[i].Exec(f.t, "busybox", "wget", "-q", "-O", "-", "http://"+a.Metrics+"/metrics")
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		all = append(all, text)
+	}
+	m := make(metrics)
+	for _, text := range all {
+		for line := range strings.Lines(text) {
+			name, value, ok := strings.Cut(strings.TrimSpace(line), " ")
+			if v, err := strconv.ParseFloat(value, 64); ok && err == nil {
+				m[name] += v
 			}
-			return n
 		}
 	}
-	f.t.Fatalf("there is no %s", name)
-	return 0
+	return m
+}
+
+// since returns how much a series has grown.
+func (m metrics) since(t testing.TB, before metrics, series string) float64 {
+	t.Helper()
+	now, ok := m[series]
+	if !ok {
+		t.Fatalf("there is no %s", series)
+	}
+	return now - before[series]
+}
+
+// steps are the histograms of the way to a pod's certificate. Those of the agents are
+// over what happens in one program after the other: what comes before a process connects
+// is not waited for.
+var steps = []struct{ name, histogram, labels string }{
+	{"step-announced-ms", "meshid_agent_k8s_announcement_seconds", ""},
+	{"step-attested-ms", "meshid_agent_workload_attestation_seconds", `{method="k8s"}`},
+	{"step-asked-CA-ms", "meshid_agent_issue_seconds", ""},
+	{"step-first-SVID-ms", "meshid_agent_first_svid_seconds", ""},
+	{"CA-request-ms", "meshid_ca_issue_duration_seconds", ""},
+	{"CA-disk-ms", "meshid_ca_ledger_fsync_duration_seconds", ""},
+	{"CA-placement-ms", "meshid_ca_placement_duration_seconds", ""},
 }
 
 // volume is the agent's socket in a pod of a node.
@@ -519,14 +531,7 @@ spec:
 	}
 	var together []time.Duration
 	reviews := f.reviews("ca")
-	polls, asked := f.calls("kubelet_pods"), f.calls("runtime_container_status")
-	histograms := map[string]string{
-		"CA-request-ms": "meshid_ca_issue_duration_seconds", "CA-disk-ms": "meshid_ca_ledger_fsync_duration_seconds", "CA-placement-ms": "meshid_ca_placement_duration_seconds",
-	}
-	before := make(map[string][2]float64)
-	for name, h := range histograms {
-		_, before[name] = f.mean(h, before[name])
-	}
+	before := f.metrics()
 	began := time.Now()
 	used, usedCA := f.usage()
 	for range s.rounds {
@@ -536,7 +541,8 @@ spec:
 				together = append(together, f.waited(d.namespace, d.account, p, "app"))
 				for _, c := range p.Status.Containers {
 					if c.RestartCount > 0 {
-						t.Errorf("the container of pod %s was started again: it was not served", p.Metadata.Name)
+						said, err := f.Kubectl(t, "logs", "-n", d.namespace, p.Metadata.Name, "--previous")
+						t.Errorf("the container of pod %s was started again, was it not served? It ended as %v, and said %q (%v)", p.Metadata.Name, c.LastState, said, err)
 					}
 				}
 			}
@@ -554,15 +560,20 @@ spec:
 	for i, now := range nowUsed {
 		most, sum = max(most, now-used[i]), sum+now-used[i]
 	}
-	for name, h := range histograms {
-		mean, _ := f.mean(h, before[name])
-		report(name, mean)
+	after := f.metrics()
+	for _, s := range steps {
+		report(s.name, 1000*after.since(t, before, s.histogram+"_sum"+s.labels)/after.since(t, before, s.histogram+"_count"+s.labels))
 	}
+	at := after.since(t, before, `meshid_agent_first_svid_seconds_bucket{le="0.01"}`)
+	report("step-first-SVID-within-10-ms", at/after.since(t, before, "meshid_agent_first_svid_seconds_count"))
 	report("CA-cpu-ms/pod", (nowCA-usedCA).Seconds()*1000/float64(len(together)))
 	report("agent-cores", most.Seconds()/took.Seconds())
 	report("agent-cpu-ms/pod", sum.Seconds()*1000/float64(len(together)))
-	report("kubelet-polls/pod", (f.calls("kubelet_pods")-polls)/float64(len(together)))
-	report("runtime-questions/pod", (f.calls("runtime_container_status")-asked)/float64(len(together)))
+	calls := func(call string) float64 {
+		return after.since(t, before, fmt.Sprintf("meshid_agent_k8s_calls_total{call=%q,outcome=\"ok\"}", call)) / float64(len(together))
+	}
+	report("kubelet-polls/pod", calls("kubelet_pods"))
+	report("runtime-questions/pod", calls("runtime_container_status"))
 	report("pods/s", float64(len(together))/took.Seconds())
 	if n := f.reviews("ca"); n != reviews {
 		t.Errorf("the CA has asked for %d TokenReviews because of pods", n-reviews)

@@ -350,6 +350,7 @@ type ContainerStatus struct {
 	ContainerID  string `json:"containerID"` // containerd://…
 	RestartCount int    `json:"restartCount"`
 	State        any    `json:"state"`
+	LastState    any    `json:"lastState"` // how the one before it ended
 }
 
 // Condition is a condition of an object's status.

@@ -89,7 +89,7 @@ func (r *runtime) close() error {
 	return conn.Close()
 }
 
-// running is what the runtime says of a container that runs.
+// running is what the runtime says of a container that runs, or is about to.
 type running struct {
 	pid       int
 	startedAt time.Time
@@ -215,9 +215,10 @@ func (r *runtime) list(ctx context.Context) (ids []string, err error) {
 // errCreated says that a container has been made and has not been started yet.
 var errCreated = errors.New("the container has not been started yet, try again")
 
-// container asks for a container that runs. The error wraps container.ErrNotFound,
-// errCreated or errRuntime.
-func (r *runtime) container(ctx context.Context, id string) (*running, error) {
+// container asks for a container that runs, or whose init process has been made, as
+// events may have told; made is nil if they have not. The error wraps
+// container.ErrNotFound, errCreated or errRuntime.
+func (r *runtime) container(ctx context.Context, id string, made *task) (*running, error) {
 	if !container.IsID(id) {
 		return nil, fmt.Errorf("container %.100q: not a container id", id)
 	}
@@ -236,7 +237,9 @@ func (r *runtime) container(ctx context.Context, id string) (*running, error) {
 	switch s.GetState() {
 	case cri.ContainerState_CONTAINER_RUNNING:
 	case cri.ContainerState_CONTAINER_CREATED:
-		return nil, errCreated
+		if made == nil {
+			return nil, errCreated
+		}
 	case cri.ContainerState_CONTAINER_EXITED:
 		return nil, container.ErrNotFound
 	default:
@@ -253,12 +256,17 @@ func (r *runtime) container(ctx context.Context, id string) (*running, error) {
 			} `json:"image"`
 		} `json:"config"`
 	}
-	if err := json.Unmarshal([]byte(answer.GetInfo()["info"]), &verbose); err != nil || verbose.Pid <= 0 {
+	err = json.Unmarshal([]byte(answer.GetInfo()["info"]), &verbose)
+	pid, startedAt := verbose.Pid, time.Unix(0, s.GetStartedAt())
+	if s.GetState() == cri.ContainerState_CONTAINER_CREATED {
+		pid, startedAt = made.pid, made.made
+	}
+	if err != nil || pid <= 0 {
 		return nil, fmt.Errorf("the container runtime does not tell the process of container %s: containerd and CRI-O do", container.Short(id))
 	}
 	labels := s.GetLabels()
 	found := &running{
-		pid: verbose.Pid, startedAt: time.Unix(0, s.GetStartedAt()), sandbox: verbose.SandboxID,
+		pid: pid, startedAt: startedAt, sandbox: verbose.SandboxID,
 		podUID: labels[labelPodUID], podName: labels[labelPodName], namespace: labels[labelNamespace], container: labels[labelContainer],
 		requested: cmp.Or(s.GetImage().GetUserSpecifiedImage(), verbose.Config.Image.Requested), image: s.GetImage().GetImage(),
 		digest: digestOf(s.GetImageRef(), s.GetImageId()),

@@ -24,7 +24,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/meshid/meshid/pkg/attest"
@@ -154,6 +156,7 @@ type fakeRuntime struct {
 	calls      map[string]int // of ContainerStatus by id, of others by name
 	hang       chan struct{}
 	err        error
+	events     map[chan []byte]bool // open streams of events; nil if there are none at all
 }
 
 func newFakeRuntime(t testing.TB) *fakeRuntime {
@@ -176,6 +179,10 @@ func (r *fakeRuntime) listen(t testing.TB) {
 	}
 	r.server = grpc.NewServer()
 	cri.RegisterRuntimeServiceServer(r.server, r)
+	r.server.RegisterService(&grpc.ServiceDesc{
+		ServiceName: "containerd.services.events.v1.Events", HandlerType: (*any)(nil),
+		Streams: []grpc.StreamDesc{{StreamName: "Subscribe", ServerStreams: true, Handler: func(_ any, s grpc.ServerStream) error { return r.subscribe(s) }}},
+	}, r)
 	go func(s *grpc.Server) { _ = s.Serve(l) }(r.server)
 }
 
@@ -207,6 +214,69 @@ func (r *fakeRuntime) enter(ctx context.Context, name string) error {
 		}
 	}
 	return err
+}
+
+// subscribe is containerd's events.
+func (r *fakeRuntime) subscribe(s grpc.ServerStream) error {
+	request := &emptypb.Empty{} // which keeps what it does not know
+	if err := s.RecvMsg(request); err != nil {
+		return err
+	}
+	if got := string(request.ProtoReflect().GetUnknown()); !strings.HasSuffix(got, eventsFilter) {
+		return status.Errorf(codes.InvalidArgument, "filter %q", got)
+	}
+	events, told := make(chan []byte, 1000), false
+	r.set(func() {
+		if told = r.events != nil; told {
+			r.events[events] = true
+		}
+	})
+	if !told {
+		return status.Error(codes.Unimplemented, "unknown service")
+	}
+	defer r.set(func() { delete(r.events, events) })
+	for {
+		select {
+		case e := <-events:
+			message := &emptypb.Empty{}
+			message.ProtoReflect().SetUnknown(e)
+			if err := s.SendMsg(message); err != nil {
+				return err
+			}
+		case <-s.Context().Done():
+			return s.Context().Err()
+		}
+	}
+}
+
+// tell sends an event to who follows them; it waits until somebody does.
+func (w *world) tell(event []byte) {
+	w.t.Helper()
+	until(w.t, "events are followed", func() (told bool) {
+		w.runtime.set(func() {
+			for stream := range w.runtime.events {
+				stream <- event
+				told = true
+			}
+		})
+		return told
+	})
+}
+
+// taskEvent is containerd's event of a task that was made.
+func taskEvent(id string, pid int) []byte {
+	message := func(to []byte, n protowire.Number, b []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(to, n, protowire.BytesType), b)
+	}
+	number := func(to []byte, n protowire.Number, v int64) []byte {
+		return protowire.AppendVarint(protowire.AppendTag(to, n, protowire.VarintType), uint64(v))
+	}
+	now := time.Now()
+	task := message(message(nil, 1, []byte(id)), 2, []byte("/run/containerd/io.containerd.runtime.v2.task/k8s.io/"+id))
+	task = number(message(task, 3, message(nil, 1, []byte("overlay"))), 6, int64(pid))
+	e := message(nil, 1, number(number(nil, 1, now.Unix()), 2, int64(now.Nanosecond())))
+	e = message(message(e, 2, []byte("k8s.io")), 3, []byte("/tasks/create"))
+	return message(e, 4, message(message(nil, 1, []byte("containerd.events.TaskCreate")), 2, task))
 }
 
 func (r *fakeRuntime) Version(ctx context.Context, _ *cri.VersionRequest) (*cri.VersionResponse, error) {
@@ -437,7 +507,7 @@ func none(t *testing.T, events <-chan attest.InstanceEvent) {
 }
 
 // until waits until ok.
-func until(t *testing.T, what string, ok func() bool) {
+func until(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(time.Minute)
 	for !ok() {

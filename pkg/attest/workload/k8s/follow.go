@@ -9,6 +9,7 @@ import (
 
 	"github.com/meshid/meshid/internal/backoff"
 	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
 
@@ -34,12 +35,19 @@ type follower struct {
 	*Attestor
 	announcer *container.Announcer
 	found     chan *container.Container
-	seen      chan string   // ids from the tree
-	lost      chan struct{} // the tree has ended
+	seen      chan sighting
+	opened    chan struct{} // capacity 1: events are told from now on
+	lost      chan error    // nothing is told any more: by events for good if it is errNoEvents
 	wg        sync.WaitGroup
 
 	mu      sync.Mutex // guards loading
 	loading map[string]bool
+}
+
+// sighting is the sign that a container is there.
+type sighting struct {
+	id   string
+	made *task // nil if it was the cgroup that was seen
 }
 
 // Watch implements attest.InstanceWatcher. A container has ended if its init process
@@ -50,8 +58,9 @@ func (a *Attestor) Watch(ctx context.Context, event func(attest.InstanceEvent)) 
 		Attestor:  a,
 		announcer: container.NewAnnouncer(a.index, event),
 		found:     make(chan *container.Container),
-		seen:      make(chan string),
-		lost:      make(chan struct{}, 1),
+		seen:      make(chan sighting),
+		opened:    make(chan struct{}, 1),
+		lost:      make(chan error, 1),
 		loading:   make(map[string]bool),
 	}
 	defer f.announcer.Close()
@@ -61,10 +70,12 @@ func (a *Attestor) Watch(ctx context.Context, event func(attest.InstanceEvent)) 
 	return nil
 }
 
-// follow reconciles, follows the tree, and hears of ends, until ctx ends.
+// follow reconciles, follows the runtime's events or the tree, and hears of ends, until
+// ctx ends.
 func (f *follower) follow(ctx context.Context) {
 	tries := backoff.New(reconcileBackoff)
-	watching, blind, warned := false, false, false
+	events, watching, blind, warned := true, false, false, false
+	again := false // look again soon
 	reconcile := time.NewTimer(0)
 	defer reconcile.Stop()
 	type outcome struct {
@@ -82,14 +93,24 @@ func (f *follower) follow(ctx context.Context) {
 			if c.Alive() == nil { // else the index holds it no more, or soon does not
 				f.announcer.Started(ctx, f.current(c))
 			}
-		case id := <-f.seen:
-			f.index.Forget(id)
-			f.ask(ctx, id, maxSightTries)
-		case <-f.lost:
+		case s := <-f.seen:
+			f.index.Forget(s.id)
+			f.ask(ctx, s, maxSightTries)
+		case <-f.opened:
+			// What was made while the runtime began to tell is found when it does.
+			again = true
+			reconcile.Reset(0)
+		case err := <-f.lost:
+			events = !errors.Is(err, errNoEvents)
 			watching = false
 			reconcile.Reset(0)
 		case <-reconcile.C:
-			if !watching {
+			switch {
+			case watching:
+			case events:
+				watching, blind = true, false
+				f.watchEvents(ctx)
+			default:
 				watching = f.watchTree(ctx, !blind)
 				blind = !watching
 			}
@@ -104,14 +125,15 @@ func (f *follower) follow(ctx context.Context) {
 			for _, id := range o.ids {
 				if n := f.announcer.All()[id]; n == nil || n.Container.Alive() != nil {
 					f.index.Forget(id)
-					f.ask(ctx, id, 1)
+					f.ask(ctx, sighting{id: id}, 1)
 				}
 			}
 			f.refresh(ctx)
 			next := f.config.Reconcile.Or(defaultReconcile)
-			if blind {
+			if blind || again {
 				next = min(next, blindReconcile)
 			}
+			again = false
 			if o.err != nil {
 				next = min(next, tries.Next())
 				if !warned {
@@ -162,6 +184,40 @@ func (f *follower) current(c *container.Container) *container.Container {
 	return c
 }
 
+// watchEvents follows what the runtime tells, if it does.
+func (f *follower) watchEvents(ctx context.Context) {
+	f.wg.Go(func() {
+		tries := backoff.New(eventsBackoff)
+		for {
+			err := f.runtime.tasks(ctx, func() {
+				tries.Reset()
+				f.metrics.events.Set(1)
+				select {
+				case f.opened <- struct{}{}:
+				default:
+				}
+			}, func(t task) {
+				s := sighting{id: t.id}
+				if t.pid != 0 {
+					s.made = &t
+				}
+				select {
+				case f.seen <- s:
+				case <-ctx.Done():
+				}
+			})
+			f.metrics.events.Set(0)
+			if errors.Is(err, errNoEvents) {
+				f.lost <- err
+				return
+			}
+			if backoff.Wait(ctx, tries.Next()) != nil {
+				return
+			}
+		}
+	})
+}
+
 // watchTree begins to follow the kubelet's cgroups. It says whether it does.
 func (f *follower) watchTree(ctx context.Context, warn bool) bool {
 	t, ids, err := openTree(f.config.CgroupRoot, f.metrics)
@@ -172,26 +228,27 @@ func (f *follower) watchTree(ctx context.Context, warn bool) bool {
 		return false
 	}
 	for _, id := range ids {
-		f.ask(ctx, id, 1)
+		f.ask(ctx, sighting{id: id}, 1)
 	}
 	f.wg.Go(func() {
 		err := t.run(ctx, func(id string) {
 			select {
-			case f.seen <- id:
+			case f.seen <- sighting{id: id}:
 			case <-ctx.Done():
 			}
 		})
 		if err = errors.Join(err, t.close()); err != nil && ctx.Err() == nil {
 			f.logger.WarnContext(ctx, "lost sight of the kubelet's cgroups", "err", err)
 		}
-		f.lost <- struct{}{}
+		f.lost <- errNoEvents
 	})
 	return true
 }
 
 // ask asks for a container, at most so many times while it is not known, and hands it
 // to follow.
-func (f *follower) ask(ctx context.Context, id string, times int) {
+func (f *follower) ask(ctx context.Context, s sighting, times int) {
+	id, release := s.id, f.wanted.hold(s.id, false, s.made)
 	f.mu.Lock()
 	busy := f.loading[id] || len(f.loading) >= maxLoads
 	if !busy {
@@ -199,17 +256,25 @@ func (f *follower) ask(ctx context.Context, id string, times int) {
 	}
 	f.mu.Unlock()
 	if busy {
+		release() // who asks already has been told
 		return
 	}
 	f.wg.Go(func() {
+		defer release()
 		defer func() {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			delete(f.loading, id)
 		}()
+		if s.made != nil {
+			times = 1 // the runtime knows it, or it is a pod's sandbox
+			f.wg.Go(func() { f.expect(ctx, s.made) })
+		}
+		began := time.Now()
 		c, err := f.sight(ctx, id, times)
 		switch {
 		case err == nil:
+			f.metrics.asking.Observe(time.Since(began).Seconds())
 			select {
 			case f.found <- c:
 			case <-ctx.Done():
@@ -221,7 +286,24 @@ func (f *follower) ask(ctx context.Context, id string, times int) {
 	})
 }
 
-// sight gets a container whose cgroup has been seen.
+// expect has the kubelet asked for the pod of a task, if it is not known: usually that of
+// the pod's sandbox, long before its first container is made.
+func (f *follower) expect(ctx context.Context, made *task) {
+	p, err := peer.Open(made.pid)
+	if err != nil {
+		return // it has ended
+	}
+	defer p.Close() //nolint:errcheck // nothing was written
+	memberships, err := container.Read(f.processes, p)
+	if err != nil {
+		return
+	}
+	if uid, ok := podOf(memberships); ok && f.pods.get(uid) == nil {
+		_ = f.pods.refresh(ctx) // who waits for the pod asks again, and says why not
+	}
+}
+
+// sight gets a container that has been seen.
 func (f *follower) sight(ctx context.Context, id string, times int) (*container.Container, error) {
 	tries := backoff.New(sightBackoff)
 	for {

@@ -14,8 +14,10 @@
 //     for all who wait, and now and then for labels that have changed.
 //  3. load.go: what both say must agree, with each other and with the cgroup that
 //     the kubelet made for the pod.
-//  4. tree.go, follow.go: the kernel tells of new cgroups of pods and containers, so
-//     that usually all of this has happened before a process asks.
+//  4. events.go, tree.go, follow.go: containerd tells of each container when its first
+//     process is there and does not run yet, so that all of this happens before a process
+//     can ask. Where the runtime is another one, the kernel tells of new cgroups of
+//     containers, and it has usually happened before.
 //
 // A kubelet or runtime that cannot be reached withdraws nothing: containers that are
 // known are attested for as long as they run, the others get an error that says "try
@@ -226,8 +228,7 @@ func (a *Attestor) find(ctx context.Context, p *peer.Peer, memberships container
 		return nil, fmt.Errorf("process %d: %w", p.PID, err)
 	}
 	for _, id := range ids {
-		_, release := a.wanted.hold(id, true)
-		defer release()
+		defer a.wanted.hold(id, true, nil)()
 	}
 	for {
 		c, err := a.index.Find(ctx, p, memberships)

@@ -370,7 +370,7 @@ func TestWaitForStartOutlivesOthers(t *testing.T) {
 		w.attestor.wanted.mu.Lock()
 		defer w.attestor.wanted.mu.Unlock()
 		held := w.attestor.wanted.byID[id("A")]
-		return held != nil && held.waiting
+		return held != nil && held.waited
 	})
 	until(t, "the runtime has said that it was not started", func() bool { return w.runtime.count(id("A")) >= 2 })
 	giveUp()

@@ -17,9 +17,9 @@ import (
 // deadline himself.
 const maxWait = 2 * time.Second
 
-// The pauses between questions about a container that is being started. As long as
-// nobody waits for it they are long. Who asks on its behalf is a process of it, so that
-// it has been started and the runtime is about to say so.
+// The pauses between questions about a container that is being started, unless an event
+// tells. As long as nobody waits for it they are long. Who asks on its behalf is a process
+// of it, so that it has been started and the runtime is about to say so.
 var (
 	startBackoff  = backoff.Policy{Base: 100 * time.Millisecond, Max: time.Second}
 	wantedBackoff = backoff.Policy{Base: 10 * time.Millisecond, Max: 40 * time.Millisecond}
@@ -66,11 +66,14 @@ func (a *Attestor) load(ctx context.Context, id string) (*container.Container, e
 
 // started asks for a container, again and again while it is being started.
 func (a *Attestor) started(ctx context.Context, id string) (*running, error) {
-	wanted, release := a.wanted.hold(id, false)
-	defer release()
-	tries := backoff.New(startBackoff)
+	defer a.wanted.hold(id, false, nil)()
+	tries, hurried := backoff.New(startBackoff), false
 	for created := false; ; created = true {
-		r, err := a.runtime.container(ctx, id)
+		waited, made, news := a.wanted.look(id)
+		if waited && !hurried {
+			tries, hurried = backoff.New(wantedBackoff), true
+		}
+		r, err := a.runtime.container(ctx, id, made)
 		cut := created && ctx.Err() != nil // what is known of it stays
 		if !errors.Is(err, errCreated) && !cut {
 			return r, err
@@ -78,8 +81,7 @@ func (a *Attestor) started(ctx context.Context, id string) (*running, error) {
 		pause := time.NewTimer(tries.Next())
 		select {
 		case <-pause.C:
-		case <-wanted:
-			wanted, tries = nil, backoff.New(wantedBackoff)
+		case <-news:
 		case <-ctx.Done():
 		}
 		pause.Stop()
@@ -89,8 +91,8 @@ func (a *Attestor) started(ctx context.Context, id string) (*running, error) {
 	}
 }
 
-// wanted are containers that a process waits for, or that the runtime is being asked
-// for. It is safe for concurrent use.
+// wanted are containers that are being asked for, with what has become known of them
+// meanwhile. It is safe for concurrent use.
 type wanted struct {
 	mu   sync.Mutex // guards what follows
 	byID map[string]*want
@@ -98,13 +100,14 @@ type wanted struct {
 
 type want struct {
 	holders int
-	waiting bool
-	arrived chan struct{} // closed when waiting is set
+	waited  bool          // a process waits for it
+	made    *task         // nil if no event has told
+	news    chan struct{} // closed when one of the above is set
 }
 
-// hold notes a container until release is called: for a process that waits for it, or
-// for one who wants to know of such a process. arrived is closed when there is one.
-func (w *wanted) hold(id string, waits bool) (arrived <-chan struct{}, release func()) {
+// hold notes a container until release is called: for one who asks for it, or for a
+// process that waits for it, or because an event has told of it.
+func (w *wanted) hold(id string, waits bool, made *task) (release func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.byID == nil {
@@ -112,21 +115,34 @@ func (w *wanted) hold(id string, waits bool) (arrived <-chan struct{}, release f
 	}
 	held := w.byID[id]
 	if held == nil {
-		held = &want{arrived: make(chan struct{})}
+		held = &want{news: make(chan struct{})}
 		w.byID[id] = held
 	}
 	held.holders++
-	if waits && !held.waiting {
-		held.waiting = true
-		close(held.arrived)
+	if waits && !held.waited || made != nil && held.made == nil {
+		held.waited = held.waited || waits
+		if held.made == nil {
+			held.made = made
+		}
+		close(held.news)
+		held.news = make(chan struct{})
 	}
-	return held.arrived, func() {
+	return func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		if held.holders--; held.holders == 0 {
 			delete(w.byID, id)
 		}
 	}
+}
+
+// look returns what is known of a container that the caller holds. news is closed when
+// there is more.
+func (w *wanted) look(id string) (waited bool, made *task, news <-chan struct{}) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	held := w.byID[id]
+	return held.waited, held.made, held.news
 }
 
 // facts are what is attested of a container.

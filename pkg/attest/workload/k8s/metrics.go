@@ -17,6 +17,7 @@ const (
 	callVersion call = "runtime_version"
 	callStatus  call = "runtime_container_status"
 	callList    call = "runtime_list_containers"
+	callEvents  call = "runtime_events" // counted when they end
 )
 
 const (
@@ -25,8 +26,9 @@ const (
 )
 
 type metrics struct {
-	containers, pods, kubeletUp, runtimeUp, watched prometheus.Gauge
-	calls                                           *prometheus.CounterVec
+	containers, pods, kubeletUp, runtimeUp, events, watched prometheus.Gauge
+	calls                                                   *prometheus.CounterVec
+	asking                                                  prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -38,13 +40,20 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		pods:       gauge("meshid_agent_k8s_pods", "Pods in the kubelet's last answer."),
 		kubeletUp:  gauge("meshid_agent_k8s_kubelet_up", "Whether the last call to the kubelet succeeded: 1 or 0."),
 		runtimeUp:  gauge("meshid_agent_k8s_runtime_up", "Whether the last call to the container runtime succeeded: 1 or 0."),
+		events:     gauge("meshid_agent_k8s_runtime_events", "Whether the container runtime tells of containers that it makes: 1 or 0. If it does not, cgroups are watched."),
 		watched:    gauge("meshid_agent_k8s_watched_cgroups", "Cgroups of the kubelet that are watched for new pods and containers."),
+		asking: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                        "meshid_agent_k8s_announcement_seconds",
+			Help:                        "From the sign of a new container until all is known of it.",
+			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, 1, 5},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+		}),
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "meshid_agent_k8s_calls_total",
 			Help: "Calls to the kubelet and to the container runtime, by call and outcome.",
 		}, []string{"call", "outcome"}),
 	}
-	for _, c := range []call{callPods, callVersion, callStatus, callList} {
+	for _, c := range []call{callPods, callVersion, callStatus, callList, callEvents} {
 		m.calls.WithLabelValues(string(c), outcomeOK)
 		m.calls.WithLabelValues(string(c), outcomeError)
 	}
@@ -52,19 +61,19 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		return m, nil
 	}
 	var err error
-	for _, c := range []prometheus.Collector{m.containers, m.pods, m.kubeletUp, m.runtimeUp, m.watched, m.calls} {
+	for _, c := range []prometheus.Collector{m.containers, m.pods, m.kubeletUp, m.runtimeUp, m.events, m.watched, m.asking, m.calls} {
 		err = errors.Join(err, reg.Register(c))
 	}
 	return m, err
 }
 
-// called counts a call. That there is no such container is an answer.
+// called counts a call. That there is no such container, or no such call, is an answer.
 func (m *metrics) called(c call, err error) {
 	up := m.runtimeUp
 	if c == callPods {
 		up = m.kubeletUp
 	}
-	if err != nil && !errors.Is(err, container.ErrNotFound) {
+	if err != nil && !errors.Is(err, container.ErrNotFound) && !errors.Is(err, errNoEvents) {
 		up.Set(0)
 		m.calls.WithLabelValues(string(c), outcomeError).Inc()
 		return
