@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"path/filepath"
 	"sync"
@@ -24,6 +25,9 @@ import (
 // maxClusters bounds the list of clusters: the pods of each are in memory.
 const maxClusters = 64
 
+// recallInterval is how often a CA that starts looks whether its clusters answer.
+const recallInterval = 500 * time.Millisecond
+
 // placementPolicies are the values of the setting placement.
 var placementPolicies = map[string]placement.Policy{
 	"": placement.Seen, "seen": placement.Seen, "strict": placement.Strict, "off": placement.Off,
@@ -40,8 +44,10 @@ type clusters struct {
 	mu sync.Mutex // guards what follows
 	// changed are told that the trust bundle may have changed.
 	changed []func()
-	// placed is what the server asks; nil if no cluster is configured.
-	placed server.Placement
+	// placed is what the server asks; nil if no cluster is configured. placement is the
+	// same.
+	placed    server.Placement
+	placement *placement.Placement
 }
 
 type clusterPods struct {
@@ -134,7 +140,7 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 		return all, errors.Join(problems...)
 	}
 	placed, err := placement.New(config)
-	all.placed = placed
+	all.placed, all.placement = placed, placed
 	return all, err
 }
 
@@ -226,6 +232,45 @@ func (k keptCluster) parts(srv *server.Server, bundle kubernetes.Bundle) []keptP
 		}, func() {}
 	})
 	return all
+}
+
+// recall has placement know what clusters had said before this CA was started, if one of
+// them is away now. It returns when that is done, or all have been read.
+func (c *clusters) recall(ctx context.Context, verified iter.Seq2[placement.Verified, error], logger *slog.Logger) {
+	ticker := time.NewTicker(recallInterval)
+	defer ticker.Stop()
+	for {
+		read, away := true, false
+		for _, p := range c.pods {
+			pods, _ := p.pods.State()
+			read, away = read && pods.Synced, away || !pods.Synced && pods.Err != nil
+		}
+		if read {
+			return
+		}
+		if away {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+	var failed error
+	number := 0
+	c.placement.Recall(func(yield func(placement.Verified) bool) {
+		for v, err := range verified {
+			if failed = err; err != nil || !yield(v) {
+				return
+			}
+			number++
+		}
+	}, time.Now())
+	if failed != nil && ctx.Err() == nil {
+		logger.WarnContext(ctx, "what clusters that are away had said of pods before this start is not known in full", "err", failed)
+	}
+	logger.InfoContext(ctx, "a cluster is away: what it had said of pods is taken from the ledger", "records", number)
 }
 
 // run follows the pods, and keeps all that is declared and published in the clusters,

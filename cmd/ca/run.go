@@ -269,6 +269,9 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	group.Go(func() error { return watchKeys(ctx, v.keyInterval(), authority, db, v.keys, tracker) })
 	group.Go(func() error { return watchHealth(ctx, authority, journal, proofs, tracker) })
 	kubernetes.run(ctx, group, srv, authority, tracker, logger)
+	if kubernetes.placement != nil {
+		group.Go(func() error { kubernetes.recall(ctx, index.verified(ctx, journal), logger); return nil })
+	}
 	for _, f := range feeds {
 		group.Go(func() error { f.run(ctx, logger); return nil })
 	}

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"iter"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -9,9 +12,13 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/ledger"
+	"github.com/meshid/meshid/pkg/ledger/search"
 	"github.com/meshid/meshid/pkg/ledger/tree"
+	"github.com/meshid/meshid/pkg/placement"
 	"github.com/meshid/meshid/pkg/server"
 	"github.com/meshid/meshid/pkg/store"
 )
@@ -84,6 +91,36 @@ func (s *searchIndex) run(ctx context.Context) {
 	}
 	if err := s.feed.Run(ctx); err != nil {
 		s.fail(ctx, err)
+	}
+}
+
+// verified are the workloads of clusters that hold an X.509-SVID from when their cluster
+// said where they run, by the records of the journal; the oldest first.
+func (s *searchIndex) verified(ctx context.Context, j *ledger.Journal) iter.Seq2[placement.Verified, error] {
+	return func(yield func(placement.Verified, error) bool) {
+		if s.records == nil {
+			yield(placement.Verified{}, errors.New("the ledger's search index is not there"))
+			return
+		}
+		from, err := s.records.Before(ctx, time.Now().Add(-search.MaxLife))
+		if err != nil {
+			yield(placement.Verified{}, err)
+			return
+		}
+		for e, err := range ledger.Scan(j.Dir(), from) {
+			if err = cmp.Or(err, ctx.Err()); err != nil {
+				yield(placement.Verified{}, err)
+				return
+			}
+			r := e.Record
+			if r.GetEvent() != ledgerv1.Event_EVENT_ISSUE || r.GetOutcome() != ledgerv1.Outcome_OUTCOME_SUCCESS || r.GetVerifiedBy() != "ca" || r.GetWorkload().GetK8S() == nil {
+				continue
+			}
+			v := placement.Verified{Node: r.GetNode().GetAttributes(), Workload: r.GetWorkload().GetK8S(), NotAfter: r.GetCertificate().GetNotAfter().AsTime()}
+			if !yield(v, nil) {
+				return
+			}
+		}
 	}
 }
 

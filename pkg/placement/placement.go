@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,7 +28,7 @@ const (
 	// of the cluster is issued.
 	Strict Policy = iota
 	// Seen: while the API server cannot be heard, agents are believed about pods that
-	// were seen on their node before.
+	// were seen on their node before; see also Recall.
 	Seen
 	// Off: agents are believed.
 	Off
@@ -67,6 +68,8 @@ type Config struct {
 type Placement struct {
 	config  Config
 	metrics *metrics
+	// recalled are by the name of their cluster, until it is heard.
+	recalled map[string]*atomic.Pointer[recalled]
 }
 
 var _ server.Placement = (*Placement)(nil)
@@ -77,7 +80,11 @@ func New(c Config) (*Placement, error) {
 		c.Wait = DefaultWait
 	}
 	m, err := newMetrics(c.Registerer)
-	return &Placement{c, m}, err
+	p := &Placement{config: c, metrics: m, recalled: make(map[string]*atomic.Pointer[recalled], len(c.Clusters))}
+	for _, cluster := range c.Clusters {
+		p.recalled[cluster.Name] = new(atomic.Pointer[recalled])
+	}
+	return p, err
 }
 
 // Place implements server.Placement. Names are checked against UIDs wherever there are
@@ -118,8 +125,11 @@ func (p *Placement) judgeOf(ctx context.Context, node *attributesv1.Node) func(*
 	case cluster.Policy == Off:
 		return always(server.Placed{Verdict: server.PlacementClaimed, Why: "placement is off for cluster " + cluster.Name})
 	}
-	j := &judge{cluster: cluster, node: name, nodeUID: uid}
+	j := &judge{cluster: cluster, node: name, nodeUID: uid, recalled: p.recalled[cluster.Name]}
 	j.ctx, j.why = ctx, cluster.behind()
+	if j.why == nil && j.recalled.Load() != nil {
+		j.recalled.Store(nil) // nothing counts any more but what the cluster says
+	}
 	if j.why != nil && !errors.Is(j.why, kube.ErrReading) {
 		// Nothing that is waited for would come.
 		var cancel context.CancelFunc
@@ -162,11 +172,12 @@ func (c *Cluster) behind() error {
 
 // judge judges the workloads of one node.
 type judge struct {
-	cluster *Cluster
-	node    string
-	nodeUID string          // empty if only the name is known
-	ctx     context.Context //nolint:containedctx // of one call; done if nothing is waited for
-	why     error           // why the cluster was behind when the call began
+	cluster  *Cluster
+	node     string
+	nodeUID  string // empty if only the name is known
+	recalled *atomic.Pointer[recalled]
+	ctx      context.Context //nolint:containedctx // of one call; done if nothing is waited for
+	why      error           // why the cluster was behind when the call began
 }
 
 func (j *judge) place(w *attributesv1.Workload) server.Placed {
@@ -192,7 +203,7 @@ func (j *judge) place(w *attributesv1.Workload) server.Placed {
 	case deleted:
 		return refuted("pod %s was deleted", uid)
 	case pod == nil && behind != nil:
-		return unknown("pod %s has not been seen: %v", uid, behind)
+		return j.unseen(w, behind)
 	case pod == nil:
 		return unknown("cluster %s has no pod %s", j.cluster.Name, uid)
 	case pod.Node() == "":

@@ -3,6 +3,7 @@ package placement
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -405,5 +406,90 @@ func BenchmarkPlace(b *testing.B) {
 		if p.Place(b.Context(), node, workloads)[0].Verdict != verified {
 			b.Fatal("not verified")
 		}
+	}
+}
+
+// A cluster that was not heard since the CA was started: what is in its ledger counts as
+// seen, as it was verified there and for as long as what was issued then is good, and
+// nothing after the cluster has been heard.
+func TestFault_F65_NeverHeardAgain(t *testing.T) {
+	api := kubeapi.New(t)
+	api.Set("nodes", nodeText("n1", "nu1"))
+	api.Down(true)
+	pods := follow(t, api, "prod")
+	until(t, "the refusal is known", func() bool { s, _ := pods.State(); return s.Err != nil })
+	clusters := func(policy Policy) *Placement {
+		return newPlacement(t, Config{Clusters: []Cluster{{Name: "prod", Pods: pods, Policy: policy}, {Name: "dev", Pods: pods, Policy: Seen}}, Wait: patience})
+	}
+	now := time.Now()
+	n1 := nodeOf("prod", "n1", "nu1")
+	records := []Verified{
+		{n1, claim("b").GetK8S(), now.Add(time.Hour)},
+		{n1, claim("a", func(k *attributesv1.Kubernetes) { k.Labels = map[string]string{"app": "older"} }).GetK8S(), now.Add(time.Minute)},
+		{n1, claim("a").GetK8S(), now.Add(time.Hour)},
+		{n1, claim("expired").GetK8S(), now.Add(-time.Second)},
+		{n1, claim("").GetK8S(), now.Add(time.Hour)},
+		{nodeOf("gone", "n1", "nu1"), claim("a").GetK8S(), now.Add(time.Hour)},
+		{&attributesv1.Node{Method: "x509pop", Id: "m"}, claim("a").GetK8S(), now.Add(time.Hour)},
+	}
+	seen, strict := clusters(Seen), clusters(Strict)
+	expect(t, "before it is recalled", one(t, seen, n1, claim("a")), later, "has not been seen")
+	for _, p := range []*Placement{seen, strict} {
+		p.Recall(slices.Values(records), now)
+	}
+	got := one(t, seen, n1, claim("a", func(k *attributesv1.Kubernetes) { k.Labels, k.ImageDigest = map[string]string{"app": "admin"}, digestB }))
+	expect(t, "verified before", got, believed, "it was verified before this CA was started")
+	if diff := cmp.Diff(claim("a"), got.Workload, protocmp.Transform()); diff != "" {
+		t.Errorf("facts (-want +got):\n%s", diff)
+	}
+	change := func(f func(*attributesv1.Kubernetes)) *attributesv1.Workload { return claim("a", f) }
+	for name, c := range map[string]struct {
+		got     server.Placed
+		verdict server.PlacementVerdict
+		why     string
+	}{
+		"strict":                      {one(t, strict, n1, claim("a")), later, "has not been seen"},
+		"another cluster":             {one(t, seen, nodeOf("dev", "n1", "nu1"), claim("a")), later, "has not been seen"},
+		"another node":                {one(t, seen, nodeOf("prod", "n2", "nu2"), claim("a")), later, "has not been seen"},
+		"the name of its node":        {one(t, seen, nodeOf("prod", "n1", "nu2"), claim("a")), later, "has not been seen"},
+		"a new pod":                   {one(t, seen, n1, claim("c")), later, "has not been seen"},
+		"one that held nothing valid": {one(t, seen, n1, claim("expired")), later, "has not been seen"},
+		"started again":               {one(t, seen, n1, change(func(k *attributesv1.Kubernetes) { k.ContainerId = "c-x" })), later, "has not been seen"},
+		"another container of it":     {one(t, seen, n1, change(func(k *attributesv1.Kubernetes) { k.Container = "x" })), later, "has not been seen"},
+		"another account":             {one(t, seen, n1, change(func(k *attributesv1.Kubernetes) { k.ServiceAccount = "x" })), refused, "service account"},
+		"another namespace":           {one(t, seen, n1, change(func(k *attributesv1.Kubernetes) { k.Namespace = "x" })), refused, "service account"},
+	} {
+		expect(t, name, c.got, c.verdict, c.why)
+	}
+
+	// It has been deleted meanwhile, which counts when the cluster is heard, and then for
+	// good.
+	api.Set("pods", podText("b", "n1", ""))
+	api.Down(false)
+	current(t, pods)
+	p := newPlacement(t, Config{Clusters: []Cluster{{Name: "prod", Pods: pods, Policy: Seen}}, Wait: time.Millisecond})
+	p.Recall(slices.Values(records), now)
+	expect(t, "deleted meanwhile", one(t, p, n1, claim("a")), later, "has no pod a")
+	expect(t, "there", one(t, p, n1, claim("b")), verified, "")
+	api.Down(true)
+	behind(t, pods)
+	expect(t, "deleted meanwhile, and away again", one(t, seen, n1, claim("a")), later, "has not been seen")
+	expect(t, "seen again", one(t, seen, n1, claim("b")), believed, "has not been heard since")
+}
+
+// What is recalled is bounded.
+func TestRecallIsBounded(t *testing.T) {
+	p := newPlacement(t, Config{Clusters: []Cluster{{Name: "prod", Policy: Seen}}})
+	p.Recall(func(yield func(Verified) bool) {
+		for i := range maxRecalled + 10 {
+			for range 2 {
+				if !yield(Verified{nodeOf("prod", "n1", "nu1"), &attributesv1.Kubernetes{PodUid: fmt.Sprint(i)}, time.Now().Add(time.Hour)}) {
+					return
+				}
+			}
+		}
+	}, time.Now())
+	if n := len(*p.recalled["prod"].Load()); n != maxRecalled {
+		t.Errorf("%d workloads are remembered, want %d", n, maxRecalled)
 	}
 }
