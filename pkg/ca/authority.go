@@ -61,8 +61,8 @@ type authority struct {
 	notBefore, notAfter time.Time
 	// leafEnd is the latest NotAfter of a leaf: a margin before the issuer's.
 	leafEnd time.Time
-	// renewAt is half of its life.
-	renewAt time.Time
+	// made is when it was, and renewAt half of its life later.
+	made, renewAt time.Time
 
 	key      crypto.Signer // in memory; nil for the upstream CA, if that signs each leaf
 	scheme   *scheme
@@ -199,6 +199,7 @@ func newAuthority(chain []*x509.Certificate, notAfter time.Time, r *root, key cr
 		notBefore: cert.NotBefore,
 		notAfter:  notAfter,
 		leafEnd:   floor(notAfter.Add(-margin(life))),
+		made:      now.Round(0),
 		renewAt:   now.Round(0).Add(life / 2),
 		key:       key,
 		scheme:    scheme,

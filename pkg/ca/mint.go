@@ -121,9 +121,31 @@ func (c *CA) mintDueIn(now time.Time) time.Duration {
 			wait = 0
 		}
 	} else if a := s.active; a != nil && a.root.id == s.signer.id && a.usable(now) && !a.suspect.Load() {
-		wait = a.renewAt.Sub(now)
+		due := a.renewAt
+		for _, r := range s.roots {
+			if at := followAt(r.since, a.made); r.foreign && r.state == StateDistributed && !s.trust.Paused && at.Before(due) {
+				due = at
+			}
+		}
+		wait = due.Sub(now)
 	}
 	return min(max(wait, 0), longestNap)
+}
+
+// followFirst is how long after a root of the upstream CA has come into force here the CA
+// is asked whether it signs with that root.
+const followFirst = time.Minute
+
+// followAt is when an upstream CA is asked again of which another root is in force here
+// since a time, and which has signed last at made. It does not tell when it signs with that
+// root, and until it is followed nobody can let go of the one before: not the CAs beside
+// this one either. Each question is four times as late as the one before it.
+func followAt(since, made time.Time) time.Time {
+	wait := followFirst
+	for !since.Add(wait).After(made) {
+		wait *= 4
+	}
+	return since.Add(wait)
 }
 
 // mintAndInstall asks the upstream CA and puts what it gives in place. mu is not

@@ -405,6 +405,55 @@ func TestFault_F26_UpstreamChangesItsRoot(t *testing.T) {
 	}
 }
 
+// An upstream CA that announces a root, and signs with it once it is in force, is followed
+// within minutes of that and not with the next renewal; it is not asked without an end if
+// it never does.
+func TestUpstreamRootIsFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		old, fresh := upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.NewAuthority(t, upstreamtest.Good)
+		m := upstreamtest.NewMemory(old, upstreamtest.Good)
+		store := &memoryStore{}
+		f := open(t, Config{Store: store, Upstream: &Upstream{CA: m, Kind: "memory"}, Fleet: nodes.nodes})
+		f.run(t)
+		synctest.Wait()
+		m.Become(old, upstreamtest.Good, fresh.Root)
+		time.Sleep(time.Minute)
+		nodes.acknowledge(2)
+		f.FleetChanged()
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if got := states(t, store); got != "active distributed" {
+			t.Fatal(got)
+		}
+		f.verifySigned(t, time.Now())
+		asked := m.Calls()
+		if asked > 6 {
+			t.Errorf("asked %d times in an hour", asked)
+		}
+		m.Become(fresh, upstreamtest.Good, old.Root)
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if got := states(t, store); got != "retiring active" {
+			t.Errorf("an hour after it signs with the new root: %s", got)
+		}
+		f.verifySigned(t, time.Now())
+	})
+}
+
+func TestFollowAt(t *testing.T) {
+	since := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	for after, want := range map[time.Duration]time.Duration{
+		-time.Hour: time.Minute, 0: time.Minute, time.Minute: 4 * time.Minute, 5 * time.Minute: 16 * time.Minute,
+		24 * time.Hour: 4096 * time.Minute,
+	} {
+		if got := followAt(since, since.Add(after)).Sub(since); got != want {
+			t.Errorf("signed last after %s: asked after %s, want %s", after, got, want)
+		}
+	}
+}
+
 // unwatched is an upstream CA that does not tell of its roots.
 type unwatched struct{ *upstreamtest.Memory }
 
