@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/config"
@@ -492,6 +493,9 @@ func (v *validated) check(file *config.File) error {
 		if _, _, err := net.SplitHostPort(v.MetricsListen); err != nil {
 			bad("metrics_listen", "%q is not an address; write host:port, or off", v.MetricsListen)
 		}
+	}
+	if err := peer.CheckPath(v.AdminSocket); err != nil {
+		bad("admin_socket", "%v", err)
 	}
 	for i, w := range v.Ledger.Witnesses {
 		witness, err := tree.NewWitness(w.URL, w.Key)

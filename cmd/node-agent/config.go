@@ -16,6 +16,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/pkg/identity"
 )
@@ -203,6 +204,11 @@ func (v *validated) check(file *config.File) error {
 	for path, field := range map[string]*string{"data_dir": &v.DataDir, "socket": &v.Socket, "admin_socket": &v.AdminSocket} {
 		if !filepath.IsAbs(*field) {
 			bad(path, "%q is relative; write an absolute path", *field)
+		}
+	}
+	for path, socket := range map[string]string{"socket": v.Socket, "admin_socket": v.AdminSocket} {
+		if err := peer.CheckPath(socket); err != nil {
+			bad(path, "%v", err)
 		}
 	}
 	if v.Socket == v.AdminSocket {

@@ -249,24 +249,28 @@ func (f *File) Errorf(path, format string, args ...any) error {
 	return &Error{File: f.name, Line: line, Column: column, Field: path, Message: fmt.Sprintf(format, args...)}
 }
 
-// Duration is a length of time, written as 30s, 15m or 1h30m.
+// Duration is a length of time, written as 30s, 15m or 1h30m. The zero value is one
+// that is not set, and cannot be written: 0s would not mean what it says.
 type Duration time.Duration
 
 // UnmarshalYAML implements yaml.NodeUnmarshaler.
 func (d *Duration) UnmarshalYAML(node ast.Node) error {
-	s, ok := node.(*ast.StringNode)
-	if ok {
-		v, err := time.ParseDuration(s.Value)
-		if err == nil {
+	message := "write a duration such as 30s, 15m or 1h"
+	if s, ok := node.(*ast.StringNode); ok {
+		switch v, err := time.ParseDuration(s.Value); {
+		case err == nil && v != 0:
 			*d = Duration(v)
 			return nil
+		case err == nil:
+			message += "; without this key, it is the default"
 		}
 	}
 	p := node.GetToken().Position
-	return &Error{Line: p.Line, Column: p.Column, Message: "write a duration such as 30s, 15m or 1h"}
+	return &Error{Line: p.Line, Column: p.Column, Message: message}
 }
 
-// MarshalYAML implements yaml.BytesMarshaler: it writes what UnmarshalYAML reads.
+// MarshalYAML implements yaml.BytesMarshaler: it writes what UnmarshalYAML reads, and
+// 0s for what is not set.
 func (d Duration) MarshalYAML() ([]byte, error) {
 	return []byte(time.Duration(d).String()), nil
 }

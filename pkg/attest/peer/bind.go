@@ -23,12 +23,20 @@ type socketFile struct {
 	dev, ino uint64
 }
 
+// CheckPath says whether a path can be that of a Unix socket.
+func CheckPath(path string) error {
+	if len(path) > maxPath {
+		return fmt.Errorf("path has %d bytes, a Unix socket's at most %d: choose a shorter one", len(path), maxPath)
+	}
+	return nil
+}
+
 // bind makes the listening socket. In the file system it is bound to a
 // temporary name, given its mode, and moved over path, so that at each moment
 // path is either the old socket or the new one, ready.
 func bind(ctx context.Context, path string, mode os.FileMode) (*net.UnixListener, *socketFile, error) {
-	if len(path) > maxPath {
-		return nil, nil, fmt.Errorf("path has %d bytes, a Unix socket's at most %d: choose a shorter one", len(path), maxPath)
+	if err := CheckPath(path); err != nil {
+		return nil, nil, err
 	}
 	if strings.HasPrefix(path, "@") {
 		l, err := listenUnix(ctx, path)
