@@ -229,6 +229,12 @@ func (t *clusterTrial) check(r *clusterReport) {
 	if t.settings.TrustBundles {
 		run("the kind TrustBundle is there", t.readTrustBundles, kindFix)
 	}
+	if t.settings.Bundle.ClusterTrustBundle != "" || slices.ContainsFunc(t.bundles, func(b trustBundle) bool { return b.Spec.ClusterTrustBundle.Name != "" }) {
+		run("the kind ClusterTrustBundle is there", t.certificatesKind("clustertrustbundles"), certificatesKindFix)
+	}
+	if t.settings.PodCertificates.Signer != "" {
+		run("the kind PodCertificateRequest is there", t.certificatesKind("podcertificaterequests"), certificatesKindFix)
+	}
 	for _, n := range t.rights() {
 		run("the CA may "+n.String(), func(ctx context.Context) (string, error) { return t.may(ctx, n) }, nil)
 	}
@@ -272,7 +278,23 @@ func kindFix(err error) string {
 	if errors.Is(err, kube.ErrNotFound) {
 		return "kubectl apply --server-side -f deploy/kubernetes/crds.yaml, of this version of meshid: " + cli.Version()
 	}
-	return "the error says what is wrong; a missing right is among those below"
+	return errorSaysFix
+}
+
+const errorSaysFix = "the error says what is wrong; a missing right is among those below"
+
+func (t *clusterTrial) certificatesKind(plural string) func(context.Context) (string, error) {
+	return func(ctx context.Context) (string, error) {
+		r, err := kubernetes.CertificatesResource(ctx, t.client, plural)
+		return r.Version, err
+	}
+}
+
+func certificatesKindFix(err error) string {
+	if errors.Is(err, kube.ErrNotFound) {
+		return "it comes with Kubernetes 1.37; before, enable the feature gate of its name at the API server, and its version by --runtime-config; or remove the setting"
+	}
+	return errorSaysFix
 }
 
 // trustBundle is a TrustBundle object, as far as it says what the CA has to write.

@@ -98,9 +98,9 @@ func (b *ClusterBundle) Run(ctx context.Context) error {
 	return nil
 }
 
-// certificatesResource returns the best version of a resource of the group that the API
-// server has; the error is kube.ErrNotFound if it has none.
-func certificatesResource(ctx context.Context, c *kube.Client, plural string) (r kube.Resource, err error) {
+// CertificatesResource returns the best version of a resource of the group that the API
+// server has; the error wraps kube.ErrNotFound if it has none.
+func CertificatesResource(ctx context.Context, c *kube.Client, plural string) (r kube.Resource, err error) {
 	for _, version := range certificatesVersions {
 		r = kube.Resource{Group: certificatesGroup, Version: version, Plural: plural}
 		err = c.List(ctx, kube.Path{Resource: r}, kube.Selection{Limit: 1}, new(kube.Page[kube.Object]))
@@ -114,7 +114,7 @@ func certificatesResource(ctx context.Context, c *kube.Client, plural string) (r
 // discover waits until the API server has the kind; it returns false if ctx ends.
 func (b *ClusterBundle) discover(ctx context.Context) (r kube.Resource, ok bool) {
 	for {
-		r, err := certificatesResource(ctx, b.cfg.Client, "clustertrustbundles")
+		r, err := CertificatesResource(ctx, b.cfg.Client, "clustertrustbundles")
 		if err == nil {
 			return r, true
 		}

@@ -184,7 +184,7 @@ func (p *PodCertificates) Run(ctx context.Context) error {
 	defer cancel()
 	for {
 		again := recheck
-		resource, err := certificatesResource(ctx, p.cfg.Client, podCertificates)
+		resource, err := CertificatesResource(ctx, p.cfg.Client, podCertificates)
 		if errors.Is(err, kube.ErrNotFound) {
 			err = errNoAPI
 		}

@@ -78,7 +78,7 @@ func manifest(t testing.TB, name string) string {
 // `ca k8s check` finds each of the usual mistakes and says what to do, and finds nothing
 // where there is none.
 func TestCheckFindsTheUsualMistakes(t *testing.T) {
-	s := kube.StartAPIServer(t)
+	s := kube.StartAPIServer(t, "--runtime-config=certificates.k8s.io/v1/clustertrustbundles=false")
 	do := func(method, path string, in any) {
 		t.Helper()
 		err := s.Do(t.Context(), method, path, in, nil)
@@ -160,6 +160,11 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 			spoil: func() { do(http.MethodDelete, crd, nil) },
 			mend:  func() { s.Apply(t, manifest(t, "crds.yaml")) },
 			check: "kubernetes: the kind RegistrationEntry is there", fix: "crds.yaml",
+		},
+		{
+			name:   "a kind that this version of Kubernetes does not have",
+			config: strings.ReplaceAll(config, "bundle: {", "bundle: {cluster_trust_bundle: roots, "),
+			check:  "kubernetes: the kind ClusterTrustBundle is there", fix: "feature gate", othersFailToo: true, // there is no right for it either
 		},
 		{
 			name:   "audience",
