@@ -229,6 +229,11 @@ func TestValuesAreStrict(t *testing.T) {
 	for name, c := range map[string]struct{ values, want string }{
 		"no trust domain":  {"{}", "trustDomain"},
 		"not one":          {"trustDomain: Example.org", "trustDomain"},
+		"empty label":      {"trustDomain: a..b", "trustDomain"},
+		"label of a dash":  {"trustDomain: -.example.org", "trustDomain"},
+		"another domain":   {"{trustDomain: example.org, ca: {config: {trust_domain: a.example}}}", "ca.config.trust_domain"},
+		"another port":     {"{trustDomain: example.org, ca: {config: {listen: ':9443'}}}", "ca.config.listen"},
+		"another socket":   {"{trustDomain: example.org, agent: {config: {socket: /tmp/agent.sock}}}", "agent.config.socket"},
 		"misspelt":         {"{trustDomain: example.org, agents: {}}", "agents"},
 		"misspelt deeper":  {"{trustDomain: example.org, ca: {storage: {class: fast}}}", "class"},
 		"another type":     {"{trustDomain: example.org, agent: {csi: 'yes'}}", "csi"},

@@ -27,7 +27,17 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersion }}
 {{- end -}}
 
+{{- /* Fails for settings that other objects of the chart go by. Argument: [name of the values, the values]. */ -}}
+{{- define "meshid.fixed" -}}
+{{- range $key, $fix := dict "trust_domain" "set trustDomain, which CA and agents have in common" "listen" "it is what the Service leads to"
+      "metrics_listen" "probes and Prometheus ask there" "data_dir" "the volume is mounted there" "socket" "pods have it mounted from there"
+      "admin_socket" "its volume is mounted there" -}}
+{{- if hasKey (index $ 1) $key -}}{{- fail (printf "%s.%s cannot be set: %s" (index $ 0) $key $fix) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "meshid.ca.config" -}}
+{{- include "meshid.fixed" (list "ca.config" .Values.ca.config) -}}
 {{- $name := include "meshid.name" . -}}
 {{- $host := printf "%s-ca.%s.svc" $name .Release.Namespace -}}
 {{- $psat := dict "name" .Values.clusterName "service_accounts" (list (printf "%s/%s-agent" .Release.Namespace $name)) "token_review" dict -}}
@@ -48,6 +58,7 @@ meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersio
 {{- end -}}
 
 {{- define "meshid.agent.config" -}}
+{{- include "meshid.fixed" (list "agent.config" .Values.agent.config) -}}
 {{- $kubelet := dict "kubelet" "https://$NODE_IP:10250" "runtime_socket" .Values.agent.runtimeSocket "cgroup_root" "/host/cgroup" -}}
 {{- if .Values.agent.kubeletSelfSigned -}}
 {{- $_ := set $kubelet "kubelet_ca" (printf "%s/pki/kubelet.crt" .Values.agent.kubeletDir) -}}
