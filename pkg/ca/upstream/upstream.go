@@ -112,8 +112,8 @@ type Capabilities struct {
 	TTLGranularity time.Duration
 	// PathLen0 says that its intermediates cannot sign further intermediates.
 	PathLen0 bool
-	// KeyTypes are the keys that it certifies, "EC-P256" and so on; nil for all.
-	KeyTypes []string
+	// KeyTypes are the kinds of keys that it certifies; nil for all.
+	KeyTypes []x509.PublicKeyAlgorithm
 	// LeafRate is how many leaves a second a LeafSigner may be asked for; 0 for no bound
 	// that is known.
 	LeafRate float64

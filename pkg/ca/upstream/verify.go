@@ -43,7 +43,8 @@ var (
 )
 
 // NewRequest makes the request for an intermediate of td, which lives for ttl as
-// far as c allows. The key is used to sign the request, and by Verify.
+// far as c allows. The key is used to sign the request, and by Verify. The error wraps
+// ErrDenied if the CA certifies no such key.
 func NewRequest(td spiffeid.TrustDomain, key crypto.Signer, subject pkix.Name, ttl time.Duration, c Capabilities) (*Request, error) {
 	constraints, err := asn1.Marshal(struct {
 		IsCA       bool
@@ -74,6 +75,9 @@ func NewRequest(td spiffeid.TrustDomain, key crypto.Signer, subject pkix.Name, t
 	parsed, err := x509.ParseCertificateRequest(der)
 	if err != nil {
 		return nil, fmt.Errorf("read the request back: %w", err)
+	}
+	if c.KeyTypes != nil && !slices.Contains(c.KeyTypes, parsed.PublicKeyAlgorithm) {
+		return nil, fmt.Errorf("%w: it certifies keys of the kinds %v, not %s: set authority.intermediate_key_type", ErrDenied, c.KeyTypes, parsed.PublicKeyAlgorithm)
 	}
 	return &Request{CSR: der, Request: parsed, TTL: c.life(ttl), td: td, key: key, noURI: c.NoURI}, nil
 }

@@ -2,11 +2,13 @@ package upstream_test
 
 import (
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"math/big"
 	"strings"
 	"testing"
@@ -62,6 +64,20 @@ func TestNewRequest(t *testing.T) {
 	if n := len(request(t, upstream.Capabilities{NoURI: true}, time.Hour).Request.URIs); n != 0 {
 		t.Errorf("%d URI names for a CA that refuses them", n)
 	}
+}
+
+// A key that the CA does not certify is not shown to it.
+func TestNewRequestKeyTypes(t *testing.T) {
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limits := upstream.Capabilities{KeyTypes: []x509.PublicKeyAlgorithm{x509.RSA, x509.ECDSA}}
+	_, err = upstream.NewRequest(upstreamtest.TrustDomain, key, pkix.Name{CommonName: "test"}, time.Hour, limits)
+	if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "[RSA ECDSA], not Ed25519") {
+		t.Errorf("%v", err)
+	}
+	request(t, limits, time.Hour)
 }
 
 // What asks for nothing special of crypto/x509 is understood by it.

@@ -14,6 +14,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -112,7 +113,9 @@ func New(c Config) (*CA, error) {
 
 // Capabilities are those of the template. Lives are counted in seconds, as they are
 // asked for by their end.
-func (*CA) Capabilities() upstream.Capabilities { return upstream.Capabilities{PathLen0: true} }
+func (*CA) Capabilities() upstream.Capabilities {
+	return upstream.Capabilities{PathLen0: true, KeyTypes: []x509.PublicKeyAlgorithm{x509.RSA, x509.ECDSA}}
+}
 
 // Mint has an intermediate signed.
 func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
