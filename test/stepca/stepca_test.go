@@ -40,21 +40,21 @@ func TestMain(m *testing.M) {
 
 // server is a running step-ca with one provisioner of each kind.
 type server struct {
-	jwk, x5c, plain stepca.Config // plain has no template
+	jwk, x5c, plain, leaves stepca.Config // plain has no template
 	root            string        // PEM
 	process         *local.Process
 }
 
 // template is what the page says.
-func template(t *testing.T) string {
+func template(t *testing.T, name string) string {
 	t.Helper()
 	page, err := os.ReadFile(filepath.Join(require.Repository(), "docs/upstream/stepca.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := regexp.MustCompile("(?s)```json file=intermediate.tpl\n(.*?)```").FindSubmatch(page)
+	found := regexp.MustCompile("(?s)```json file=" + regexp.QuoteMeta(name) + "\n(.*?)```").FindSubmatch(page)
 	if found == nil {
-		t.Fatal("docs/upstream/stepca.md has no template")
+		t.Fatalf("docs/upstream/stepca.md has no %s", name)
 	}
 	return string(found[1])
 }
@@ -112,7 +112,8 @@ func start(t *testing.T) *server {
 		t.Fatal(err)
 	}
 	claims := map[string]any{"maxTLSCertDuration": "336h", "defaultTLSCertDuration": "168h"}
-	options := map[string]any{"x509": map[string]string{"template": template(t)}}
+	options := map[string]any{"x509": map[string]string{"template": template(t, "intermediate.tpl")}}
+	leaf := map[string]any{"x509": map[string]string{"template": template(t, "leaf.tpl")}}
 	address := local.FreeAddress(t)
 	config, err := json.Marshal(map[string]any{
 		"root": write(t, dir+"/root.pem", upstreamtest.PEM(a.Root)), "crt": write(t, dir+"/issuer.pem", upstreamtest.PEM(a.Issuer)),
@@ -121,6 +122,7 @@ func start(t *testing.T) *server {
 		"authority": map[string]any{"provisioners": []any{
 			map[string]any{"type": "JWK", "name": "meshid", "key": provisioner.Public(), "claims": claims, "options": options},
 			map[string]any{"type": "JWK", "name": "plain", "key": provisioner.Public()},
+			map[string]any{"type": "JWK", "name": "leaves", "key": provisioner.Public(), "options": leaf},
 			map[string]any{"type": "X5C", "name": "machines", "roots": upstreamtest.PEM(machineRoot.Root), "claims": claims, "options": options},
 		}},
 	})
@@ -136,7 +138,9 @@ func start(t *testing.T) *server {
 	plain.Provisioner, plain.Key, plain.PasswordFile = "plain", write(t, dir+"/provisioner.jwk", private), ""
 	x5c.Provisioner, x5c.Key, x5c.PasswordFile = "machines", write(t, dir+"/machine-key.pem", upstreamtest.KeyPEM(t, machine)), ""
 	x5c.Certificate = write(t, dir+"/machine.pem", append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), upstreamtest.PEM(machineRoot.Issuer)...))
-	s := &server{jwk: jwk, x5c: x5c, plain: plain, root: string(upstreamtest.PEM(a.Root))}
+	leaves := plain
+	leaves.Provisioner = "leaves"
+	s := &server{jwk: jwk, x5c: x5c, plain: plain, leaves: leaves, root: string(upstreamtest.PEM(a.Root))}
 	s.process = local.Run(t, program, write(t, dir+"/ca.json", config))
 	pool := x509.NewCertPool()
 	pool.AddCert(a.Root)
@@ -185,6 +189,26 @@ func TestConformance(t *testing.T) {
 			}})
 		})
 	}
+	t.Run("leaves", func(t *testing.T) {
+		for name, c := range map[string]stepca.Config{"template of the page": s.leaves, "step-ca's own template": s.plain} {
+			ca, err := stepca.New(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				if _, err := upstreamtest.SignLeaf(t.Context(), t, ca); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			}
+		}
+		ca, err := stepca.New(s.jwk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := upstreamtest.SignLeaf(t.Context(), t, ca); err == nil || !strings.Contains(err.Error(), "must be one for leaves") {
+			t.Errorf("a template for CAs: %v", err)
+		}
+	})
 	t.Run("a provisioner without a template", func(t *testing.T) {
 		ca, err := stepca.New(s.plain)
 		if err != nil {

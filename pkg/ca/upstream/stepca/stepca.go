@@ -25,6 +25,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -188,6 +189,11 @@ func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 	return m, nil
 }
 
+// SignLeaf has an X.509-SVID signed, by a provisioner whose template is for leaves.
+func (s *CA) SignLeaf(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	return s.Mint(ctx, r)
+}
+
 // token makes the one-time token for a request: it says for which CSR it is, so
 // that nobody who sees it, in step-ca's log for one, has any use for it.
 func (s *CA) token(r *upstream.Request, now time.Time) (_ string, notAfter time.Time, _ error) {
@@ -199,13 +205,17 @@ func (s *CA) token(r *upstream.Request, now time.Time) (_ string, notAfter time.
 	if s.config.Certificate != "" {
 		audience.Fragment = "x5c/" + s.config.Provisioner
 	}
-	names := []string{}
+	names := slices.Clone(r.Request.DNSNames)
 	for _, u := range r.Request.URIs {
 		names = append(names, u.String())
 	}
+	subject := r.Request.Subject.CommonName
+	if subject == "" && len(names) > 0 { // step-ca wants one; the template decides what it is used for
+		subject = names[len(names)-1]
+	}
 	csr := sha256.Sum256(r.CSR)
 	claims, err := json.Marshal(map[string]any{
-		"iss": s.config.Provisioner, "aud": audience.String(), "sub": r.Request.Subject.CommonName, "sans": names,
+		"iss": s.config.Provisioner, "aud": audience.String(), "sub": subject, "sans": names,
 		"jti": rand.Text(), "iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(tokenLife).Unix(),
 		"sha": hex.EncodeToString(s.pin),
 		"cnf": map[string]string{"x5rt#S256": base64.RawURLEncoding.EncodeToString(csr[:])},
