@@ -155,7 +155,8 @@ func (c *CA) signAbove(ctx context.Context, now time.Time, a *authority, r *Requ
 		c.metrics.refused[refusedCSR].Inc()
 		return &RequestError{Reason: ReasonCSR, Err: errors.New("the upstream CA signs only what a request in PKCS #10 asks for, and there is none")}
 	}
-	request, err := upstream.NewLeaf(c.cfg.TrustDomain, r.CSR, l.key.spki, pkcs10.Names{URI: l.id, DNS: l.dnsNames}, l.notAfter.Sub(now).Round(time.Second), c.leaves.limits)
+	ttl := (l.notAfter.Sub(now) + time.Second - 1).Truncate(time.Second) // its end was rounded down
+	request, err := upstream.NewLeaf(c.cfg.TrustDomain, r.CSR, l.key.spki, pkcs10.Names{URI: l.id, DNS: l.dnsNames}, ttl, c.leaves.limits)
 	switch {
 	case errors.Is(err, upstream.ErrLife):
 		c.metrics.refused[refusedTTL].Inc()
