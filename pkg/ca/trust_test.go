@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/meshid/meshid/pkg/ca/keys"
 	"github.com/meshid/meshid/pkg/ca/rotation"
@@ -537,6 +539,59 @@ func adoptAndBack(t *testing.T, leaves bool) {
 		hours(80)
 		if roots, _ := f.Bundle(); len(roots) != 1 || roots[0].Equal(a.Root) {
 			t.Errorf("%d roots: %s", len(roots), states(t, store))
+		}
+	})
+}
+
+// A verifier that no agent serves has only the old root, and then both: while the change
+// is paused all that is issued verifies with the old one, and afterwards with both.
+func TestAdoptWaitsForStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nodes := &fleet{}
+		nodes.acknowledge(1)
+		a := upstreamtest.NewAuthority(t, upstreamtest.Good)
+		f := open(t, Config{Store: &memoryStore{}, Fleet: nodes.nodes})
+		store, keyStore := f.cfg.Store, f.cfg.Keys
+		f = open(t, Config{Store: store, Keys: keyStore, Upstream: &Upstream{CA: upstreamtest.NewMemory(a, upstreamtest.Good), Kind: "memory"}, Fleet: nodes.nodes})
+		f.run(t)
+		old, _ := f.Bundle()
+		stranger := slices.Clone(old)
+		hours := func(n int) {
+			t.Helper()
+			for range n {
+				signed, err := f.Sign(time.Now(), &Request{ID: id("/app"), Key: parseKey(t, newKey(t))})
+				if err != nil {
+					t.Fatal(err)
+				}
+				durable, err := f.cfg.Ledger.Append(t.Context(), signed.Draft)
+				if err != nil {
+					t.Fatal(err)
+				}
+				chain := parseAll(t, durable[0].Chain())
+				if _, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(testDomain, stranger), x509svid.WithTime(time.Now())); err != nil {
+					t.Fatal(err)
+				}
+				_, sequence := f.Bundle()
+				nodes.acknowledge(sequence)
+				time.Sleep(time.Hour)
+				synctest.Wait()
+			}
+		}
+		hours(2)
+		command(t, f.CA, rotation.VerbPause, false)
+		if err := f.AdoptUpstream(t.Context(), "uid:0"); err != nil {
+			t.Fatal(err)
+		}
+		hours(100)
+		both, _ := f.Bundle()
+		if len(both) != 2 {
+			t.Fatalf("%d roots while the change is paused", len(both))
+		}
+		stranger = slices.Clone(both)
+		command(t, f.CA, rotation.VerbResume, false)
+		hours(100)
+		if roots, _ := f.Bundle(); len(roots) != 1 || !roots[0].Equal(a.Root) {
+			t.Errorf("%d roots: the change did not go on", len(roots))
 		}
 	})
 }

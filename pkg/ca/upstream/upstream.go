@@ -58,13 +58,6 @@ type InForce struct {
 	Held bool
 }
 
-// CrossSigner is a CA that certifies the key of another root.
-type CrossSigner interface {
-	// CrossSign returns a certificate of root's subject and key that was issued by
-	// this CA's present root.
-	CrossSign(ctx context.Context, root *x509.Certificate) (*x509.Certificate, error)
-}
-
 // LeafSigner is a CA that can sign every leaf itself, for users who may not have
 // a CA key in the mesh. It is called concurrently, up to Capabilities.LeafRate.
 type LeafSigner interface {
