@@ -2,13 +2,13 @@
 SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
-PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace chromium softhsm2 swtpm
+PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace chromium softhsm2 swtpm libpcsclite-dev pkg-config
 PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
 
 .DEFAULT_GOAL := all
-.PHONY: all help build build-pkcs11 build-cloudkms release images vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
+.PHONY: all help build build-pkcs11 build-yubikey build-cloudkms release images vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
 
 all: build vet quick ## build, vet, and run the tests that need nothing installed
 
@@ -21,7 +21,7 @@ build: ## build ca and node-agent into bin/
 release images: ## the same as they are shipped: static, position independent, reproducible; as images for containers
 	CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ ./cmd/ca ./cmd/node-agent$(if $(filter images,$@), && go run ./scripts/images bin/release bin/images)
 
-build-pkcs11 build-cloudkms: build-%: ## bin/ca that can keep the root's key in an HSM, or in a cloud (docs/keys.md)
+build-pkcs11 build-yubikey build-cloudkms: build-%: ## bin/ca that can keep the root's key in an HSM, a YubiKey or a cloud (docs/keys.md)
 	go build -tags=grpcnotrace,$* -o bin/ca ./cmd/ca
 
 vet: ## go vet
@@ -42,7 +42,7 @@ install: ## install all that tests need
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker
-	$(ROOT) env REQUIRE_ALL=1 bin/with-docker go test -race -timeout 20m ./... && $(ROOT) env REQUIRE_ALL=1 go test -race -tags=grpcnotrace,pkcs11 ./pkg/ca/keys
+	$(ROOT) env REQUIRE_ALL=1 bin/with-docker go test -race -timeout 20m ./... && $(ROOT) env REQUIRE_ALL=1 go test -race -tags=grpcnotrace,pkcs11,yubikey ./pkg/ca/keys
 
 race: ## go test -race, without what needs Docker or Envoy
 	go test -race ./...

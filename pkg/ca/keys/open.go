@@ -67,6 +67,7 @@ var drivers = map[string]driver{
 	"tpmkms":   {known: []string{"device"}, open: openTPM},
 	"awskms":   {build: "cloudkms", needed: []string{"region"}, known: []string{"profile", "credentials-file"}, open: openAWS},
 	"cloudkms": {build: "cloudkms", needed: []string{"key-ring"}, known: []string{"credentials-file"}, open: openGCP},
+	"yubikey":  {build: "yubikey", known: []string{"serial", "management-key-file"}, open: openYubiKey},
 	"azurekms": {build: "cloudkms", needed: []string{"vault"}, known: []string{"hsm", "tenant-id", "client-id"}, open: openAzure},
 }
 

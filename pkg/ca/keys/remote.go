@@ -29,8 +29,9 @@ type remote struct {
 
 	busy chan struct{} // holds one token while an operation runs; it guards what follows
 	open session
-	// refused is the hash of a PIN that was refused. It is not tried again: devices
-	// lock themselves after a few attempts.
+	// used is the hash of the PIN of this session, refused that of one that was refused.
+	// It is not tried again: devices lock themselves after a few attempts.
+	used    [sha256.Size]byte
 	refused *[sha256.Size]byte
 }
 
@@ -174,7 +175,7 @@ func (r *remote) connect() error {
 	if err != nil {
 		return err
 	}
-	r.open, r.refused = opened, nil
+	r.open, r.used, r.refused = opened, hash, nil
 	return nil
 }
 
@@ -188,6 +189,10 @@ func (r *remote) failed(err error) error {
 		return err
 	}
 	if r.open != nil {
+		if errors.Is(err, ErrRefused) { // by a device that looks at the PIN when it signs
+			used := r.used
+			r.refused = &used
+		}
 		err = errors.Join(err, r.open.close())
 		r.open = nil
 	}

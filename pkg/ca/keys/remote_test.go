@@ -82,6 +82,58 @@ type deviceSigner struct {
 	hang chan struct{}
 }
 
+// refusing is a device that looks at the PIN when it signs, and counts.
+type refusing struct {
+	*deviceSession
+	refused *int
+}
+
+func (r refusing) open(ref string) (crypto.Signer, error) {
+	signer, err := r.deviceSession.open(ref)
+	return refusingSigner{signer, r.refused}, err
+}
+
+type refusingSigner struct {
+	crypto.Signer
+	refused *int
+}
+
+func (s refusingSigner) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
+	*s.refused++
+	return nil, ErrRefused
+}
+
+// A PIN that is refused by a signature is not tried again either, before it changes.
+func TestRefusedWhenSigning(t *testing.T) {
+	d, store, pin := plug(t, time.Minute)
+	key, _, err := store.Create(t.Context(), "root-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tried, login := 0, store.driver.open
+	store.open = nil // as after a failure
+	store.driver.open = func(t target) (session, error) {
+		s, err := login(t)
+		if err != nil {
+			return nil, err
+		}
+		return refusing{s.(*deviceSession), &tried}, nil //nolint:forcetypeassert // it makes no others
+	}
+	for range 5 {
+		if err := signs(key); !errors.Is(err, ErrRefused) || !errors.Is(err, ErrUnavailable) {
+			t.Errorf("%v", err)
+		}
+	}
+	if tried != 1 {
+		t.Errorf("the PIN was tried %d times", tried)
+	}
+	d.set(func(d *device) { d.pin = "5678" })
+	writePIN(t, pin, "5678")
+	if err := signs(key); !errors.Is(err, ErrRefused) || tried != 2 {
+		t.Errorf("a new PIN: %v, tried %d times", err, tried)
+	}
+}
+
 func (s *deviceSigner) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	if s.hang != nil {
 		<-s.hang
