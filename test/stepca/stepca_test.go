@@ -41,8 +41,8 @@ func TestMain(m *testing.M) {
 // server is a running step-ca with one provisioner of each kind.
 type server struct {
 	jwk, x5c, plain, leaves stepca.Config // plain has no template
-	root            string        // PEM
-	process         *local.Process
+	root                    string        // PEM
+	process                 *local.Process
 }
 
 // template is what the page says.
