@@ -265,8 +265,8 @@ func above(v *upstream.Verified, key crypto.Signer, r *root, now time.Time) *aut
 	return &authority{
 		id: r.id, cert: r.cert, root: r, spkiHash: r.spkiHash, above: first,
 		notBefore: r.cert.NotBefore, notAfter: end, leafEnd: floor(end.Add(-margin(end.Sub(now)))),
-		renewAt: renewAt(now, v.Chain[0].NotAfter),
-		own:     &ownLeaf{key: key, chain: v.Chain},
+		made: now, renewAt: renewAt(now, v.Chain[0].NotAfter),
+		own: &ownLeaf{key: key, chain: v.Chain},
 	}
 }
 

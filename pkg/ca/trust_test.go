@@ -411,14 +411,29 @@ func TestFault_F26_UpstreamChangesItsRoot(t *testing.T) {
 // within minutes of that and not with the next renewal; it is not asked without an end if
 // it never does.
 func TestUpstreamRootIsFollowed(t *testing.T) {
+	for _, leaves := range []bool{false, true} {
+		t.Run(fmt.Sprintf("leaves=%t", leaves), func(t *testing.T) { followRoot(t, leaves) })
+	}
+}
+
+func followRoot(t *testing.T, leaves bool) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		nodes := &fleet{}
 		nodes.acknowledge(1)
 		old, fresh := upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.NewAuthority(t, upstreamtest.Good)
 		m := upstreamtest.NewMemory(old, upstreamtest.Good)
 		store := &memoryStore{}
-		f := open(t, Config{Store: store, Upstream: &Upstream{CA: m, Kind: "memory"}, Fleet: nodes.nodes})
+		f := open(t, Config{Store: store, Upstream: &Upstream{CA: m, Kind: "memory", Leaves: leaves}, Fleet: nodes.nodes})
 		f.run(t)
+		verify := func() {
+			t.Helper()
+			if !leaves {
+				f.verifySigned(t, time.Now())
+			} else if err := f.signLeaf(t); err != nil {
+				t.Error(err)
+			}
+		}
 		synctest.Wait()
 		m.Become(old, upstreamtest.Good, fresh.Root)
 		time.Sleep(time.Minute)
@@ -429,18 +444,18 @@ func TestUpstreamRootIsFollowed(t *testing.T) {
 		if got := states(t, store); got != "active distributed" {
 			t.Fatal(got)
 		}
-		f.verifySigned(t, time.Now())
 		asked := m.Calls()
 		if asked > 6 {
 			t.Errorf("asked %d times in an hour", asked)
 		}
+		verify()
 		m.Become(fresh, upstreamtest.Good, old.Root)
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if got := states(t, store); got != "retiring active" {
 			t.Errorf("an hour after it signs with the new root: %s", got)
 		}
-		f.verifySigned(t, time.Now())
+		verify()
 	})
 }
 
