@@ -247,7 +247,7 @@ func (m *model) check(r *response) {
 		if err := guardAny(i.any); err != nil {
 			t.Fatal(err)
 		}
-		want := m.resolve(&subscription{name: i.name, kind: kindOf(i.name), delivered: true, tells: m.delta, id: m.session.subs[i.name].id})
+		want := m.resolve(&subscription{name: i.name, kind: kindOf(i.name), delivered: true, tells: m.delta, id: m.session.find(i.name).id})
 		if want.action != actServe || want.secret.version != i.version {
 			t.Fatalf("%q: %s was sent, which is not what stands under it", i.name, i.version)
 		}
@@ -283,7 +283,7 @@ func (m *model) check(r *response) {
 func (m *model) checkAcknowledged(sequence uint64) {
 	m.lastAck = sequence
 	for _, name := range []string{nameRoot, "spiffe://a.test"} {
-		if !m.names[name] || m.session.subs[name] == nil || !m.session.subs[name].local {
+		if !m.names[name] || m.session.find(name) == nil || !m.session.find(name).local {
 			continue
 		}
 		ok := false
@@ -312,7 +312,7 @@ func (m *model) settle() {
 		m.pump()
 	}
 	for name := range m.names {
-		sub := m.session.subs[name]
+		sub := m.session.find(name)
 		if sub == nil {
 			continue // of no kind
 		}

@@ -32,8 +32,7 @@ type session struct {
 	delta bool
 	max   int // names
 
-	subs  map[string]*subscription
-	order []*subscription // trust bundles first, then by name; nil if it is to be made anew
+	subs []*subscription // by name
 
 	nonce    uint64
 	inflight *inflight
@@ -200,7 +199,7 @@ func (s *session) request(r *request) (o outcome, sent time.Time) {
 		}
 		if first {
 			for name, version := range r.initial {
-				if sub := s.subs[name]; sub != nil && version != "" {
+				if sub := s.find(name); sub != nil && version != "" {
 					sub.claimed, sub.delivered = version, true
 				}
 			}
@@ -226,9 +225,9 @@ func (s *session) replace(names []string) (changed bool) {
 	for _, name := range names {
 		wanted[name] = struct{}{}
 	}
-	for name := range s.subs {
-		if _, ok := wanted[name]; !ok {
-			s.drop(name)
+	for _, sub := range slices.Clone(s.subs) {
+		if _, ok := wanted[sub.name]; !ok {
+			s.drop(sub.name)
 			changed = true
 		}
 	}
@@ -242,8 +241,10 @@ func (s *session) replace(names []string) (changed bool) {
 // add subscribes to a name. With again, a name that is there already is answered
 // once more: the client may have forgotten what it was sent.
 func (s *session) add(name string, again bool) {
-	if sub := s.subs[name]; sub != nil {
+	at, known := s.search(name)
+	if known {
 		if again {
+			sub := s.subs[at]
 			sub.leave()
 			sub.sent, sub.claimed, sub.state = "", "", stateNone
 			sub.removed, sub.inForce = false, false
@@ -265,23 +266,31 @@ func (s *session) add(name string, again bool) {
 		s.surplus++
 		return
 	}
-	if s.subs == nil {
-		s.subs = make(map[string]*subscription, 1)
-	}
-	s.subs[name] = &subscription{name: name, kind: k, delivered: s.claimed != "", tells: s.delta}
-	s.order = nil
+	s.subs = slices.Insert(s.subs, at, &subscription{name: name, kind: k, delivered: s.claimed != "", tells: s.delta})
 }
 
 // drop unsubscribes from a name.
 func (s *session) drop(name string) {
 	delete(s.unknown, name)
-	sub := s.subs[name]
-	if sub == nil {
+	at, known := s.search(name)
+	if !known {
 		return
 	}
-	sub.leave()
-	delete(s.subs, name)
-	s.order = nil
+	s.subs[at].leave()
+	s.subs = slices.Delete(s.subs, at, at+1)
+}
+
+// search returns where the subscription to a name is, or would be.
+func (s *session) search(name string) (at int, known bool) {
+	return slices.BinarySearchFunc(s.subs, name, func(sub *subscription, name string) int { return strings.Compare(sub.name, name) })
+}
+
+// find returns the subscription to a name, or nil.
+func (s *session) find(name string) *subscription {
+	if at, known := s.search(name); known {
+		return s.subs[at]
+	}
+	return nil
 }
 
 // leave takes a subscription out of its group, because what was suspect is not
@@ -298,7 +307,7 @@ func (sub *subscription) leave() {
 // accept notes that what a response brought is in force.
 func (s *session) accept(changed []change) {
 	for _, c := range changed {
-		sub := s.subs[c.name]
+		sub := s.find(c.name)
 		if sub == nil || sub.sent != c.version {
 			continue
 		}
@@ -315,7 +324,7 @@ func (s *session) accept(changed []change) {
 func (s *session) reject(changed []change) {
 	var hit []*subscription
 	for _, c := range changed {
-		if sub := s.subs[c.name]; sub != nil && sub.sent == c.version {
+		if sub := s.find(c.name); sub != nil && sub.sent == c.version {
 			hit = append(hit, sub)
 		}
 	}
@@ -336,21 +345,6 @@ func (s *session) reject(changed []change) {
 	}
 }
 
-// sorted returns the subscriptions, those of trust bundles first: a proxy should
-// have the root before the leaf.
-func (s *session) sorted() []*subscription {
-	if s.order == nil && len(s.subs) > 0 {
-		s.order = make([]*subscription, 0, len(s.subs))
-		for _, sub := range s.subs {
-			s.order = append(s.order, sub)
-		}
-		slices.SortFunc(s.order, func(a, b *subscription) int {
-			return cmp.Or(cmp.Compare(a.kind, b.kind), strings.Compare(a.name, b.name))
-		})
-	}
-	return s.order
-}
-
 // next returns the response that is to be sent now, or nil. After it, the response
 // counts as sent. resolve is asked about each name at most once.
 func (s *session) next(now time.Time, resolve func(*subscription) resolution) *response {
@@ -360,7 +354,7 @@ func (s *session) next(now time.Time, resolve func(*subscription) resolution) *r
 	var current, changed, suspects []*candidate
 	var removed []string
 	s.stuck = false
-	for _, sub := range s.sorted() {
+	for _, sub := range s.subs {
 		c := &candidate{sub: sub, resolution: resolve(sub)}
 		s.stuck = s.stuck || c.stuck
 		switch c.action {
@@ -492,10 +486,10 @@ func (s *session) send(now time.Time, current, changed []*candidate, removed []s
 	all := changed
 	if !s.delta {
 		all = slices.Concat(current, changed)
-		slices.SortFunc(all, func(a, b *candidate) int {
-			return cmp.Or(cmp.Compare(a.sub.kind, b.sub.kind), strings.Compare(a.sub.name, b.sub.name))
-		})
 	}
+	slices.SortFunc(all, func(a, b *candidate) int { // a proxy should have the root before the leaf
+		return cmp.Or(cmp.Compare(a.sub.kind, b.sub.kind), strings.Compare(a.sub.name, b.sub.name))
+	})
 	r := &response{removed: removed}
 	var passed []*candidate
 	var sent []change
