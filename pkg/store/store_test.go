@@ -550,7 +550,7 @@ func TestV_L5_CommittedIsRead(t *testing.T) {
 			}
 		})
 	}
-	for round := range 100 {
+	for round := range 30 {
 		n.State = registry.Active
 		if round%2 == 1 {
 			n.State = registry.Banned
