@@ -131,18 +131,7 @@ type onCluster struct {
 // startOnNode starts the attestor on a node, as an agent that may do what it needs.
 func startOnNode(t *testing.T, c *testkube.Cluster, n *testkube.Node) *onCluster {
 	t.Helper()
-	c.Apply(t, `
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: meshid-agent}
-rules: [{apiGroups: [""], resources: [nodes/pods], verbs: [get]}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: meshid-agent}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: meshid-agent}
-subjects: [{kind: ServiceAccount, name: default, namespace: kube-public}]
-`)
+	c.Apply(t, agentRights("kube-public", "default"))
 	dir := t.TempDir()
 	token := filepath.Join(dir, "token")
 	if err := os.WriteFile(token, []byte(c.Token(t, testkube.Pod{Namespace: "kube-public"}, time.Hour)), 0o600); err != nil {
@@ -224,14 +213,6 @@ func is(pod, container string) func(report) bool {
 }
 
 const pods = `
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: cart, namespace: shop}
----
 apiVersion: apps/v1
 kind: Deployment
 metadata: {name: cart, namespace: shop}
@@ -271,6 +252,7 @@ func TestFault_F49_ClusterAttestation(t *testing.T) {
 	c := testkube.StartCluster(t, testkube.Options{})
 	n := c.Nodes[0]
 	o := startOnNode(t, c, n)
+	c.Account(t, "shop", "cart")
 	c.Apply(t, pods)
 	running := c.AwaitPods(t, "shop", "app=cart", 3)
 	for _, p := range running {

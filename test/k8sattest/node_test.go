@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -44,6 +45,43 @@ func (t tokens) Verify(ctx context.Context, token, audience string) (*k8spsat.To
 	return (*k8spsat.Token)(id), err
 }
 
+// caRights are what the documents give to the CA, which is the user ca.
+const caRights = `
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: meshid-ca-placement}
+rules: [{apiGroups: [""], resources: [pods, nodes], verbs: [list, watch]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: meshid-ca-placement}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: meshid-ca-placement}
+subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: meshid-ca-reviews}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:auth-delegator"}
+subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
+`
+
+// agentRights are what they give to node agents of a service account.
+func agentRights(namespace, account string) string {
+	return fmt.Sprintf(`
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: meshid-agent}
+rules: [{apiGroups: [""], resources: [nodes/pods], verbs: [get]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: meshid-agent}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: meshid-agent}
+subjects: [{kind: ServiceAccount, name: %s, namespace: %s}]
+`, account, namespace)
+}
+
 // reviewer verifies by asking a cluster, with the right to do so and no other.
 func reviewer(t *testing.T, s *testkube.APIServer) (*kube.Reviewer, *kube.Client) {
 	t.Helper()
@@ -53,24 +91,7 @@ func reviewer(t *testing.T, s *testkube.APIServer) (*kube.Reviewer, *kube.Client
 // reviewerOf is reviewer for a cluster of any name.
 func reviewerOf(t *testing.T, cluster string, s *testkube.APIServer) (*kube.Reviewer, *kube.Client) {
 	t.Helper()
-	s.Apply(t, `
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: ca-reviews}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:auth-delegator"}
-subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: ca-pods}
-rules: [{apiGroups: [""], resources: [pods, nodes], verbs: [list, watch, get]}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: ca-pods}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: ca-pods}
-subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
-`)
+	s.Apply(t, caRights)
 	c, err := kube.Open(kube.Config{Name: cluster, Kubeconfig: s.UserKubeconfig(t, "ca")})
 	if err != nil {
 		t.Fatal(err)

@@ -56,45 +56,6 @@ func BenchmarkClusterPods(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// rights are what the documents give to the CA and to the agents.
-const rights = `
-apiVersion: v1
-kind: Namespace
-metadata: {name: meshid}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: agent, namespace: meshid}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: meshid-agent}
-rules: [{apiGroups: [""], resources: [nodes/pods], verbs: [get]}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: meshid-agent}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: meshid-agent}
-subjects: [{kind: ServiceAccount, name: agent, namespace: meshid}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: meshid-ca-placement}
-rules: [{apiGroups: [""], resources: [pods, nodes], verbs: [list, watch]}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: meshid-ca-placement}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: meshid-ca-placement}
-subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: meshid-ca-reviews}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: "system:auth-delegator"}
-subjects: [{kind: User, name: ca, apiGroup: rbac.authorization.k8s.io}]
-`
-
 // audit has the API server write down whose TokenReviews it answers: the kubelets ask
 // too, about the token that the agent shows them.
 const audit = `
@@ -138,7 +99,8 @@ func startFleet(t testing.TB) *fleet {
 		t.Fatalf("build the probe: %v\n%s", err, out)
 	}
 	f.ImportImage(t, image.Spec{Tag: probeImage, Entrypoint: []string{"/probe"}, Files: map[string]string{"/probe": program}})
-	f.Apply(t, rights)
+	f.Account(t, "meshid", "agent")
+	f.Apply(t, agentRights("meshid", "agent")+caRights)
 	f.ca = local.StartCA(t, local.CAOptions{Listen: net.JoinHostPort(f.HostIP, "8443"), Config: fmt.Sprintf(`
 kubernetes:
   clusters: [{name: prod, kubeconfig: %q}]

@@ -19,14 +19,6 @@ import (
 )
 
 const shop = `
-apiVersion: v1
-kind: Namespace
-metadata: {name: shop}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: cart, namespace: shop}
----
 apiVersion: apps/v1
 kind: Deployment
 metadata: {name: cart, namespace: shop}
@@ -82,6 +74,7 @@ func TestCluster(t *testing.T) {
 	t.Run("life", func(t *testing.T) {
 		c := StartCluster(t, Options{Nodes: 2, KubeProxy: true})
 		dir, link = c.dir, c.link()
+		c.Account(t, "shop", "cart")
 		c.Apply(t, shop)
 		pods := c.AwaitPods(t, "shop", "app=cart", 3)
 

@@ -24,6 +24,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/attest/workload/container"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 func TestConformance(t *testing.T) {
@@ -753,13 +754,13 @@ func cpu(b *testing.B, f func()) {
 }
 
 // realCgroup also reads the peer's real cgroup file, for the cost of it.
-type realCgroup struct{ *fakeProcesses }
+type realCgroup struct{ *containers.Processes }
 
 func (r realCgroup) Cgroup(p *peer.Peer) ([]byte, error) {
 	if _, err := (container.Kernel{}).Cgroup(p); err != nil {
 		return nil, err
 	}
-	return r.fakeProcesses.Cgroup(p)
+	return r.Processes.Cgroup(p)
 }
 
 func BenchmarkAttestWarm(b *testing.B) {

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,13 +18,13 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
-	"github.com/meshid/meshid/pkg/attest/workload/container"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
-// id makes a container id.
-func id(name string) string {
-	return (fmt.Sprintf("%x", name) + strings.Repeat("0", 64))[:64]
-}
+var (
+	id   = containers.ID
+	next = containers.Next
+)
 
 // fakeContainer is a container of the fake engine.
 type fakeContainer struct {
@@ -250,63 +249,17 @@ func (e *fakeEngine) count(call string) int {
 	return e.calls[call]
 }
 
-// fakeProcesses answers with cgroup files of tests for real processes.
-type fakeProcesses struct {
-	mu      sync.Mutex
-	cgroups map[int]string // by pid
-}
-
-func (f *fakeProcesses) set(pid int, text string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.cgroups[pid] = text
-}
-
-func (f *fakeProcesses) text(pid int) (string, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	text, ok := f.cgroups[pid]
-	if !ok {
-		return "", fmt.Errorf("process %d: %w", pid, peer.ErrGone)
-	}
-	return text, nil
-}
-
-func (f *fakeProcesses) Cgroup(p *peer.Peer) ([]byte, error) {
-	if err := p.Alive(); err != nil {
-		return nil, err
-	}
-	text, err := f.text(p.PID)
-	return []byte(text), err
-}
-
-func (f *fakeProcesses) Open(pid int, _ time.Time, _ ...string) (*container.Init, error) {
-	p, err := peer.Open(pid)
-	if err != nil {
-		return nil, err
-	}
-	text, err := f.text(pid)
-	if err != nil {
-		return nil, errors.Join(err, p.Close())
-	}
-	m, err := container.ParseMemberships([]byte(text))
-	if err != nil {
-		return nil, errors.Join(err, p.Close())
-	}
-	return &container.Init{Process: p, Memberships: m}, nil
-}
-
 // world is an attestor, its engine and its processes.
 type world struct {
 	t         testing.TB
 	attestor  *Attestor
 	engine    *fakeEngine
-	processes *fakeProcesses
+	processes *containers.Processes
 }
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{t: t, engine: newFakeEngine(t), processes: &fakeProcesses{cgroups: map[int]string{}}}
+	w := &world{t: t, engine: newFakeEngine(t), processes: containers.NewProcesses()}
 	a, err := New(Config{Socket: w.engine.socket}, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {
 		t.Fatal(err)
@@ -324,25 +277,7 @@ func newWorld(t testing.TB) *world {
 // process starts a process with this cgroup file.
 func (w *world) process(cgroup string) (p *peer.Peer, end func()) {
 	w.t.Helper()
-	p, end = sleeper(w.t)
-	w.processes.set(p.PID, cgroup)
-	return p, end
-}
-
-// sleeper starts a process.
-func sleeper(t testing.TB) (*peer.Peer, func()) {
-	t.Helper()
-	cmd := exec.Command("sleep", "600")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	p, err := peer.Open(cmd.Process.Pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	t.Cleanup(func() { end(); _ = p.Close() })
-	return p, end
+	return w.processes.Start(w.t, cgroup)
 }
 
 // container starts a container whose init process has this cgroup file.
@@ -369,26 +304,5 @@ func v1(path string) string {
 // watch runs Watch and returns its events.
 func (w *world) watch() <-chan attest.InstanceEvent {
 	w.t.Helper()
-	events := make(chan attest.InstanceEvent, 1000)
-	ctx := w.t.(*testing.T).Context()
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := w.attestor.Watch(ctx, func(e attest.InstanceEvent) { events <- e }); err != nil {
-			w.t.Error(err)
-		}
-	})
-	w.t.Cleanup(wg.Wait) // the context has ended by then
-	return events
-}
-
-// next returns the next event.
-func next(t *testing.T, events <-chan attest.InstanceEvent) attest.InstanceEvent {
-	t.Helper()
-	select {
-	case e := <-events:
-		return e
-	case <-time.After(30 * time.Second):
-		t.Fatal("no event within 30 s")
-		return attest.InstanceEvent{}
-	}
+	return containers.Watch(w.t, w.attestor)
 }

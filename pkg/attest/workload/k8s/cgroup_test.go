@@ -126,7 +126,7 @@ func TestV_D6_KubernetesContainerMovesItself(t *testing.T) {
 	w.run("B")
 	p, _ := w.process(cgroupOf("A"))
 	for _, below := range []string{"", "/x", "/" + id("B"), "/pod" + uid("B") + "/" + id("B"), "/cri-containerd-" + id("B") + ".scope/x"} {
-		w.processes.set(p.PID, strings.TrimSpace(cgroupOf("A"))+below+"\n")
+		w.processes.Set(p.PID, strings.TrimSpace(cgroupOf("A"))+below+"\n")
 		if got := w.attested(p).Workload.GetK8S().GetPodName(); got != "A" {
 			t.Errorf("%q: pod %s", below, got)
 		}
@@ -134,7 +134,7 @@ func TestV_D6_KubernetesContainerMovesItself(t *testing.T) {
 	// It cannot name a cgroup outside of its own without the rights of the host's root;
 	// if a runtime lets it, it is nobody.
 	for _, elsewhere := range []string{"0::/" + id("B") + "\n", "0::/../" + id("A") + "\n", "0::/kubepods/besteffort/pod" + uid("A") + "/x-" + id("A") + "\n"} {
-		w.processes.set(p.PID, elsewhere)
+		w.processes.Set(p.PID, elsewhere)
 		w.refused(p)
 	}
 }

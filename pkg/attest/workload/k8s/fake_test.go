@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	goruntime "runtime"
 	"slices"
@@ -31,13 +30,13 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
-	"github.com/meshid/meshid/pkg/attest/workload/container"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
-// id makes a container id.
-func id(name string) string {
-	return (fmt.Sprintf("%x", name) + strings.Repeat("0", 64))[:64]
-}
+var (
+	id   = containers.ID
+	next = containers.Next
+)
 
 // uid makes the UID of a pod.
 func uid(name string) string {
@@ -319,65 +318,19 @@ func (r *fakeRuntime) ContainerStatus(ctx context.Context, q *cri.ContainerStatu
 	return &cri.ContainerStatusResponse{Status: proto.CloneOf(c.status), Info: map[string]string{"info": info}}, nil
 }
 
-// fakeProcesses answers with cgroup files of tests for real processes.
-type fakeProcesses struct {
-	mu      sync.Mutex
-	cgroups map[int]string // by pid
-}
-
-func (f *fakeProcesses) set(pid int, text string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.cgroups[pid] = text
-}
-
-func (f *fakeProcesses) text(pid int) (string, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	text, ok := f.cgroups[pid]
-	if !ok {
-		return "", fmt.Errorf("process %d: %w", pid, peer.ErrGone)
-	}
-	return text, nil
-}
-
-func (f *fakeProcesses) Cgroup(p *peer.Peer) ([]byte, error) {
-	if err := p.Alive(); err != nil {
-		return nil, err
-	}
-	text, err := f.text(p.PID)
-	return []byte(text), err
-}
-
-func (f *fakeProcesses) Open(pid int, _ time.Time, _ ...string) (*container.Init, error) {
-	p, err := peer.Open(pid)
-	if err != nil {
-		return nil, err
-	}
-	text, err := f.text(pid)
-	if err != nil {
-		return nil, errors.Join(err, p.Close())
-	}
-	m, err := container.ParseMemberships([]byte(text))
-	if err != nil {
-		return nil, errors.Join(err, p.Close())
-	}
-	return &container.Init{Process: p, Memberships: m}, nil
-}
-
 // world is an attestor, the kubelet and runtime of its node, and processes.
 type world struct {
 	t         testing.TB
 	attestor  *Attestor
 	kubelet   *fakeKubelet
 	runtime   *fakeRuntime
-	processes *fakeProcesses
+	processes *containers.Processes
 	cgroups   string // root of the cgroup file system
 }
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{t: t, kubelet: newFakeKubelet(t), runtime: newFakeRuntime(t), processes: &fakeProcesses{cgroups: map[int]string{}}, cgroups: t.TempDir()}
+	w := &world{t: t, kubelet: newFakeKubelet(t), runtime: newFakeRuntime(t), processes: containers.NewProcesses(), cgroups: t.TempDir()}
 	dir := t.TempDir()
 	ca, token := filepath.Join(dir, "ca.crt"), filepath.Join(dir, "token")
 	if err := errors.Join(
@@ -408,18 +361,7 @@ func newWorld(t testing.TB) *world {
 // process starts a process with this cgroup file.
 func (w *world) process(cgroup string) (p *peer.Peer, end func()) {
 	w.t.Helper()
-	cmd := exec.Command("sleep", "600")
-	if err := cmd.Start(); err != nil {
-		w.t.Fatal(err)
-	}
-	p, err := peer.Open(cmd.Process.Pid)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	end = sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	w.t.Cleanup(func() { end(); _ = p.Close() })
-	w.processes.set(p.PID, cgroup)
-	return p, end
+	return w.processes.Start(w.t, cgroup)
 }
 
 // pod tells the kubelet of a pod, and no runtime of any container.
@@ -472,28 +414,7 @@ func (w *world) mkdir(name string) {
 // watch runs Watch and returns its events.
 func (w *world) watch() <-chan attest.InstanceEvent {
 	w.t.Helper()
-	events := make(chan attest.InstanceEvent, 1000)
-	ctx := w.t.(*testing.T).Context()
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := w.attestor.Watch(ctx, func(e attest.InstanceEvent) { events <- e }); err != nil {
-			w.t.Error(err)
-		}
-	})
-	w.t.Cleanup(wg.Wait) // the context has ended by then
-	return events
-}
-
-// next returns the next event.
-func next(t *testing.T, events <-chan attest.InstanceEvent) attest.InstanceEvent {
-	t.Helper()
-	select {
-	case e := <-events:
-		return e
-	case <-time.After(time.Minute):
-		t.Fatal("no event within a minute")
-		return attest.InstanceEvent{}
-	}
+	return containers.Watch(w.t, w.attestor)
 }
 
 // none wants no event to have come.

@@ -26,6 +26,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/workload/container"
 	"github.com/meshid/meshid/pkg/config"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 func TestConformance(t *testing.T) {
@@ -166,7 +167,7 @@ func TestV_D4_KubernetesContradictions(t *testing.T) {
 		want   string
 	}{
 		"the cgroup is of another pod": {func(w *world, c *fakeContainer) {
-			w.processes.set(c.pid, strings.Replace(cgroupOf("A"), uid("A"), uid("B"), 1))
+			w.processes.Set(c.pid, strings.Replace(cgroupOf("A"), uid("A"), uid("B"), 1))
 		}, "its cgroup is in that of pod " + uid("B")},
 		"the kubelet says it is of another pod": {func(w *world, _ *fakeContainer) {
 			w.kubelet.set(func() {
@@ -177,7 +178,7 @@ func TestV_D4_KubernetesContradictions(t *testing.T) {
 		"another namespace":        {func(_ *world, c *fakeContainer) { c.status.Labels[labelNamespace] = "bank" }, "calls that pod"},
 		"a container it has not":   {func(_ *world, c *fakeContainer) { c.status.Labels[labelContainer] = "x" }, "try again"},
 		"a pod that is not there":  {func(_ *world, c *fakeContainer) { c.status.Labels[labelPodUID] = uid("x") }, "try again"},
-		"no cgroup of its own":     {func(w *world, c *fakeContainer) { w.processes.set(c.pid, "0::/\n") }, "hostPID: true"},
+		"no cgroup of its own":     {func(w *world, c *fakeContainer) { w.processes.Set(c.pid, "0::/\n") }, "hostPID: true"},
 		"no such process":          {func(_ *world, c *fakeContainer) { c.pid = 1<<22 + 5 }, "hostPID: true"},
 		"no process":               {func(_ *world, c *fakeContainer) { c.pid = 0 }, "does not tell the process"},
 		"a pid that is a text":     {func(_ *world, c *fakeContainer) { c.info = `{"pid":"1"}` }, "does not tell the process"},
@@ -789,7 +790,7 @@ func TestV_D17_KubernetesDescriptors(t *testing.T) {
 	init, _ := w.run("A")
 	w.run("bad")
 	bad, _ := w.process(cgroupOf("bad"))
-	w.processes.set(w.runtime.containers[id("bad")].pid, "0::/\n")
+	w.processes.Set(w.runtime.containers[id("bad")].pid, "0::/\n")
 	count := func() int {
 		names, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -831,13 +832,13 @@ func TestNew(t *testing.T) {
 var _ attest.InstanceWatcher = (*Attestor)(nil)
 
 // realCgroup also reads the peer's real cgroup file, for the cost of it.
-type realCgroup struct{ *fakeProcesses }
+type realCgroup struct{ *containers.Processes }
 
 func (r realCgroup) Cgroup(p *peer.Peer) ([]byte, error) {
 	if _, err := (container.Kernel{}).Cgroup(p); err != nil {
 		return nil, err
 	}
-	return r.fakeProcesses.Cgroup(p)
+	return r.Processes.Cgroup(p)
 }
 
 // What a process of a known container costs, and what a node's list of pods does.
