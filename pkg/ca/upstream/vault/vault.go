@@ -57,6 +57,9 @@ type Config struct {
 	// Issuer is the name or ID of an issuer in the mount; without it, the mount's
 	// default issuer signs.
 	Issuer string `yaml:"issuer"`
+	// Role is the name of the role in the mount that signs X.509-SVIDs, if the upstream
+	// CA signs each.
+	Role string `yaml:"role"`
 	// Roots is the path of the PEM certificates of the roots above the issuer, if the
 	// mount does not have them.
 	Roots string `yaml:"roots"`
@@ -131,6 +134,7 @@ func New(c Config) (*CA, error) {
 		{"mount", &c.Mount, "pki"},
 		{"namespace", &c.Namespace, ""},
 		{"issuer", &c.Issuer, ""},
+		{"role", &c.Role, ""},
 		{"approle.mount", &c.AppRole.Mount, "approle"},
 		{"kubernetes.mount", &c.Kubernetes.Mount, "kubernetes"},
 		{"certificate.mount", &c.Certificate.Mount, "cert"},
@@ -146,6 +150,9 @@ func New(c Config) (*CA, error) {
 	}
 	if strings.Contains(c.Issuer, "/") {
 		return nil, fmt.Errorf("issuer: %.100q is not the name or ID of an issuer; write it as `vault list %s/issuers` shows it", c.Issuer, c.Mount)
+	}
+	if strings.Contains(c.Role, "/") {
+		return nil, fmt.Errorf("role: %.100q is not the name of a role; write it as `vault list %s/roles` shows it", c.Role, c.Mount)
 	}
 	method, err := newMethod(c)
 	if err != nil {
@@ -244,6 +251,25 @@ func (v *CA) issuer() string {
 
 // Mint has an intermediate signed.
 func (v *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	return v.sign(ctx, v.config.Mount+"/"+v.issuer()+"/sign-intermediate", r, map[string]any{
+		// Subject and names are those of the CSR; the common name is no DNS name.
+		"use_csr_values": true, "exclude_cn_from_sans": true, "max_path_length": 0,
+	})
+}
+
+// SignLeaf has an X.509-SVID signed by the role, which takes the names from the CSR.
+func (v *CA) SignLeaf(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
+	if v.config.Role == "" {
+		return nil, fmt.Errorf("%w: role is not set: write the name of the role in the mount that signs X.509-SVIDs", upstream.ErrDenied)
+	}
+	path := v.config.Mount + "/sign/" + v.config.Role
+	if v.config.Issuer != "" {
+		path = v.config.Mount + "/" + v.issuer() + "/sign/" + v.config.Role
+	}
+	return v.sign(ctx, path, r, map[string]any{})
+}
+
+func (v *CA) sign(ctx context.Context, path string, r *upstream.Request, parameters map[string]any) (*upstream.Minted, error) {
 	extra, err := v.extraRoots()
 	if err != nil {
 		return nil, err
@@ -253,7 +279,9 @@ func (v *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 		return nil, err
 	}
 	defer conn.done()
-	path := v.config.Mount + "/" + v.issuer() + "/sign-intermediate"
+	parameters["csr"] = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: r.CSR}))
+	parameters["format"] = "pem"
+	parameters["ttl"] = strconv.FormatInt(int64(r.TTL/time.Second), 10) + "s"
 	var signed struct {
 		Data struct {
 			Certificate string   `json:"certificate"`
@@ -262,13 +290,7 @@ func (v *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 		} `json:"data"`
 	}
 	err = v.withToken(ctx, conn, func(token string) error {
-		return advise(v.call(ctx, conn, http.MethodPost, path, token, map[string]any{
-			"csr": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: r.CSR})),
-			// Subject and names are those of the CSR; the common name is no DNS name.
-			"use_csr_values": true, "exclude_cn_from_sans": true,
-			"max_path_length": 0, "format": "pem",
-			"ttl": strconv.FormatInt(int64(r.TTL/time.Second), 10) + "s",
-		}, &signed), path)
+		return advise(v.call(ctx, conn, http.MethodPost, path, token, parameters, &signed), path)
 	})
 	if err != nil {
 		return nil, err

@@ -234,6 +234,38 @@ func TestConformance(t *testing.T) {
 	}
 }
 
+// TestLeaves is with the role that the page makes.
+func TestLeaves(t *testing.T) {
+	p := good(t)
+	c := p.config(t, "approle.yaml")
+	c.Role = "meshid"
+	write(t, p.dir+"/other.hcl", []byte(`path "pki/cert/*" { capabilities = ["read"] }`))
+	upstreamtest.RunLeaves(t, upstreamtest.Kind{Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
+		t.Helper()
+		p.Become(a, upstreamtest.Good)
+		p.operate(t, "vault policy write meshid leaves.hcl")
+		switch b { //nolint:exhaustive // the others are answers
+		case upstreamtest.Denied:
+			p.operate(t, "vault policy write meshid other.hcl")
+		case upstreamtest.Gone:
+			gone := good(t)
+			gone.Close()
+			c := c
+			c.URL, c.ServerCA = gone.URL, gone.dir+"/server-ca.pem"
+			return open(t, c)
+		}
+		p.Become(a, b)
+		return open(t, c)
+	}})
+	c.Role = ""
+	if _, err := upstreamtest.SignLeaf(minute(t), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "role is not set") {
+		t.Errorf("without a role: %v", err)
+	}
+	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) {
+		t.Errorf("an intermediate with the right for leaves: %v", err)
+	}
+}
+
 // A token that was revoked is replaced, and no login is wasted on one that is valid.
 func TestLoginAgain(t *testing.T) {
 	p := good(t)
