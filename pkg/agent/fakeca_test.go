@@ -699,6 +699,9 @@ func (h *harness) stop() {
 	}
 }
 
+// pass lets time pass in a bubble.
+func pass(d time.Duration) { time.Sleep(d) }
+
 // bubble runs a test with a CA and a started agent in fake time, and checks that
 // no goroutine stays behind: synctest fails if one does.
 func bubble(t *testing.T, test func(t *testing.T, h *harness), change ...func(*Config)) {

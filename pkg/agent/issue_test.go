@@ -25,7 +25,7 @@ func TestRenewalOverDays(t *testing.T) {
 		const days = 2
 		changes := 0
 		for range days * 24 * 4 {
-			time.Sleep(15 * time.Minute)
+			pass(15 * time.Minute)
 			settleDown()
 			now := mustHave(t, w, "/web").SVIDs[0]
 			if left := time.Until(now.NotAfter()); left < 25*time.Minute {
@@ -75,10 +75,10 @@ func TestFault_F30_OutageWithinBudget(t *testing.T) {
 		if got := h.Status().OutageBudget; got != "1h0m0s" {
 			t.Errorf("outage budget %q", got)
 		}
-		time.Sleep(29 * time.Minute)
+		pass(29 * time.Minute)
 		h.ca.net.set(true)
 		for range 25 {
-			time.Sleep(time.Minute)
+			pass(time.Minute)
 			settleDown()
 			mustHave(t, w, "/web")
 		}
@@ -95,7 +95,7 @@ func TestFault_F30_OutageWithinBudget(t *testing.T) {
 			t.Errorf("status %+v", st)
 		}
 		h.ca.net.set(false)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		s := mustHave(t, w, "/web")
 		if left := time.Until(s.SVIDs[0].NotAfter()); left < 55*time.Minute {
@@ -121,22 +121,22 @@ func TestFault_F43_TotalExpiry(t *testing.T) {
 		settleDown()
 		mustHave(t, w, "/web")
 		h.ca.net.set(true)
-		time.Sleep(59 * time.Minute)
+		pass(59 * time.Minute)
 		settleDown()
 		mustHave(t, w, "/web")
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		s := mustHave(t, w)
 		if len(s.Withdrawn) != 0 || s.Denied { // expired, but not taken away
 			t.Errorf("after expiry: withdrawn %q, denied %v", withdrawn(s), s.Denied)
 		}
-		time.Sleep(4 * time.Hour) // a week is no different
+		pass(4 * time.Hour) // a week is no different
 		settleDown()
 		if c := h.condition(condNode); c.Severity != health.Error {
 			t.Errorf("condition %+v", c)
 		}
 		h.ca.net.set(false)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		s = mustHave(t, w, "/web")
 		if len(s.Withdrawn) != 0 {
@@ -181,7 +181,7 @@ func TestV_H7_F55_ReissuedOnce(t *testing.T) {
 			t.Errorf("%v counted as kept", n)
 		}
 		// At its time it is renewed as any, and that one gets its chance.
-		time.Sleep(50 * time.Minute)
+		pass(50 * time.Minute)
 		settleDown()
 		third := mustHave(t, w, "/web").SVIDs[0]
 		w.Reject(third.Chain[0])
@@ -209,7 +209,7 @@ func TestRefusalsAreBounded(t *testing.T) {
 				}
 				h.ca.apply(uidEntry("web", "/web", 1000))
 				w := h.subscribe(1, 1000)
-				time.Sleep(time.Hour)
+				pass(time.Hour)
 				settleDown()
 				if s := w.Snapshot(); s == nil || s.Denied || len(s.SVIDs) > 0 {
 					t.Errorf("snapshot %+v", s)
@@ -250,10 +250,10 @@ func TestRefusedRenewalKeepsServing(t *testing.T) {
 			return refusal(nodev1.Reason_REASON_RULE_NOT_MATCHED, -1)
 		}
 		h.ca.mu.Unlock()
-		time.Sleep(59 * time.Minute)
+		pass(59 * time.Minute)
 		settleDown()
 		mustHave(t, w, "/web")
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		if s := mustHave(t, w); len(s.Withdrawn) != 0 || s.Denied {
 			t.Errorf("snapshot %+v", s)
@@ -284,12 +284,12 @@ func TestRotate(t *testing.T) {
 			}
 			return n
 		}
-		time.Sleep(4 * time.Minute)
+		pass(4 * time.Minute)
 		settleDown()
 		if n := count(); n < 2 || n > 6 {
 			t.Errorf("%d of 8 X.509-SVIDs are of the old authority after half of the time", n)
 		}
-		time.Sleep(5 * time.Minute)
+		pass(5 * time.Minute)
 		settleDown()
 		if n := count(); n != 0 {
 			t.Errorf("%d X.509-SVIDs are of the old authority after all of the time", n)

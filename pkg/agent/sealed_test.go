@@ -40,7 +40,7 @@ func TestFault_F37_RestartFromSealedCache(t *testing.T) {
 		settleDown()
 		before := mustHave(t, w, "/a", "/b")
 		container := mustHave(t, c, "/shop")
-		time.Sleep(2 * time.Second)
+		pass(2 * time.Second)
 		h.stop()
 		if w.Err() == nil {
 			t.Error("the watch of a stopped agent goes on")
@@ -79,7 +79,7 @@ func TestFault_F37_RestartFromSealedCache(t *testing.T) {
 			t.Error("a stranger is not denied")
 		}
 		mustHave(t, relabelled)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		c = h.subscribe(7, 0)
 		settleDown()
 		if got := mustHave(t, c, "/shop").SVIDs[0]; !got.Chain[0].Equal(container.SVIDs[0].Chain[0]) {
@@ -89,7 +89,7 @@ func TestFault_F37_RestartFromSealedCache(t *testing.T) {
 			t.Errorf("%d attestations, %d items", ca.attestations, ca.issued())
 		}
 		ca.net.set(false)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		mustHave(t, relabelled, "/relabelled")
 		if ca.attestations != 1 {
@@ -101,7 +101,7 @@ func TestFault_F37_RestartFromSealedCache(t *testing.T) {
 		// Nobody comes back: the keys are dropped and the CA is told.
 		h = newHarness(t, ca, data, with)
 		h.start()
-		time.Sleep(3 * time.Minute)
+		pass(3 * time.Minute)
 		settleDown()
 		if got := endedInstances(ca); !slices.Contains(got, "docker:c1") || !slices.Contains(got, "unix:1000:1000:/bin/app") {
 			t.Errorf("ended instances %q", got)
@@ -222,7 +222,7 @@ func TestFault_F31_RebootWithoutKey(t *testing.T) {
 		ca.refuseAttest = status.Error(codes.PermissionDenied, "attestation refused: the CA's ledger says why")
 		h := newHarness(t, ca, data, func(c *Config) { c.SealingKeyFile = "" })
 		h.start()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		c := h.condition(condNode)
 		for _, want := range []string{"make a new join token", "a reboot empties", "sealing_key_file"} {
@@ -233,7 +233,7 @@ func TestFault_F31_RebootWithoutKey(t *testing.T) {
 		ca.mu.Lock()
 		ca.refuseAttest = nil
 		ca.mu.Unlock()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		if c := h.condition(condNode); c.Severity != health.OK {
 			t.Errorf("condition %+v", c)
@@ -328,7 +328,7 @@ func TestFault_F42_NoSealingKey(t *testing.T) {
 		if c := h.condition(condSealed); c.Severity != health.Warning || !strings.Contains(c.Message, "sealing_key_file") {
 			t.Errorf("condition %+v", c)
 		}
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		h.stop()
 		files, err := os.ReadDir(dir)
 		if err != nil {

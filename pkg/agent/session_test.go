@@ -19,11 +19,11 @@ import (
 // TestFault_F32_HalfOpen: a CA that vanished without a word is noticed.
 func TestFault_F32_HalfOpen(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		h.ca.net.mu.Lock()
 		h.ca.net.hole = true
 		h.ca.net.mu.Unlock()
-		time.Sleep(20 * time.Second)
+		pass(20 * time.Second)
 		settleDown()
 		if h.Status().Connected {
 			t.Fatal("still connected after 20 s without an answer")
@@ -31,7 +31,7 @@ func TestFault_F32_HalfOpen(t *testing.T) {
 		h.ca.net.mu.Lock()
 		h.ca.net.hole = false
 		h.ca.net.mu.Unlock()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		if !h.Status().Connected {
 			t.Error("not connected again")
@@ -44,7 +44,7 @@ func TestFault_F32_HalfOpen(t *testing.T) {
 func TestFault_F34_ResetStorm(t *testing.T) {
 	bubble(t, func(t *testing.T, h *harness) {
 		for range 300 {
-			time.Sleep(2 * time.Second)
+			pass(2 * time.Second)
 			h.ca.net.set(true)
 			h.ca.net.set(false)
 		}
@@ -58,7 +58,7 @@ func TestFault_F34_ResetStorm(t *testing.T) {
 		if sessions > 150 {
 			t.Errorf("%d sessions in ten minutes of resets", sessions)
 		}
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		if !h.Status().Connected {
 			t.Error("not connected afterwards")
@@ -76,7 +76,7 @@ func TestV_C10_RefusedOwnRenewal(t *testing.T) {
 		h.ca.mu.Lock()
 		h.ca.refuseRenew = status.Error(codes.Unauthenticated, "there is a newer one")
 		h.ca.mu.Unlock()
-		time.Sleep(70 * time.Minute)
+		pass(70 * time.Minute)
 		settleDown()
 		mustHave(t, w, "/web")
 		if n := h.ca.count(func() int { return h.ca.attestations }); n != 2 {
@@ -120,7 +120,7 @@ func TestFault_F36_DeadAddressFirst(t *testing.T) {
 		})
 		h.start()
 		defer h.stop()
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		settleDown()
 		if !h.Status().Connected {
 			t.Errorf("not connected after 5 s: %+v", h.Status())

@@ -119,7 +119,7 @@ func TestV_D2_ProcessEnds(t *testing.T) {
 		}
 		settleDown()
 		_ = p.Close()
-		time.Sleep(2 * idle)
+		pass(2 * idle)
 		settleDown()
 		if w.Err() == nil {
 			t.Error("the watch goes on")
@@ -139,7 +139,7 @@ func TestV_D13_AttestorCannotAnswer(t *testing.T) {
 		h.cfg.Workloads = append(h.cfg.Workloads, second)
 		h.ca.apply(uidEntry("web", "/web", 1000))
 		w := h.subscribe(1, 1000)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		if w.Snapshot() != nil || w.Err() != nil {
 			t.Fatalf("snapshot %+v, err %v", w.Snapshot(), w.Err())
@@ -153,7 +153,7 @@ func TestV_D13_AttestorCannotAnswer(t *testing.T) {
 		}
 		second.errs[1] = attest.ErrNotMine
 		second.mu.Unlock()
-		time.Sleep(6 * time.Second)
+		pass(6 * time.Second)
 		settleDown()
 		mustHave(t, w, "/web")
 		if c := h.condition(condWorkload); c.Severity != health.OK {
@@ -192,7 +192,7 @@ func TestContainers(t *testing.T) {
 			t.Errorf("%d items, want 1", n)
 		}
 		w.Close()
-		time.Sleep(3 * time.Hour) // announced: its key stays and is renewed
+		pass(3 * time.Hour) // announced: its key stays and is renewed
 		settleDown()
 		w = h.subscribe(7, 0)
 		settleDown()
@@ -206,7 +206,7 @@ func TestContainers(t *testing.T) {
 			t.Errorf("ended instances %q", got)
 		}
 		n := h.ca.issued()
-		time.Sleep(3 * time.Hour)
+		pass(3 * time.Hour)
 		settleDown()
 		if got := h.ca.issued(); got != n {
 			t.Errorf("%d items for a container that has ended", got-n)
@@ -245,14 +245,14 @@ func TestLinger(t *testing.T) {
 		settleDown()
 		first := mustHave(t, w, "/web").SVIDs[0]
 		w.Close()
-		time.Sleep(4 * time.Second)
+		pass(4 * time.Second)
 		w = h.subscribe(1, 1000)
 		settleDown()
 		if mustHave(t, w, "/web").SVIDs[0] != first {
 			t.Error("issued again within the linger")
 		}
 		w.Close()
-		time.Sleep(6 * time.Second)
+		pass(6 * time.Second)
 		settleDown()
 		if st := h.Status(); len(st.Instances) != 0 {
 			t.Errorf("instances %+v", st.Instances)

@@ -59,7 +59,7 @@ func TestV_E3_LowerRevisionRejected(t *testing.T) {
 		settleDown()
 		mustHave(t, w)
 		// Another epoch is another history: its revisions cannot be compared.
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		h.ca.mu.Lock()
 		h.ca.epoch, h.ca.revision = "epoch-2", 1
 		h.ca.entries["a"] = uidEntry("a", "/a", 1000)
@@ -83,7 +83,7 @@ func TestV_E4_GapMeansSnapshot(t *testing.T) {
 		h.ca.entries["lost"] = uidEntry("lost", "/lost", 1000)
 		h.ca.mu.Unlock()
 		h.ca.apply(uidEntry("web", "/web", 1000))
-		time.Sleep(5 * time.Second)
+		pass(5 * time.Second)
 		settleDown()
 		mustHave(t, w, "/lost", "/web")
 		// One that is in force already is ignored.
@@ -214,7 +214,7 @@ func TestBundleAcks(t *testing.T) {
 		}
 		settleDown()
 		last := func() *nodev1.BundleAcks {
-			time.Sleep(time.Second)
+			pass(time.Second)
 			settleDown()
 			h.ca.mu.Lock()
 			defer h.ca.mu.Unlock()

@@ -52,7 +52,7 @@ func TestV_E3_Quarantined(t *testing.T) {
 		}
 		late := h.subscribe(2, 1000) // another of the same instance
 		before := h.ca.issued()
-		time.Sleep(10 * time.Minute)
+		pass(10 * time.Minute)
 		settleDown()
 		mustHave(t, late, "/more")
 		if n := h.ca.issued(); n != before {
@@ -106,7 +106,7 @@ func TestV_E7_Evicted(t *testing.T) {
 		if c := h.condition(condNode); c.Severity != health.Error {
 			t.Errorf("condition %+v", c)
 		}
-		time.Sleep(20 * time.Minute)
+		pass(20 * time.Minute)
 		settleDown()
 		mustHave(t, w)
 		if n := h.ca.count(func() int { return h.ca.attestations }); n > 150 {
@@ -115,7 +115,7 @@ func TestV_E7_Evicted(t *testing.T) {
 		h.ca.mu.Lock()
 		h.ca.refuseAttest = nil
 		h.ca.mu.Unlock()
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		settleDown()
 		again := mustHave(t, w, "/web").SVIDs[0]
 		if again.Key.Public().(*ecdsa.PublicKey).Equal(first.Key.Public()) {
@@ -138,7 +138,7 @@ func TestV_E7_BannedWhileAway(t *testing.T) {
 		h.ca.mu.Unlock()
 		h.ca.net.set(true)
 		h.ca.net.set(false)
-		time.Sleep(3 * time.Second)
+		pass(3 * time.Second)
 		settleDown()
 		if s := mustHave(t, w); len(s.Withdrawn) != 1 {
 			t.Errorf("snapshot %+v", s)
@@ -159,7 +159,7 @@ func TestV_E3_WithdrawalsReported(t *testing.T) {
 		}
 		settleDown()
 		told := func() (all []*nodev1.Withdrawing) {
-			time.Sleep(time.Second)
+			pass(time.Second)
 			settleDown()
 			h.ca.mu.Lock()
 			defer h.ca.mu.Unlock()
@@ -232,9 +232,9 @@ func TestV_E3_WithdrawalsReported(t *testing.T) {
 			t.Errorf("told %v", got)
 		}
 		h.ca.net.set(true)
-		time.Sleep(time.Second)
+		pass(time.Second)
 		h.ca.net.set(false)
-		time.Sleep(time.Minute)
+		pass(time.Minute)
 		if got := told(); len(got) != 2 || got[1].GetAcknowledged() != 2 {
 			t.Errorf("a new session was told %v", got)
 		}
@@ -259,7 +259,7 @@ func TestV_E7_LeavesWithAReport(t *testing.T) {
 				h.ca.refuseAttest = status.Error(codes.PermissionDenied, "no")
 				h.ca.push(&nodev1.SyncResponse{Message: &nodev1.SyncResponse_Evicted{Evicted: &nodev1.Evicted{Reason: "test"}}})
 				h.ca.mu.Unlock()
-				time.Sleep(leaveWithin - time.Second)
+				pass(leaveWithin - time.Second)
 				settleDown()
 				open := func() bool {
 					h.ca.mu.Lock()
@@ -273,7 +273,7 @@ func TestV_E7_LeavesWithAReport(t *testing.T) {
 					w.InForce(w.Snapshot(), true)
 					settleDown()
 				} else {
-					time.Sleep(2 * time.Second)
+					pass(2 * time.Second)
 					settleDown()
 				}
 				if open() {
