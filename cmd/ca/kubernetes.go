@@ -223,8 +223,8 @@ func (k keptCluster) parts(srv *server.Server, bundle kubernetes.Bundle) []keptP
 	add(s.PodCertificates.Signer != "", "pod_certificates", func(report func(string), logger *slog.Logger) (func(context.Context) error, func()) {
 		config := k.certificates
 		config.Issuer, config.Logger, config.Report = srv, logger, report
+		c, err := kubernetes.NewPodCertificates(config) // here: its metrics are there when the first scrape comes
 		return func(ctx context.Context) error {
-			c, err := kubernetes.NewPodCertificates(config)
 			if err != nil {
 				return err
 			}
