@@ -137,6 +137,7 @@ type fakeCA struct {
 	root     *authority
 	roots    []*authority // of the bundle
 	sequence uint64
+	lists    []*nodev1.RevocationList // of the bundle
 
 	mu           sync.Mutex // guards what follows, and the above once it serves
 	intermediate *authority
@@ -287,6 +288,7 @@ func (ca *fakeCA) bundle() *nodev1.Bundle {
 	for _, r := range ca.roots {
 		b.Roots = append(b.Roots, r.cert.Raw)
 	}
+	b.RevocationLists = ca.lists
 	return b
 }
 

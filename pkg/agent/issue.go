@@ -231,6 +231,9 @@ func (a *Agent) accept(now time.Time, q cache.Request, r *nodev1.IssueResult, pa
 				usage: x509.ExtKeyUsageClientAuth, maxLife: identity.MaxTTL + lifeSlack,
 			})
 		}
+		if err == nil && !bundle.Listed(chain) {
+			err = errors.New("is of an issuer without a revocation list: whoever goes by lists would refuse it")
+		}
 		if err != nil {
 			return result{err: fmt.Errorf("verify the X.509-SVID: it %w", err), invalid: true}
 		}

@@ -25,6 +25,7 @@ import (
 
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
 	entryv1 "github.com/meshid/meshid/proto/entry/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/internal/sealed"
@@ -71,9 +72,16 @@ type state struct {
 	Node        []byte              `json:"node"`
 	Sequence    uint64              `json:"bundle_sequence"`
 	Roots       [][]byte            `json:"roots"`
+	Lists       []stateList         `json:"revocation_lists,omitempty"`
 	Own         *stateKey           `json:"own,omitempty"`
 	Chains      map[string][][]byte `json:"chains"` // intermediates, which most SVIDs share
 	SVIDs       []stateSVID         `json:"svids"`
+}
+
+// stateList is a revocation list.
+type stateList struct {
+	Issuer []byte `json:"issuer"`
+	List   []byte `json:"list"`
 }
 
 // stateKey is an X.509-SVID with its key.
@@ -187,6 +195,15 @@ func (a *Agent) restore(ctx context.Context, s *state) error {
 			return fmt.Errorf("restore a root: %w", err)
 		}
 		bundle.Roots = append(bundle.Roots, root)
+	}
+	var lists []*nodev1.RevocationList
+	for _, l := range s.Lists {
+		lists = append(lists, &nodev1.RevocationList{Issuer: l.Issuer, List: l.List})
+	}
+	// They are kept however long ago the CA was heard of: without them, what was
+	// revoked would be believed again.
+	if err := parseLists(bundle, lists, now, 0); err != nil {
+		return fmt.Errorf("restore revocation lists: %w", err)
 	}
 	if len(bundle.Roots) == 0 {
 		return nil // it was written before the node was attested, or after it was evicted
@@ -392,6 +409,9 @@ func (a *Agent) snapshot(boot string) (*state, error) {
 		s.Sequence = bundle.Sequence
 		for _, r := range bundle.Roots {
 			s.Roots = append(s.Roots, r.Raw)
+		}
+		for _, l := range bundle.Lists {
+			s.Lists = append(s.Lists, stateList{Issuer: l.Issuer.Raw, List: l.List})
 		}
 	}
 	if own != nil {

@@ -274,7 +274,7 @@ func (a *Agent) applyBundle(ctx context.Context, b *nodev1.Bundle) {
 	switch {
 	case a.bundle != nil && parsed.Sequence < a.bundle.Sequence:
 		a.log.WarnContext(ctx, "older trust bundle is ignored", "sequence", parsed.Sequence, "in_force", a.bundle.Sequence)
-	case a.bundle != nil && parsed.Sequence == a.bundle.Sequence && !sameRoots(parsed, a.bundle):
+	case a.bundle != nil && parsed.Sequence == a.bundle.Sequence && !sameContent(parsed, a.bundle):
 		a.cfg.Health.Set(condBundle, health.Error,
 			fmt.Sprintf("the CA sent two different trust bundles with sequence %d: was its store restored from a backup?", parsed.Sequence))
 		a.log.ErrorContext(ctx, "trust bundle is refused: another one has its sequence", "sequence", parsed.Sequence)
@@ -284,7 +284,7 @@ func (a *Agent) applyBundle(ctx context.Context, b *nodev1.Bundle) {
 	default:
 		a.cfg.Health.Clear(condBundle)
 		a.setBundle(parsed)
-		a.log.InfoContext(ctx, "trust bundle in force", "sequence", parsed.Sequence, "roots", len(parsed.Roots))
+		a.log.InfoContext(ctx, "trust bundle in force", "sequence", parsed.Sequence, "roots", len(parsed.Roots), "revocation_lists", len(parsed.Lists))
 	}
 }
 

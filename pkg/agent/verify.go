@@ -27,6 +27,8 @@ const (
 	maxChain       = 6       // certificates of a chain
 	maxCertificate = 1 << 14 // bytes of one
 	maxRoots       = 64      // of a bundle
+	maxLists       = 1000    // revocation lists of a bundle
+	maxListBytes   = 8 << 20 // of all of them
 	// lifeSlack is added to identity.MaxTTL for back-dating.
 	lifeSlack = time.Hour
 )
@@ -138,7 +140,37 @@ func parseBundle(td spiffeid.TrustDomain, b *nodev1.Bundle) (*identity.Bundle, e
 		}
 		parsed.Roots = append(parsed.Roots, root)
 	}
+	if err := parseLists(parsed, b.GetRevocationLists(), time.Now(), identity.MaxTTL); err != nil {
+		return nil, err
+	}
 	return parsed, nil
+}
+
+// parseLists checks the revocation lists of a bundle: they are good for outage at least.
+// One that is not makes the whole bundle refused, since proxies would refuse everybody
+// below its issuer.
+func parseLists(b *identity.Bundle, lists []*nodev1.RevocationList, now time.Time, outage time.Duration) error {
+	if len(lists) > maxLists {
+		return fmt.Errorf("bundle has %d revocation lists: at most %d are allowed", len(lists), maxLists)
+	}
+	size := 0
+	issuers := make(map[string]bool, len(lists))
+	for n, l := range lists {
+		size += len(l.GetList()) + len(l.GetIssuer())
+		if size > maxListBytes {
+			return fmt.Errorf("revocation lists of the bundle: more than %d bytes", maxListBytes)
+		}
+		if issuers[string(l.GetIssuer())] {
+			return fmt.Errorf("revocation list %d of the bundle: another one has its issuer", n)
+		}
+		issuers[string(l.GetIssuer())] = true
+		list, err := identity.NewRevocationList(l.GetIssuer(), l.GetList(), b.Roots, now, outage)
+		if err != nil {
+			return fmt.Errorf("revocation list %d of the bundle: %w", n, err)
+		}
+		b.Lists = append(b.Lists, list)
+	}
+	return nil
 }
 
 // checkRoot says whether root may anchor td.
@@ -158,9 +190,10 @@ func checkRoot(td spiffeid.TrustDomain, root *x509.Certificate) error {
 	return nil
 }
 
-// sameRoots says whether two bundles have the same content.
-func sameRoots(a, b *identity.Bundle) bool {
-	if len(a.Roots) != len(b.Roots) {
+// sameContent says whether two bundles have the same content.
+func sameContent(a, b *identity.Bundle) bool {
+	same := func(a, b *identity.RevocationList) bool { return bytes.Equal(a.List, b.List) }
+	if len(a.Roots) != len(b.Roots) || !slices.EqualFunc(a.Lists, b.Lists, same) {
 		return false
 	}
 	for _, r := range a.Roots {

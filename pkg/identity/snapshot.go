@@ -18,6 +18,9 @@ type Bundle struct {
 	Sequence uint64
 	// Roots are self-signed CA certificates, never empty.
 	Roots []*x509.Certificate
+	// Lists are the revocation lists of the intermediates: one for each of which
+	// something lives, or none at all, and then nothing is revoked by lists.
+	Lists []*RevocationList
 }
 
 // Certificate is what is kept of a certificate once it was verified: what is delivered,

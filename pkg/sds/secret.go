@@ -44,6 +44,11 @@ const (
 	validatorType = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.SPIFFECertValidatorConfig"
 )
 
+// With revocation lists, which the SPIFFE validator does not read, it is Envoy's default
+// validator. It does not keep trust domains apart, and so it is used where there is one
+// alone. There are no names in it: Envoy adds those of a proxy's own configuration to
+// them, and whom either names is let in, so that the agent could only let in more.
+
 // versionBytes is how much of a SHA-256 a version has: versions are compared
 // within one stream's names only.
 const versionBytes = 12
@@ -166,18 +171,46 @@ func encodeLeaf(id string, chain []*identity.Certificate, key crypto.Signer) ([]
 	return body, nil
 }
 
-// newRoot encodes trust bundles, for the validator that keeps them apart. A bundle
-// without a CA certificate makes it fail: what it returns always has an anchor
-// for each of the domains.
+// newRoot encodes trust bundles. A bundle without a CA certificate makes it fail: what
+// it returns always has an anchor for each of the domains.
 func newRoot(domains ...*trustDomain) (*secret, error) {
 	if len(domains) == 0 {
 		return nil, withhold(withheldBundle, "encode trust bundle: no trust domain")
 	}
+	context, err := contextOf(domains)
+	if err != nil {
+		return nil, err
+	}
+	body, err := encode(&tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: context}})
+	if err != nil {
+		return nil, withhold(withheldBundle, "encode trust bundle: %w", err)
+	}
+	digest := sha256.Sum256(body)
+	return &secret{kind: kindRoot, version: shorten(digest[:]), encode: constant(body)}, nil
+}
+
+// contextOf returns the validation context of trust domains: for the validator that
+// keeps them apart, or, if there are revocation lists, for the one that reads them.
+func contextOf(domains []*trustDomain) (*tlsv3.CertificateValidationContext, error) {
+	for _, d := range domains {
+		switch {
+		case d == nil || d.name == "" || len(d.roots) == 0:
+			return nil, withhold(withheldBundle, "encode trust bundle: a trust domain has no root")
+		case len(d.lists) > 0 && len(domains) > 1:
+			return nil, withhold(withheldBundle, "encode trust bundle: %s has revocation lists, and no validator reads them that keeps it apart from other trust domains", d.name)
+		}
+	}
+	if len(domains[0].lists) > 0 {
+		return &tlsv3.CertificateValidationContext{
+			SuppressClientCaList: true,
+			TrustedCa:            inline(domains[0].roots),
+			Crl:                  inline(domains[0].lists),
+			// Roots have no lists: they would have to sign one within each outage.
+			OnlyVerifyLeafCertCrl: true,
+		}, nil
+	}
 	config := &tlsv3.SPIFFECertValidatorConfig{}
 	for _, d := range domains {
-		if d == nil || d.name == "" || len(d.roots) == 0 {
-			return nil, withhold(withheldBundle, "encode trust bundle: a trust domain has no root")
-		}
 		config.TrustDomains = append(config.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{
 			Name:        d.name,
 			TrustBundle: inline(d.roots),
@@ -187,25 +220,21 @@ func newRoot(domains ...*trustDomain) (*secret, error) {
 	if err != nil {
 		return nil, withhold(withheldBundle, "encode trust bundle: %w", err)
 	}
-	body, err := encode(&tlsv3.Secret{Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
+	return &tlsv3.CertificateValidationContext{
 		// With 500 trust domains the list would not fit into a handshake.
 		SuppressClientCaList: true,
 		CustomValidatorConfig: &corev3.TypedExtensionConfig{
 			Name:        validatorName,
 			TypedConfig: &anypb.Any{TypeUrl: validatorType, Value: value},
 		},
-	}}})
-	if err != nil {
-		return nil, withhold(withheldBundle, "encode trust bundle: %w", err)
-	}
-	digest := sha256.Sum256(body)
-	return &secret{kind: kindRoot, version: shorten(digest[:]), encode: constant(body)}, nil
+	}, nil
 }
 
 // trustDomain is one bundle, encoded.
 type trustDomain struct {
 	name   string // without the scheme: with it, Envoy matches nobody
 	roots  []byte // PEM
+	lists  []byte // PEM, revocation lists; empty if nothing is revoked by them
 	digest [sha256.Size]byte
 }
 
@@ -236,7 +265,10 @@ func newTrustDomain(b *identity.Bundle) (*trustDomain, error) {
 	if len(d.roots) == 0 {
 		return nil, withhold(withheldBundle, "encode trust bundle of %s: it has no CA certificate", d.name)
 	}
-	d.digest = sha256.Sum256(append([]byte(d.name+"\x00"), d.roots...))
+	for _, l := range b.Lists {
+		d.lists = append(d.lists, encodePEM("X509 CRL", l.List)...)
+	}
+	d.digest = sha256.Sum256(slices.Concat([]byte(d.name+"\x00"), d.roots, d.lists))
 	return d, nil
 }
 
@@ -422,8 +454,11 @@ const (
 	certificateChain protowire.Number = 1
 	certificateKey   protowire.Number = 2
 
-	validationCustom  protowire.Number = 12
-	validationNoNames protowire.Number = 18
+	validationAnchors  protowire.Number = 1
+	validationLists    protowire.Number = 7
+	validationCustom   protowire.Number = 12
+	validationLeafOnly protowire.Number = 14
+	validationNoNames  protowire.Number = 18
 
 	extensionName   protowire.Number = 1
 	extensionConfig protowire.Number = 2
@@ -441,13 +476,14 @@ const (
 var (
 	pemCertificate = []byte("-----BEGIN CERTIFICATE-----\n")
 	pemKey         = []byte("-----BEGIN PRIVATE KEY-----\n")
+	pemList        = []byte("-----BEGIN X509 CRL-----\n")
 )
 
 // guard reads an encoded Secret that is about to be sent under name. It fails
 // unless the bytes are exactly of the kind that the name demands: under the name
 // of a trust bundle only a validation context with the SPIFFE validator and at
-// least one anchor in each of its trust domains; under any other a certificate
-// with its key.
+// least one anchor in each of its trust domains, or one with anchors and revocation
+// lists; under any other a certificate with its key.
 func guard(name string, value []byte) error {
 	top, err := fields(value)
 	if err != nil {
@@ -476,6 +512,9 @@ func guardRoot(value []byte) error {
 	context, err := fields(value)
 	if err != nil {
 		return err
+	}
+	if context.is(validationAnchors, validationLists, validationLeafOnly, validationNoNames) {
+		return guardLists(context)
 	}
 	if !context.is(validationCustom, validationNoNames) {
 		return errors.New("validation context has not the SPIFFE validator alone")
@@ -519,6 +558,26 @@ func guardRoot(value []byte) error {
 		if !bytes.HasPrefix(bundle.only(dataInline), pemCertificate) {
 			return errors.New("trust domain has no anchor")
 		}
+	}
+	return nil
+}
+
+// guardLists reads a validation context for the default validator, which lets everybody
+// in who has any certificate if it has no anchor.
+func guardLists(context fieldList) error {
+	roots, err := fields(context.only(validationAnchors))
+	if err != nil {
+		return err
+	}
+	lists, err := fields(context.only(validationLists))
+	if err != nil {
+		return err
+	}
+	if !bytes.HasPrefix(roots.only(dataInline), pemCertificate) {
+		return errors.New("validation context has no anchor")
+	}
+	if !bytes.HasPrefix(lists.only(dataInline), pemList) {
+		return errors.New("validation context has no revocation list")
 	}
 	return nil
 }

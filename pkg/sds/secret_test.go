@@ -12,6 +12,7 @@ import (
 	mathrand "math/rand/v2"
 	"net/url"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -578,6 +579,14 @@ func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 		change(v)
 		return &tlsv3.Secret{Name: nameRoot, Type: &tlsv3.Secret_ValidationContext{ValidationContext: v}}
 	}
+	listPEM := []byte("-----BEGIN X509 CRL-----\n")
+	withLists := func(roots, lists []byte, change ...func(*tlsv3.CertificateValidationContext)) *tlsv3.Secret {
+		v := &tlsv3.CertificateValidationContext{SuppressClientCaList: true, TrustedCa: inline(roots), Crl: inline(lists), OnlyVerifyLeafCertCrl: true}
+		for _, f := range change {
+			f(v)
+		}
+		return &tlsv3.Secret{Name: nameRoot, Type: &tlsv3.Secret_ValidationContext{ValidationContext: v}}
+	}
 	for _, tc := range []struct {
 		name   string
 		secret *tlsv3.Secret
@@ -599,6 +608,18 @@ func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 		}), false},
 		{"pooled roots besides", validation(func(v *tlsv3.CertificateValidationContext) { v.TrustedCa = inline(rootPEM) }), false},
 		{"revocation lists", validation(func(v *tlsv3.CertificateValidationContext) { v.Crl = inline([]byte("-----BEGIN X509 CRL-----\n")) }), false},
+		{"revocation lists with roots", withLists(rootPEM, listPEM), true},
+		{"revocation lists without roots", withLists(nil, listPEM), false},
+		{"revocation lists with something else for roots", withLists([]byte("x"), listPEM), false},
+		{"roots without revocation lists", withLists(rootPEM, nil), false},
+		{"roots with something else for revocation lists", withLists(rootPEM, rootPEM), false},
+		{"revocation lists for the whole chain", withLists(rootPEM, listPEM, func(v *tlsv3.CertificateValidationContext) { v.OnlyVerifyLeafCertCrl = false }), false},
+		{"revocation lists and names", withLists(rootPEM, listPEM, func(v *tlsv3.CertificateValidationContext) {
+			v.MatchTypedSubjectAltNames = []*tlsv3.SubjectAltNameMatcher{{SanType: tlsv3.SubjectAltNameMatcher_URI}}
+		}), false},
+		{"revocation lists and the untrusted", withLists(rootPEM, listPEM, func(v *tlsv3.CertificateValidationContext) {
+			v.TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
+		}), false},
 		{"expired allowed", validation(func(v *tlsv3.CertificateValidationContext) { v.AllowExpiredCertificate = true }), false},
 		{"untrusted accepted", validation(func(v *tlsv3.CertificateValidationContext) {
 			v.TrustChainVerification = tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED
@@ -640,6 +661,57 @@ func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 	}
 }
 
+// A bundle with revocation lists is for the validator that reads them, with all of its
+// roots and lists and no names; with other trust domains beside it there is none that
+// could be used, so that what was served before stays.
+func TestV_L3_ListsInTheValidationContext(t *testing.T) {
+	a, other := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
+	second := identitytest.NewAuthority(t, "a.test")
+	b := a.Bundle(1, second)
+	plain, refusal := newCache().root(a.Bundle(1, second))
+	if refusal != nil {
+		t.Fatal(refusal)
+	}
+	b.Lists = []*identity.RevocationList{{Issuer: a.Cert, List: []byte("first")}, {Issuer: second.Cert, List: []byte("second")}}
+	c := newCache()
+	made, refusal := c.root(b)
+	if refusal != nil {
+		t.Fatal(refusal)
+	}
+	named, err := made.named(nameRoot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guard(nameRoot, named.GetValue()); err != nil {
+		t.Error(err)
+	}
+	var got tlsv3.Secret
+	if err := proto.Unmarshal(named.GetValue(), &got); err != nil {
+		t.Fatal(err)
+	}
+	want := &tlsv3.Secret{Name: nameRoot, Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
+		TrustedCa:             inline(slices.Concat(encodePEM("CERTIFICATE", a.Cert.Raw), encodePEM("CERTIFICATE", second.Cert.Raw))),
+		Crl:                   inline(slices.Concat(encodePEM("X509 CRL", []byte("first")), encodePEM("X509 CRL", []byte("second")))),
+		OnlyVerifyLeafCertCrl: true, SuppressClientCaList: true,
+	}}}
+	if !proto.Equal(want, &got) {
+		t.Errorf("%v", &got)
+	}
+	newer := *b
+	newer.Lists = b.Lists[:1]
+	again, refusal := c.root(&newer)
+	if refusal != nil || again.version == made.version || plain.version == made.version {
+		t.Errorf("versions %s, %s and %s; %v", plain.version, made.version, again.version, refusal)
+	}
+	snapshot := &identity.Snapshot{Bundle: b, Federated: map[spiffeid.TrustDomain]*identity.Bundle{other.TrustDomain: other.Bundle(1)}}
+	if _, refusal := c.all(snapshot); refusal == nil || refusal.reason != withheldBundle {
+		t.Errorf("with another trust domain: %v", refusal)
+	}
+	if _, refusal := c.all(&identity.Snapshot{Bundle: b}); refusal != nil {
+		t.Error(refusal)
+	}
+}
+
 // FuzzGuard: guard never passes what the generated code finds unsafe.
 func FuzzGuard(f *testing.F) {
 	a := identitytest.NewAuthority(f, "a.test")
@@ -653,7 +725,13 @@ func FuzzGuard(f *testing.F) {
 	if refusal != nil {
 		f.Fatal(refusal)
 	}
-	for name, s := range map[string]*secret{nameRoot: root, nameDefault: leaf} {
+	b = a.Bundle(2)
+	b.Lists = []*identity.RevocationList{{Issuer: a.Cert, List: []byte("list")}}
+	listed, refusal := c.root(b)
+	if refusal != nil {
+		f.Fatal(refusal)
+	}
+	for s, name := range map[*secret]string{root: nameRoot, listed: nameAll, leaf: nameDefault} {
 		named, err := s.named(name)
 		if err != nil {
 			f.Fatal(err)
@@ -674,6 +752,13 @@ func FuzzGuard(f *testing.F) {
 		switch kindOf(name) {
 		case kindRoot:
 			v := s.GetValidationContext()
+			if v.GetOnlyVerifyLeafCertCrl() {
+				if v.GetCustomValidatorConfig() != nil || v.GetTrustChainVerification() != 0 || v.GetAllowExpiredCertificate() || len(v.GetMatchTypedSubjectAltNames()) > 0 ||
+					!bytes.HasPrefix(v.GetTrustedCa().GetInlineBytes(), pemCertificate) || !bytes.HasPrefix(v.GetCrl().GetInlineBytes(), pemList) {
+					t.Fatal("unsafe validation context with lists passed")
+				}
+				return
+			}
 			if v == nil || v.GetCustomValidatorConfig().GetName() != validatorName || v.GetTrustedCa() != nil {
 				t.Fatal("unsafe validation context passed")
 			}

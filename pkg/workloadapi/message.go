@@ -86,6 +86,14 @@ func (c *cache) bundle(b *identity.Bundle) ([]byte, error) {
 	return e.der, e.err
 }
 
+// lists returns the revocation lists of a bundle, DER each (Workload API §5.2.1).
+func lists(b *identity.Bundle) (all [][]byte) {
+	for _, l := range b.Lists {
+		all = append(all, l.List)
+	}
+	return all
+}
+
 // x509SVIDs returns the message for a snapshot that has SVIDs, and how many hints
 // were left out. An SVID that cannot be delivered makes it fail as a whole: a
 // message is complete, and without it would take that SVID from the workload.
@@ -121,6 +129,7 @@ func (c *cache) x509SVIDs(s *identity.Snapshot) (m *workload.X509SVIDResponse, d
 			Hint:        hint,
 		})
 	}
+	m.Crl = lists(s.Bundle)
 	return m, dropped, nil
 }
 
@@ -135,7 +144,7 @@ func (c *cache) x509Bundles(s *identity.Snapshot) (*workload.X509BundlesResponse
 		bundles = make(map[string][]byte, 1)
 	}
 	bundles[s.Bundle.TrustDomain.IDString()] = local
-	return &workload.X509BundlesResponse{Bundles: bundles}, nil
+	return &workload.X509BundlesResponse{Bundles: bundles, Crl: lists(s.Bundle)}, nil
 }
 
 // federated returns the other bundles, by the SPIFFE ID of their trust domain. One

@@ -878,3 +878,28 @@ func TestV_E3_SentIsAcknowledged(t *testing.T) {
 		}
 	})
 }
+
+// The lists of a bundle that has some are in both messages; else there are none.
+func TestSpec_E20_RevocationLists(t *testing.T) {
+	a := identitytest.NewAuthority(t, "a.test")
+	b := a.Bundle(1)
+	for _, want := range [][][]byte{nil, {[]byte("one"), []byte("two")}} {
+		b := &identity.Bundle{TrustDomain: b.TrustDomain, Sequence: 1, Roots: b.Roots}
+		for _, l := range want {
+			b.Lists = append(b.Lists, &identity.RevocationList{Issuer: a.Cert, List: l})
+		}
+		s := &identity.Snapshot{SVIDs: []*identity.SVID{a.SVID("/x")}, Bundle: b}
+		var c cache
+		svids, _, err := c.x509SVIDs(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundles, err := c.x509Bundles(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([][][]byte{want, want}, [][][]byte{svids.GetCrl(), bundles.GetCrl()}); diff != "" {
+			t.Error(diff)
+		}
+	}
+}

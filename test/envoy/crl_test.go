@@ -12,6 +12,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/test/identitytest"
+	"github.com/meshid/meshid/test/require"
 )
 
 // lister is an authority of its own name that may sign certificate revocation lists,
@@ -47,12 +48,13 @@ func list(t *testing.T, a *identitytest.Authority, until time.Time, revoked ...*
 	return string(pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}))
 }
 
-// TestV_L3_WhyNoListIsPushed: what a real Envoy makes of revocation lists in a
-// validation context, which is why none is ever pushed. The SPIFFE validator, which
-// alone keeps trust domains apart, does not read them. The default validator does, and
-// then refuses everybody below an authority whose list is missing or has expired: an
-// intermediate that has just been made cuts off whoever it is the issuer of.
-func TestV_L3_WhyNoListIsPushed(t *testing.T) {
+// TestV_L3_WhatEnvoyMakesOfLists: what a real Envoy makes of revocation lists in a
+// validation context, which is what revocation by lists rests on. The SPIFFE validator,
+// which alone keeps trust domains apart, does not read them. The default validator does,
+// and then refuses everybody below an authority whose list is missing or has expired: an
+// intermediate without a list cuts off whoever it is the issuer of. Asked to look at
+// leaves only, it needs no list of the root.
+func TestV_L3_WhatEnvoyMakesOfLists(t *testing.T) {
 	root := lister(t, "root", nil)
 	old, fresh := lister(t, "old", root), lister(t, "fresh", root)
 	revoked, other, newcomer := old.SVID("/revoked"), old.SVID("/other"), fresh.SVID("/newcomer")
@@ -127,6 +129,66 @@ func TestV_L3_WhyNoListIsPushed(t *testing.T) {
 				t.Errorf("%s: %s is let in: %v (%v), want %v", name, client.v.ID.Path(), err == nil, err, client.want)
 			}
 		}
+	}
+}
+
+// withList returns a bundle of the root with the lists of intermediates.
+func withList(t *testing.T, root *identitytest.Authority, sequence uint64, lists map[*identitytest.Authority]string) *identity.Bundle {
+	t.Helper()
+	b := root.Bundle(sequence)
+	for a, l := range lists {
+		block, _ := pem.Decode([]byte(l))
+		parsed, err := identity.NewRevocationList(a.Cert.Raw, block.Bytes, b.Roots, time.Now(), time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Lists = append(b.Lists, parsed)
+	}
+	return b
+}
+
+// TestV_L2_ListsOfTheAgent: a real Envoy with the secrets of the agent. What is put on a
+// list is refused from the acknowledgement on, and nobody else is; what has no list yet
+// is refused until it has one. The names that the proxy's own configuration lets in stay
+// the only ones, with lists and without.
+func TestV_L2_ListsOfTheAgent(t *testing.T) {
+	require.Envoy(t)
+	root := lister(t, "root", nil)
+	old, fresh := lister(t, "old", root), lister(t, "fresh", root)
+	stolen, other, stranger := old.SVID("/shop/stolen"), old.SVID("/shop/other"), old.SVID("/bank/other")
+	newcomer, server := fresh.SVID("/shop/newcomer"), old.SVID("/server")
+	later := time.Now().Add(72 * time.Hour)
+	snapshot := func(b *identity.Bundle) *identity.Snapshot {
+		return &identity.Snapshot{SVIDs: []*identity.SVID{server}, Bundle: b}
+	}
+	a := newAgent(t, snapshot(root.Bundle(1)))
+	p := startEnvoy(t, config{Name: "lists", Socket: a.socket, Delta: true, Application: newApplication(t), Callers: "spiffe://a.test/shop/"})
+	p.waitLive()
+	port := p.port("inbound")
+	for _, step := range []struct {
+		what             string
+		bundle           *identity.Bundle
+		stolen, newcomer bool
+	}{
+		{"no lists", root.Bundle(1), true, true},
+		{"empty list of one", withList(t, root, 2, map[*identitytest.Authority]string{old: list(t, old, later)}), true, false},
+		{"empty lists of both", withList(t, root, 3, map[*identitytest.Authority]string{old: list(t, old, later), fresh: list(t, fresh, later)}), true, true},
+		{"revoked", withList(t, root, 4, map[*identitytest.Authority]string{old: list(t, old, later, stolen), fresh: list(t, fresh, later)}), false, true},
+		{"switched off", root.Bundle(5), true, true},
+	} {
+		a.source.Publish(snapshot(step.bundle))
+		eventually(t, "the acknowledgement: "+step.what, func() bool { return a.source.LastAcknowledged() == step.bundle.Sequence })
+		for _, client := range []struct {
+			v    *identity.SVID
+			want bool
+		}{{stolen, step.stolen}, {other, true}, {newcomer, step.newcomer}, {stranger, false}, {nil, false}} {
+			if _, _, err := call(port, client.v, root.Cert); (err == nil) != client.want {
+				t.Errorf("%s: %v is let in: %v (%v)", step.what, client.v, err == nil, err)
+			}
+		}
+	}
+	if n := p.stat("update_rejected"); n != 0 {
+		t.Errorf("%d updates rejected", n)
 	}
 }
 

@@ -139,6 +139,7 @@ type config struct {
 	Application        int
 	Peer               int
 	PeerID             string
+	Callers            string // how the SPIFFE IDs of those who may call begin
 	OneRequest, HTTP2  bool
 	Workers            int    // 1 if 0
 	Minimum            string // TLS version of the inbound side; Envoy's own if empty
@@ -176,6 +177,7 @@ func (c config) render(t testing.TB, dir string) string {
 	set(&c.Ping, "30s")
 	set(&c.Leaf, "default")
 	set(&c.Root, "ROOTCA")
+	set(&c.Callers, "spiffe://")
 	if c.Application == 0 {
 		c.Application = 1
 	}

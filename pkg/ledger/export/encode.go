@@ -196,6 +196,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_STORE_ACCEPTED:  "Accept database",
 	ledgerv1.Event_EVENT_STORE_EDITED:    "Disbelieve database",
 	ledgerv1.Event_EVENT_WITHDRAWN:       "Complete withdrawal",
+	ledgerv1.Event_EVENT_REVOKED:         "Revoke certificate",
 }
 
 // Title names what a record is about for people; it holds nothing of the record's.

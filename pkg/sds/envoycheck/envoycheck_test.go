@@ -190,6 +190,10 @@ func TestV_H1_Forms(t *testing.T) {
 	}) {
 		t.Errorf("a secret that was sent: %+v", f)
 	}
+	listed := strings.Replace(sent, `"validation_context":{`, `"validation_context":{"crl":{"inline_bytes":"LS0="},"only_verify_leaf_cert_crl":true,`, 1)
+	if f := check(t, listed); slices.ContainsFunc(f, func(f Finding) bool { return f.Rule == "pooled_roots" }) || listed == sent {
+		t.Errorf("the agent's, with revocation lists: %+v", f)
+	}
 }
 
 func inCamel(v any) any {

@@ -194,6 +194,9 @@ func (c *checker) validation(path string, context map[string]any) {
 	if roots == nil || spiffe {
 		return
 	}
+	if at(context, "crl") != nil && at(context, "only_verify_leaf_cert_crl") == true && strings.Contains(path, "dynamic_") {
+		return // the agent's, of one trust domain with its revocation lists
+	}
 	problem := "trusted_ca without the SPIFFE validator"
 	if n := certificates(roots); n > 1 {
 		problem = fmt.Sprintf("trusted_ca with %d roots, without the SPIFFE validator", n)

@@ -2037,9 +2037,18 @@ type Withdrawal struct {
 	P99 *durationpb.Duration `protobuf:"bytes,15,opt,name=p99,proto3" json:"p99,omitempty"`
 	Max *durationpb.Duration `protobuf:"bytes,16,opt,name=max,proto3" json:"max,omitempty"`
 	// Who is waited for, at most 100.
-	Laggards      []*Laggard `protobuf:"bytes,17,rep,name=laggards,proto3" json:"laggards,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Laggards []*Laggard `protobuf:"bytes,17,rep,name=laggards,proto3" json:"laggards,omitempty"`
+	// If the CA revokes by lists: how many certificates were put on them, and for how
+	// many nodes that is to take effect, or has.
+	Revoked                uint32 `protobuf:"varint,18,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	RevocationNodes        uint32 `protobuf:"varint,19,opt,name=revocation_nodes,json=revocationNodes,proto3" json:"revocation_nodes,omitempty"`
+	RevocationNodesInForce uint32 `protobuf:"varint,20,opt,name=revocation_nodes_in_force,json=revocationNodesInForce,proto3" json:"revocation_nodes_in_force,omitempty"`
+	// Why certificates were not put on a list that may be concerned; "" if all were.
+	NotRevoked string `protobuf:"bytes,21,opt,name=not_revoked,json=notRevoked,proto3" json:"not_revoked,omitempty"`
+	// From began to when the CA knew that the last proxy so far goes by the lists.
+	RevocationEffect *durationpb.Duration `protobuf:"bytes,22,opt,name=revocation_effect,json=revocationEffect,proto3" json:"revocation_effect,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Withdrawal) Reset() {
@@ -2187,6 +2196,41 @@ func (x *Withdrawal) GetMax() *durationpb.Duration {
 func (x *Withdrawal) GetLaggards() []*Laggard {
 	if x != nil {
 		return x.Laggards
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetRevoked() uint32 {
+	if x != nil {
+		return x.Revoked
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetRevocationNodes() uint32 {
+	if x != nil {
+		return x.RevocationNodes
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetRevocationNodesInForce() uint32 {
+	if x != nil {
+		return x.RevocationNodesInForce
+	}
+	return 0
+}
+
+func (x *Withdrawal) GetNotRevoked() string {
+	if x != nil {
+		return x.NotRevoked
+	}
+	return ""
+}
+
+func (x *Withdrawal) GetRevocationEffect() *durationpb.Duration {
+	if x != nil {
+		return x.RevocationEffect
 	}
 	return nil
 }
@@ -3797,7 +3841,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x16ListWithdrawalsRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"X\n" +
 	"\x17ListWithdrawalsResponse\x12=\n" +
-	"\vwithdrawals\x18\x01 \x03(\v2\x1b.meshid.admin.v1.WithdrawalR\vwithdrawals\"\xec\x04\n" +
+	"\vwithdrawals\x18\x01 \x03(\v2\x1b.meshid.admin.v1.WithdrawalR\vwithdrawals\"\xd5\x06\n" +
 	"\n" +
 	"Withdrawal\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
@@ -3818,7 +3862,13 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x03p50\x18\x0e \x01(\v2\x19.google.protobuf.DurationR\x03p50\x12+\n" +
 	"\x03p99\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\x03p99\x12+\n" +
 	"\x03max\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\x03max\x124\n" +
-	"\blaggards\x18\x11 \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\x12\n" +
+	"\blaggards\x18\x11 \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\x12\x18\n" +
+	"\arevoked\x18\x12 \x01(\rR\arevoked\x12)\n" +
+	"\x10revocation_nodes\x18\x13 \x01(\rR\x0frevocationNodes\x129\n" +
+	"\x19revocation_nodes_in_force\x18\x14 \x01(\rR\x16revocationNodesInForce\x12\x1f\n" +
+	"\vnot_revoked\x18\x15 \x01(\tR\n" +
+	"notRevoked\x12F\n" +
+	"\x11revocation_effect\x18\x16 \x01(\v2\x19.google.protobuf.DurationR\x10revocationEffect\"\x12\n" +
 	"\x10GetBundleRequest\"h\n" +
 	"\x11GetBundleResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
@@ -4045,82 +4095,83 @@ var file_proto_admin_v1_admin_proto_depIdxs = []int32{
 	62, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
 	62, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
 	50, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
-	61, // 30: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	61, // 31: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	40, // 32: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	62, // 33: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	40, // 34: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	48, // 35: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	48, // 36: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 37: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	50, // 38: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	61, // 39: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	61, // 40: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	61, // 41: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	61, // 42: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	61, // 43: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	62, // 44: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	61, // 45: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	55, // 46: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	62, // 47: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	61, // 48: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	63, // 49: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	63, // 50: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	61, // 51: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	60, // 52: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 53: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 54: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 55: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 56: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 57: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 58: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 59: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 60: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 61: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 62: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 63: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 64: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 65: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 66: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 67: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 68: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
-	37, // 69: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	39, // 70: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	42, // 71: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	44, // 72: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	46, // 73: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	51, // 74: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 75: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	53, // 76: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 77: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 78: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 79: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 80: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 81: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 82: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 83: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 84: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 85: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 86: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 87: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 88: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 89: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 90: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 91: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 92: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
-	38, // 93: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	41, // 94: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	43, // 95: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	45, // 96: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	47, // 97: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	52, // 98: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 99: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	54, // 100: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	77, // [77:101] is the sub-list for method output_type
-	53, // [53:77] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	62, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
+	61, // 31: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	61, // 32: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	40, // 33: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	62, // 34: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	40, // 35: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	48, // 36: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	48, // 37: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 38: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	50, // 39: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	61, // 40: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	61, // 41: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	61, // 42: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	61, // 43: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	61, // 44: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	62, // 45: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	61, // 46: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	55, // 47: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	62, // 48: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	61, // 49: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	63, // 50: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	63, // 51: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	61, // 52: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	60, // 53: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 54: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 55: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 56: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 57: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 58: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 59: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 60: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 61: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 62: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 63: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 64: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 65: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 66: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 67: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 68: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 69: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 70: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 71: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	42, // 72: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	44, // 73: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	46, // 74: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	51, // 75: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 76: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	53, // 77: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 78: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 79: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 80: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 81: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 82: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 83: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 84: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 85: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 86: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 87: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 88: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 89: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 90: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 91: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 92: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 93: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 94: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 95: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	43, // 96: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	45, // 97: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	47, // 98: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	52, // 99: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 100: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	54, // 101: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	78, // [78:102] is the sub-list for method output_type
+	54, // [54:78] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }

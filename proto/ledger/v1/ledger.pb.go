@@ -70,7 +70,10 @@ const (
 	Event_EVENT_CLOCK Event = 16
 	// An identity, a key or a certificate was quarantined, or, if quarantine.lifted
 	// says so, is no more; detail is why.
-	Event_EVENT_QUARANTINE Event = 17 // 18 is for CRLs.
+	Event_EVENT_QUARANTINE Event = 17
+	// A certificate was put on the revocation list of its issuer, which authority
+	// names; detail is why.
+	Event_EVENT_REVOKED Event = 18
 	// A registration entry is in force in this CA without having been applied
 	// here: it was there when the CA started, or another CA applied it. So each
 	// journal has every entry that its decisions rest on.
@@ -122,6 +125,7 @@ var (
 		15: "EVENT_TOKEN_DELETED",
 		16: "EVENT_CLOCK",
 		17: "EVENT_QUARANTINE",
+		18: "EVENT_REVOKED",
 		19: "EVENT_ENTRY_LOADED",
 		20: "EVENT_CALL_REFUSED",
 		21: "EVENT_RENEWAL_ORDERED",
@@ -151,6 +155,7 @@ var (
 		"EVENT_TOKEN_DELETED":   15,
 		"EVENT_CLOCK":           16,
 		"EVENT_QUARANTINE":      17,
+		"EVENT_REVOKED":         18,
 		"EVENT_ENTRY_LOADED":    19,
 		"EVENT_CALL_REFUSED":    20,
 		"EVENT_RENEWAL_ORDERED": 21,
@@ -1831,7 +1836,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xca\x04\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xdd\x04\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1851,7 +1856,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\rEVENT_STARTED\x10\x0e\x12\x17\n" +
 	"\x13EVENT_TOKEN_DELETED\x10\x0f\x12\x0f\n" +
 	"\vEVENT_CLOCK\x10\x10\x12\x14\n" +
-	"\x10EVENT_QUARANTINE\x10\x11\x12\x16\n" +
+	"\x10EVENT_QUARANTINE\x10\x11\x12\x11\n" +
+	"\rEVENT_REVOKED\x10\x12\x12\x16\n" +
 	"\x12EVENT_ENTRY_LOADED\x10\x13\x12\x16\n" +
 	"\x12EVENT_CALL_REFUSED\x10\x14\x12\x19\n" +
 	"\x15EVENT_RENEWAL_ORDERED\x10\x15\x12\x11\n" +

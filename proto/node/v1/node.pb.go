@@ -631,9 +631,12 @@ type Bundle struct {
 	// Grows with each change.
 	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// Self-signed roots, DER.
-	Roots         [][]byte `protobuf:"bytes,3,rep,name=roots,proto3" json:"roots,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Roots [][]byte `protobuf:"bytes,3,rep,name=roots,proto3" json:"roots,omitempty"`
+	// One for each intermediate of which something may live, if the CA revokes by
+	// lists; else none. What has an issuer without a list is refused.
+	RevocationLists []*RevocationList `protobuf:"bytes,4,rep,name=revocation_lists,json=revocationLists,proto3" json:"revocation_lists,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Bundle) Reset() {
@@ -687,6 +690,69 @@ func (x *Bundle) GetRoots() [][]byte {
 	return nil
 }
 
+func (x *Bundle) GetRevocationLists() []*RevocationList {
+	if x != nil {
+		return x.RevocationLists
+	}
+	return nil
+}
+
+// RevocationList says which certificates of an intermediate are refused.
+type RevocationList struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The intermediate, DER.
+	Issuer []byte `protobuf:"bytes,1,opt,name=issuer,proto3" json:"issuer,omitempty"`
+	// Its list (RFC 5280 §5), DER. It is good for longer than anything that the
+	// intermediate signed.
+	List          []byte `protobuf:"bytes,2,opt,name=list,proto3" json:"list,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationList) Reset() {
+	*x = RevocationList{}
+	mi := &file_proto_node_v1_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationList) ProtoMessage() {}
+
+func (x *RevocationList) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_node_v1_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationList.ProtoReflect.Descriptor instead.
+func (*RevocationList) Descriptor() ([]byte, []int) {
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RevocationList) GetIssuer() []byte {
+	if x != nil {
+		return x.Issuer
+	}
+	return nil
+}
+
+func (x *RevocationList) GetList() []byte {
+	if x != nil {
+		return x.List
+	}
+	return nil
+}
+
 type SyncRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -704,7 +770,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[7]
+	mi := &file_proto_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +782,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[7]
+	mi := &file_proto_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +795,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SyncRequest) GetMessage() isSyncRequest_Message {
@@ -856,7 +922,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[8]
+	mi := &file_proto_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -868,7 +934,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[8]
+	mi := &file_proto_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -881,7 +947,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Hello) GetAgentVersion() string {
@@ -950,7 +1016,7 @@ type Applied struct {
 
 func (x *Applied) Reset() {
 	*x = Applied{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[9]
+	mi := &file_proto_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -962,7 +1028,7 @@ func (x *Applied) String() string {
 func (*Applied) ProtoMessage() {}
 
 func (x *Applied) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[9]
+	mi := &file_proto_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -975,7 +1041,7 @@ func (x *Applied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Applied.ProtoReflect.Descriptor instead.
 func (*Applied) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Applied) GetRevision() uint64 {
@@ -1034,7 +1100,7 @@ type BundleAcks struct {
 
 func (x *BundleAcks) Reset() {
 	*x = BundleAcks{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[10]
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1112,7 @@ func (x *BundleAcks) String() string {
 func (*BundleAcks) ProtoMessage() {}
 
 func (x *BundleAcks) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[10]
+	mi := &file_proto_node_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1125,7 @@ func (x *BundleAcks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BundleAcks.ProtoReflect.Descriptor instead.
 func (*BundleAcks) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *BundleAcks) GetStreams() uint32 {
@@ -1119,7 +1185,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1131,7 +1197,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[11]
+	mi := &file_proto_node_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1144,7 +1210,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Laggard) GetName() string {
@@ -1180,7 +1246,7 @@ type Held struct {
 
 func (x *Held) Reset() {
 	*x = Held{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1192,7 +1258,7 @@ func (x *Held) String() string {
 func (*Held) ProtoMessage() {}
 
 func (x *Held) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[12]
+	mi := &file_proto_node_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1271,7 @@ func (x *Held) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Held.ProtoReflect.Descriptor instead.
 func (*Held) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Held) GetRoot() string {
@@ -1245,7 +1311,7 @@ type Withdrawing struct {
 
 func (x *Withdrawing) Reset() {
 	*x = Withdrawing{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1323,7 @@ func (x *Withdrawing) String() string {
 func (*Withdrawing) ProtoMessage() {}
 
 func (x *Withdrawing) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[13]
+	mi := &file_proto_node_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1336,7 @@ func (x *Withdrawing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Withdrawing.ProtoReflect.Descriptor instead.
 func (*Withdrawing) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Withdrawing) GetCause() Cause {
@@ -1332,7 +1398,7 @@ type InstancesEnded struct {
 
 func (x *InstancesEnded) Reset() {
 	*x = InstancesEnded{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1344,7 +1410,7 @@ func (x *InstancesEnded) String() string {
 func (*InstancesEnded) ProtoMessage() {}
 
 func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[14]
+	mi := &file_proto_node_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1357,7 +1423,7 @@ func (x *InstancesEnded) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded.ProtoReflect.Descriptor instead.
 func (*InstancesEnded) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *InstancesEnded) GetInstances() []*InstancesEnded_Instance {
@@ -1380,7 +1446,7 @@ type Inspected struct {
 
 func (x *Inspected) Reset() {
 	*x = Inspected{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1458,7 @@ func (x *Inspected) String() string {
 func (*Inspected) ProtoMessage() {}
 
 func (x *Inspected) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[15]
+	mi := &file_proto_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1471,7 @@ func (x *Inspected) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspected.ProtoReflect.Descriptor instead.
 func (*Inspected) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Inspected) GetRequest() uint64 {
@@ -1456,7 +1522,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1534,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[16]
+	mi := &file_proto_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1547,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SyncResponse) GetMessage() isSyncResponse_Message {
@@ -1646,7 +1712,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1724,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[17]
+	mi := &file_proto_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1737,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Welcome) GetReportsWithdrawals() bool {
@@ -1702,7 +1768,7 @@ type Clock struct {
 
 func (x *Clock) Reset() {
 	*x = Clock{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1780,7 @@ func (x *Clock) String() string {
 func (*Clock) ProtoMessage() {}
 
 func (x *Clock) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[18]
+	mi := &file_proto_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1793,7 @@ func (x *Clock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Clock.ProtoReflect.Descriptor instead.
 func (*Clock) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Clock) GetSent() *timestamppb.Timestamp {
@@ -1762,7 +1828,7 @@ type Quarantines struct {
 
 func (x *Quarantines) Reset() {
 	*x = Quarantines{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1840,7 @@ func (x *Quarantines) String() string {
 func (*Quarantines) ProtoMessage() {}
 
 func (x *Quarantines) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[19]
+	mi := &file_proto_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +1853,7 @@ func (x *Quarantines) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Quarantines.ProtoReflect.Descriptor instead.
 func (*Quarantines) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Quarantines) GetSequence() uint64 {
@@ -1834,7 +1900,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +1912,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[20]
+	mi := &file_proto_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +1925,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Snapshot) GetEpoch() string {
@@ -1904,7 +1970,7 @@ type Delta struct {
 
 func (x *Delta) Reset() {
 	*x = Delta{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +1982,7 @@ func (x *Delta) String() string {
 func (*Delta) ProtoMessage() {}
 
 func (x *Delta) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[21]
+	mi := &file_proto_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +1995,7 @@ func (x *Delta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Delta.ProtoReflect.Descriptor instead.
 func (*Delta) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Delta) GetFromRevision() uint64 {
@@ -1972,7 +2038,7 @@ type Evicted struct {
 
 func (x *Evicted) Reset() {
 	*x = Evicted{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2050,7 @@ func (x *Evicted) String() string {
 func (*Evicted) ProtoMessage() {}
 
 func (x *Evicted) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[22]
+	mi := &file_proto_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2063,7 @@ func (x *Evicted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Evicted.ProtoReflect.Descriptor instead.
 func (*Evicted) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Evicted) GetBanned() bool {
@@ -2030,7 +2096,7 @@ type Rotate struct {
 
 func (x *Rotate) Reset() {
 	*x = Rotate{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2108,7 @@ func (x *Rotate) String() string {
 func (*Rotate) ProtoMessage() {}
 
 func (x *Rotate) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[23]
+	mi := &file_proto_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2121,7 @@ func (x *Rotate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotate.ProtoReflect.Descriptor instead.
 func (*Rotate) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Rotate) GetAuthority() string {
@@ -2090,7 +2156,7 @@ type Inspect struct {
 
 func (x *Inspect) Reset() {
 	*x = Inspect{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2168,7 @@ func (x *Inspect) String() string {
 func (*Inspect) ProtoMessage() {}
 
 func (x *Inspect) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[24]
+	mi := &file_proto_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2181,7 @@ func (x *Inspect) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Inspect.ProtoReflect.Descriptor instead.
 func (*Inspect) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Inspect) GetRequest() uint64 {
@@ -2142,7 +2208,7 @@ type IssueRequest struct {
 
 func (x *IssueRequest) Reset() {
 	*x = IssueRequest{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2220,7 @@ func (x *IssueRequest) String() string {
 func (*IssueRequest) ProtoMessage() {}
 
 func (x *IssueRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[25]
+	mi := &file_proto_node_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2233,7 @@ func (x *IssueRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueRequest.ProtoReflect.Descriptor instead.
 func (*IssueRequest) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{25}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *IssueRequest) GetItems() []*IssueItem {
@@ -2198,7 +2264,7 @@ type IssueItem struct {
 
 func (x *IssueItem) Reset() {
 	*x = IssueItem{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2276,7 @@ func (x *IssueItem) String() string {
 func (*IssueItem) ProtoMessage() {}
 
 func (x *IssueItem) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[26]
+	mi := &file_proto_node_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2289,7 @@ func (x *IssueItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueItem.ProtoReflect.Descriptor instead.
 func (*IssueItem) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{26}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *IssueItem) GetEntry() string {
@@ -2284,7 +2350,7 @@ type IssueResponse struct {
 
 func (x *IssueResponse) Reset() {
 	*x = IssueResponse{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2296,7 +2362,7 @@ func (x *IssueResponse) String() string {
 func (*IssueResponse) ProtoMessage() {}
 
 func (x *IssueResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[27]
+	mi := &file_proto_node_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2309,7 +2375,7 @@ func (x *IssueResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResponse.ProtoReflect.Descriptor instead.
 func (*IssueResponse) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{27}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *IssueResponse) GetResults() []*IssueResult {
@@ -2332,7 +2398,7 @@ type IssueResult struct {
 
 func (x *IssueResult) Reset() {
 	*x = IssueResult{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2344,7 +2410,7 @@ func (x *IssueResult) String() string {
 func (*IssueResult) ProtoMessage() {}
 
 func (x *IssueResult) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[28]
+	mi := &file_proto_node_v1_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2357,7 +2423,7 @@ func (x *IssueResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueResult.ProtoReflect.Descriptor instead.
 func (*IssueResult) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{28}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *IssueResult) GetResult() isIssueResult_Result {
@@ -2413,7 +2479,7 @@ type IssuedSVID struct {
 
 func (x *IssuedSVID) Reset() {
 	*x = IssuedSVID{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2491,7 @@ func (x *IssuedSVID) String() string {
 func (*IssuedSVID) ProtoMessage() {}
 
 func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[29]
+	mi := &file_proto_node_v1_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2438,7 +2504,7 @@ func (x *IssuedSVID) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuedSVID.ProtoReflect.Descriptor instead.
 func (*IssuedSVID) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{29}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *IssuedSVID) GetSpiffeId() string {
@@ -2474,7 +2540,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[30]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2552,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[30]
+	mi := &file_proto_node_v1_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2565,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{30}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Refusal) GetReason() Reason {
@@ -2534,7 +2600,7 @@ type InstancesEnded_Instance struct {
 
 func (x *InstancesEnded_Instance) Reset() {
 	*x = InstancesEnded_Instance{}
-	mi := &file_proto_node_v1_node_proto_msgTypes[31]
+	mi := &file_proto_node_v1_node_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2612,7 @@ func (x *InstancesEnded_Instance) String() string {
 func (*InstancesEnded_Instance) ProtoMessage() {}
 
 func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_node_v1_node_proto_msgTypes[31]
+	mi := &file_proto_node_v1_node_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2625,7 @@ func (x *InstancesEnded_Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstancesEnded_Instance.ProtoReflect.Descriptor instead.
 func (*InstancesEnded_Instance) Descriptor() ([]byte, []int) {
-	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{14, 0}
+	return file_proto_node_v1_node_proto_rawDescGZIP(), []int{15, 0}
 }
 
 func (x *InstancesEnded_Instance) GetInstance() string {
@@ -2603,11 +2669,15 @@ const file_proto_node_v1_node_proto_rawDesc = "" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\x12'\n" +
 	"\x0fprevious_serial\x18\x02 \x01(\fR\x0epreviousSerial\"J\n" +
 	"\rRenewResponse\x129\n" +
-	"\bidentity\x18\x01 \x01(\v2\x1d.meshid.node.v1.AgentIdentityR\bidentity\"]\n" +
+	"\bidentity\x18\x01 \x01(\v2\x1d.meshid.node.v1.AgentIdentityR\bidentity\"\xa8\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x14\n" +
-	"\x05roots\x18\x03 \x03(\fR\x05roots\"\x82\x03\n" +
+	"\x05roots\x18\x03 \x03(\fR\x05roots\x12I\n" +
+	"\x10revocation_lists\x18\x04 \x03(\v2\x1e.meshid.node.v1.RevocationListR\x0frevocationLists\"<\n" +
+	"\x0eRevocationList\x12\x16\n" +
+	"\x06issuer\x18\x01 \x01(\fR\x06issuer\x12\x12\n" +
+	"\x04list\x18\x02 \x01(\fR\x04list\"\x82\x03\n" +
 	"\vSyncRequest\x12-\n" +
 	"\x05hello\x18\x01 \x01(\v2\x15.meshid.node.v1.HelloH\x00R\x05hello\x123\n" +
 	"\aapplied\x18\x02 \x01(\v2\x17.meshid.node.v1.AppliedH\x00R\aapplied\x12=\n" +
@@ -2773,7 +2843,7 @@ func file_proto_node_v1_node_proto_rawDescGZIP() []byte {
 }
 
 var file_proto_node_v1_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_proto_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_proto_node_v1_node_proto_goTypes = []any{
 	(Cause)(0),                      // 0: meshid.node.v1.Cause
 	(IssueKind)(0),                  // 1: meshid.node.v1.IssueKind
@@ -2785,97 +2855,99 @@ var file_proto_node_v1_node_proto_goTypes = []any{
 	(*RenewRequest)(nil),            // 7: meshid.node.v1.RenewRequest
 	(*RenewResponse)(nil),           // 8: meshid.node.v1.RenewResponse
 	(*Bundle)(nil),                  // 9: meshid.node.v1.Bundle
-	(*SyncRequest)(nil),             // 10: meshid.node.v1.SyncRequest
-	(*Hello)(nil),                   // 11: meshid.node.v1.Hello
-	(*Applied)(nil),                 // 12: meshid.node.v1.Applied
-	(*BundleAcks)(nil),              // 13: meshid.node.v1.BundleAcks
-	(*Laggard)(nil),                 // 14: meshid.node.v1.Laggard
-	(*Held)(nil),                    // 15: meshid.node.v1.Held
-	(*Withdrawing)(nil),             // 16: meshid.node.v1.Withdrawing
-	(*InstancesEnded)(nil),          // 17: meshid.node.v1.InstancesEnded
-	(*Inspected)(nil),               // 18: meshid.node.v1.Inspected
-	(*SyncResponse)(nil),            // 19: meshid.node.v1.SyncResponse
-	(*Welcome)(nil),                 // 20: meshid.node.v1.Welcome
-	(*Clock)(nil),                   // 21: meshid.node.v1.Clock
-	(*Quarantines)(nil),             // 22: meshid.node.v1.Quarantines
-	(*Snapshot)(nil),                // 23: meshid.node.v1.Snapshot
-	(*Delta)(nil),                   // 24: meshid.node.v1.Delta
-	(*Evicted)(nil),                 // 25: meshid.node.v1.Evicted
-	(*Rotate)(nil),                  // 26: meshid.node.v1.Rotate
-	(*Inspect)(nil),                 // 27: meshid.node.v1.Inspect
-	(*IssueRequest)(nil),            // 28: meshid.node.v1.IssueRequest
-	(*IssueItem)(nil),               // 29: meshid.node.v1.IssueItem
-	(*IssueResponse)(nil),           // 30: meshid.node.v1.IssueResponse
-	(*IssueResult)(nil),             // 31: meshid.node.v1.IssueResult
-	(*IssuedSVID)(nil),              // 32: meshid.node.v1.IssuedSVID
-	(*Refusal)(nil),                 // 33: meshid.node.v1.Refusal
-	(*InstancesEnded_Instance)(nil), // 34: meshid.node.v1.InstancesEnded.Instance
-	(*timestamppb.Timestamp)(nil),   // 35: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 36: google.protobuf.Duration
-	(*v1.Workload)(nil),             // 37: meshid.attributes.v1.Workload
-	(*v11.Entry)(nil),               // 38: meshid.entry.v1.Entry
-	(*v1.Node)(nil),                 // 39: meshid.attributes.v1.Node
-	(*v1.Process)(nil),              // 40: meshid.attributes.v1.Process
+	(*RevocationList)(nil),          // 10: meshid.node.v1.RevocationList
+	(*SyncRequest)(nil),             // 11: meshid.node.v1.SyncRequest
+	(*Hello)(nil),                   // 12: meshid.node.v1.Hello
+	(*Applied)(nil),                 // 13: meshid.node.v1.Applied
+	(*BundleAcks)(nil),              // 14: meshid.node.v1.BundleAcks
+	(*Laggard)(nil),                 // 15: meshid.node.v1.Laggard
+	(*Held)(nil),                    // 16: meshid.node.v1.Held
+	(*Withdrawing)(nil),             // 17: meshid.node.v1.Withdrawing
+	(*InstancesEnded)(nil),          // 18: meshid.node.v1.InstancesEnded
+	(*Inspected)(nil),               // 19: meshid.node.v1.Inspected
+	(*SyncResponse)(nil),            // 20: meshid.node.v1.SyncResponse
+	(*Welcome)(nil),                 // 21: meshid.node.v1.Welcome
+	(*Clock)(nil),                   // 22: meshid.node.v1.Clock
+	(*Quarantines)(nil),             // 23: meshid.node.v1.Quarantines
+	(*Snapshot)(nil),                // 24: meshid.node.v1.Snapshot
+	(*Delta)(nil),                   // 25: meshid.node.v1.Delta
+	(*Evicted)(nil),                 // 26: meshid.node.v1.Evicted
+	(*Rotate)(nil),                  // 27: meshid.node.v1.Rotate
+	(*Inspect)(nil),                 // 28: meshid.node.v1.Inspect
+	(*IssueRequest)(nil),            // 29: meshid.node.v1.IssueRequest
+	(*IssueItem)(nil),               // 30: meshid.node.v1.IssueItem
+	(*IssueResponse)(nil),           // 31: meshid.node.v1.IssueResponse
+	(*IssueResult)(nil),             // 32: meshid.node.v1.IssueResult
+	(*IssuedSVID)(nil),              // 33: meshid.node.v1.IssuedSVID
+	(*Refusal)(nil),                 // 34: meshid.node.v1.Refusal
+	(*InstancesEnded_Instance)(nil), // 35: meshid.node.v1.InstancesEnded.Instance
+	(*timestamppb.Timestamp)(nil),   // 36: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 37: google.protobuf.Duration
+	(*v1.Workload)(nil),             // 38: meshid.attributes.v1.Workload
+	(*v11.Entry)(nil),               // 39: meshid.entry.v1.Entry
+	(*v1.Node)(nil),                 // 40: meshid.attributes.v1.Node
+	(*v1.Process)(nil),              // 41: meshid.attributes.v1.Process
 }
 var file_proto_node_v1_node_proto_depIdxs = []int32{
 	4,  // 0: meshid.node.v1.AttestRequest.start:type_name -> meshid.node.v1.AttestStart
 	6,  // 1: meshid.node.v1.AttestResponse.identity:type_name -> meshid.node.v1.AgentIdentity
 	9,  // 2: meshid.node.v1.AgentIdentity.bundle:type_name -> meshid.node.v1.Bundle
-	35, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
+	36, // 3: meshid.node.v1.AgentIdentity.renew_at:type_name -> google.protobuf.Timestamp
 	6,  // 4: meshid.node.v1.RenewResponse.identity:type_name -> meshid.node.v1.AgentIdentity
-	11, // 5: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
-	12, // 6: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
-	13, // 7: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
-	17, // 8: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
-	18, // 9: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
-	16, // 10: meshid.node.v1.SyncRequest.withdrawing:type_name -> meshid.node.v1.Withdrawing
-	35, // 11: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
-	36, // 12: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
-	14, // 13: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
-	15, // 14: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
-	35, // 15: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	0,  // 16: meshid.node.v1.Withdrawing.cause:type_name -> meshid.node.v1.Cause
-	14, // 17: meshid.node.v1.Withdrawing.laggards:type_name -> meshid.node.v1.Laggard
-	34, // 18: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
-	37, // 19: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
-	23, // 20: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
-	24, // 21: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
-	9,  // 22: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
-	25, // 23: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
-	26, // 24: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
-	27, // 25: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
-	21, // 26: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
-	22, // 27: meshid.node.v1.SyncResponse.quarantines:type_name -> meshid.node.v1.Quarantines
-	20, // 28: meshid.node.v1.SyncResponse.welcome:type_name -> meshid.node.v1.Welcome
-	35, // 29: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
-	35, // 30: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
-	38, // 31: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
-	39, // 32: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
-	38, // 33: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
-	36, // 34: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
-	29, // 35: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
-	37, // 36: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
-	1,  // 37: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
-	40, // 38: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
-	31, // 39: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
-	32, // 40: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
-	33, // 41: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
-	35, // 42: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
-	2,  // 43: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
-	36, // 44: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
-	3,  // 45: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
-	7,  // 46: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
-	10, // 47: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
-	28, // 48: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
-	5,  // 49: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
-	8,  // 50: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
-	19, // 51: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
-	30, // 52: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
-	49, // [49:53] is the sub-list for method output_type
-	45, // [45:49] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	10, // 5: meshid.node.v1.Bundle.revocation_lists:type_name -> meshid.node.v1.RevocationList
+	12, // 6: meshid.node.v1.SyncRequest.hello:type_name -> meshid.node.v1.Hello
+	13, // 7: meshid.node.v1.SyncRequest.applied:type_name -> meshid.node.v1.Applied
+	14, // 8: meshid.node.v1.SyncRequest.bundle_acks:type_name -> meshid.node.v1.BundleAcks
+	18, // 9: meshid.node.v1.SyncRequest.instances_ended:type_name -> meshid.node.v1.InstancesEnded
+	19, // 10: meshid.node.v1.SyncRequest.inspected:type_name -> meshid.node.v1.Inspected
+	17, // 11: meshid.node.v1.SyncRequest.withdrawing:type_name -> meshid.node.v1.Withdrawing
+	36, // 12: meshid.node.v1.Applied.sent:type_name -> google.protobuf.Timestamp
+	37, // 13: meshid.node.v1.Applied.clock_skew:type_name -> google.protobuf.Duration
+	15, // 14: meshid.node.v1.BundleAcks.laggards:type_name -> meshid.node.v1.Laggard
+	16, // 15: meshid.node.v1.BundleAcks.held:type_name -> meshid.node.v1.Held
+	36, // 16: meshid.node.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	0,  // 17: meshid.node.v1.Withdrawing.cause:type_name -> meshid.node.v1.Cause
+	15, // 18: meshid.node.v1.Withdrawing.laggards:type_name -> meshid.node.v1.Laggard
+	35, // 19: meshid.node.v1.InstancesEnded.instances:type_name -> meshid.node.v1.InstancesEnded.Instance
+	38, // 20: meshid.node.v1.Inspected.workload:type_name -> meshid.attributes.v1.Workload
+	24, // 21: meshid.node.v1.SyncResponse.snapshot:type_name -> meshid.node.v1.Snapshot
+	25, // 22: meshid.node.v1.SyncResponse.delta:type_name -> meshid.node.v1.Delta
+	9,  // 23: meshid.node.v1.SyncResponse.bundle:type_name -> meshid.node.v1.Bundle
+	26, // 24: meshid.node.v1.SyncResponse.evicted:type_name -> meshid.node.v1.Evicted
+	27, // 25: meshid.node.v1.SyncResponse.rotate:type_name -> meshid.node.v1.Rotate
+	28, // 26: meshid.node.v1.SyncResponse.inspect:type_name -> meshid.node.v1.Inspect
+	22, // 27: meshid.node.v1.SyncResponse.clock:type_name -> meshid.node.v1.Clock
+	23, // 28: meshid.node.v1.SyncResponse.quarantines:type_name -> meshid.node.v1.Quarantines
+	21, // 29: meshid.node.v1.SyncResponse.welcome:type_name -> meshid.node.v1.Welcome
+	36, // 30: meshid.node.v1.Clock.sent:type_name -> google.protobuf.Timestamp
+	36, // 31: meshid.node.v1.Clock.received:type_name -> google.protobuf.Timestamp
+	39, // 32: meshid.node.v1.Snapshot.entries:type_name -> meshid.entry.v1.Entry
+	40, // 33: meshid.node.v1.Snapshot.node:type_name -> meshid.attributes.v1.Node
+	39, // 34: meshid.node.v1.Delta.upserts:type_name -> meshid.entry.v1.Entry
+	37, // 35: meshid.node.v1.Rotate.within:type_name -> google.protobuf.Duration
+	30, // 36: meshid.node.v1.IssueRequest.items:type_name -> meshid.node.v1.IssueItem
+	38, // 37: meshid.node.v1.IssueItem.workload:type_name -> meshid.attributes.v1.Workload
+	1,  // 38: meshid.node.v1.IssueItem.kind:type_name -> meshid.node.v1.IssueKind
+	41, // 39: meshid.node.v1.IssueItem.process:type_name -> meshid.attributes.v1.Process
+	32, // 40: meshid.node.v1.IssueResponse.results:type_name -> meshid.node.v1.IssueResult
+	33, // 41: meshid.node.v1.IssueResult.svid:type_name -> meshid.node.v1.IssuedSVID
+	34, // 42: meshid.node.v1.IssueResult.refusal:type_name -> meshid.node.v1.Refusal
+	36, // 43: meshid.node.v1.IssuedSVID.renew_at:type_name -> google.protobuf.Timestamp
+	2,  // 44: meshid.node.v1.Refusal.reason:type_name -> meshid.node.v1.Reason
+	37, // 45: meshid.node.v1.Refusal.retry_after:type_name -> google.protobuf.Duration
+	3,  // 46: meshid.node.v1.NodeService.Attest:input_type -> meshid.node.v1.AttestRequest
+	7,  // 47: meshid.node.v1.NodeService.Renew:input_type -> meshid.node.v1.RenewRequest
+	11, // 48: meshid.node.v1.NodeService.Sync:input_type -> meshid.node.v1.SyncRequest
+	29, // 49: meshid.node.v1.NodeService.Issue:input_type -> meshid.node.v1.IssueRequest
+	5,  // 50: meshid.node.v1.NodeService.Attest:output_type -> meshid.node.v1.AttestResponse
+	8,  // 51: meshid.node.v1.NodeService.Renew:output_type -> meshid.node.v1.RenewResponse
+	20, // 52: meshid.node.v1.NodeService.Sync:output_type -> meshid.node.v1.SyncResponse
+	31, // 53: meshid.node.v1.NodeService.Issue:output_type -> meshid.node.v1.IssueResponse
+	50, // [50:54] is the sub-list for method output_type
+	46, // [46:50] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_proto_node_v1_node_proto_init() }
@@ -2892,7 +2964,7 @@ func file_proto_node_v1_node_proto_init() {
 		(*AttestResponse_Identity)(nil),
 		(*AttestResponse_Name)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[7].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[8].OneofWrappers = []any{
 		(*SyncRequest_Hello)(nil),
 		(*SyncRequest_Applied)(nil),
 		(*SyncRequest_BundleAcks)(nil),
@@ -2900,7 +2972,7 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncRequest_Inspected)(nil),
 		(*SyncRequest_Withdrawing)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[16].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[17].OneofWrappers = []any{
 		(*SyncResponse_Snapshot)(nil),
 		(*SyncResponse_Delta)(nil),
 		(*SyncResponse_Bundle)(nil),
@@ -2911,7 +2983,7 @@ func file_proto_node_v1_node_proto_init() {
 		(*SyncResponse_Quarantines)(nil),
 		(*SyncResponse_Welcome)(nil),
 	}
-	file_proto_node_v1_node_proto_msgTypes[28].OneofWrappers = []any{
+	file_proto_node_v1_node_proto_msgTypes[29].OneofWrappers = []any{
 		(*IssueResult_Svid)(nil),
 		(*IssueResult_Refusal)(nil),
 	}
@@ -2921,7 +2993,7 @@ func file_proto_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_node_v1_node_proto_rawDesc), len(file_proto_node_v1_node_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
