@@ -71,6 +71,8 @@ type authority struct {
 	record *ledgerv1.Authority
 	// own is there instead of a key.
 	own *ownLeaf
+	// listing is what it has to know to revoke by a list; nil if it does not.
+	listing *listing
 	// lastLeaf is the greatest NotAfter that it has signed, in Unix seconds.
 	lastLeaf atomic.Int64
 	// suspect is set when a signature did not verify: its key is replaced.

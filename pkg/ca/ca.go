@@ -121,6 +121,9 @@ type Config struct {
 	// (X509-SVID §4.2). Off by default: verifiers that do not implement URI
 	// constraints, rustls among them, must refuse the whole chain.
 	NameConstraints bool
+	// Revocation has what is revoked refused by lists: see Revoke. It takes a root of
+	// our own, and no CAs below.
+	Revocation bool
 	// Upstream, if set, signs the intermediates of a trust domain that begins with
 	// it, in place of a root of our own.
 	Upstream *Upstream
@@ -197,6 +200,9 @@ func (cfg Config) check() error {
 	case cfg.Backdate < 0 || cfg.Backdate > maxBackdate:
 		return fmt.Errorf("backdate %s: write 0s (the default) to %s", cfg.Backdate, maxBackdate)
 	}
+	if cfg.Revocation && cfg.Upstream != nil {
+		return errors.New("revocation lists need a root of this CA's own: what an upstream CA's other intermediates sign has no list here, and would be refused")
+	}
 	if err := checkDNSNames(cfg.DNSNames); err != nil {
 		return fmt.Errorf("dns names of the authority: %w", err)
 	}
@@ -228,6 +234,9 @@ type CA struct {
 	mintMu sync.Mutex
 	// mintFailed is the last failure of the upstream CA, nil after a success.
 	mintFailed atomic.Pointer[mintFailure]
+	// unlisted says why revocation lists are not as they should be, "" or nil for
+	// nothing.
+	unlisted atomic.Pointer[string]
 	// stalled says what a rotation waits for, "" or nil for nothing.
 	stalled atomic.Pointer[string]
 
@@ -252,6 +261,9 @@ type state struct {
 	signer *root
 	// active is nil only before the first intermediate is made.
 	active *authority
+	// next signs once its revocation list is in force everywhere; nil if there is
+	// none.
+	next *pending
 	// retiring are those that were active before, the newest first.
 	retiring []retiring
 	// roots and bundle are parallel: what the store has, without those gone.
@@ -277,6 +289,9 @@ func (s *state) withKeys() *state {
 	}
 	if s.active != nil {
 		s.keys[s.active.spkiHash] = struct{}{}
+	}
+	if s.next != nil {
+		s.keys[s.next.spkiHash] = struct{}{}
 	}
 	for _, r := range s.retiring {
 		s.keys[r.spkiHash] = struct{}{}
@@ -318,6 +333,15 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 		return nil, fmt.Errorf("open the root of %s: %w", cfg.TrustDomain.Name(), err)
 	}
 	c.setState(s)
+	if !cfg.Revocation {
+		if err := c.dropLists(ctx, now); err != nil {
+			return nil, err
+		}
+	} else if s.signer.foreign {
+		return nil, errors.New("configure the authority: revocation lists need a root of this CA's own, and that of an upstream CA signs: adopt one first, with ca authority adopt --self")
+	} else if err := c.resumeLists(ctx, now); err != nil {
+		return nil, err
+	}
 	if s.signer.foreign {
 		// Who has been issued to before lives on without the upstream CA, and Run
 		// tries again: to start is better than not to.
@@ -354,6 +378,13 @@ func (c *CA) Bundle() (roots []*x509.Certificate, sequence uint64) {
 	return s.bundle, s.trust.Sequence
 }
 
+// BundleWithLists returns the revocation lists that belong to the bundle too; none
+// means that nothing is revoked by lists.
+func (c *CA) BundleWithLists() (roots []*x509.Certificate, lists []RevocationList, sequence uint64) {
+	s := c.state.Load()
+	return s.bundle, s.trust.ListsInForce(), s.trust.Sequence
+}
+
 // Authority is a signing certificate and what it is used for now.
 type Authority struct {
 	// ID is the subject key identifier in lower-case hexadecimal.
@@ -364,13 +395,17 @@ type Authority struct {
 	Certificate *x509.Certificate
 }
 
-// Authorities returns the roots, the active intermediate and the retiring ones
-// that this process has made, in this order.
+// Authorities returns the roots, and of the intermediates that this process has made
+// the one that is prepared, if there is one, the active one and the retiring ones, in
+// this order.
 func (c *CA) Authorities() []Authority {
 	s := c.state.Load()
 	all := make([]Authority, 0, len(s.roots)+1+len(s.retiring))
 	for _, r := range s.roots {
 		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.shown(), Certificate: r.cert})
+	}
+	if s.next != nil {
+		all = append(all, s.next.describe(StatePrepared))
 	}
 	if s.active != nil && s.active.key != nil {
 		all = append(all, s.active.describe(StateActive))
@@ -385,7 +420,8 @@ func (c *CA) Authorities() []Authority {
 
 // RotateIntermediate replaces the intermediate now. The new one signs from then
 // on: its root is in every bundle already. The old one is kept as retiring until
-// the last certificate that it signed has expired.
+// the last certificate that it signed has expired. If the CA revokes by lists, the
+// new one is prepared, and signs when its list is in force everywhere.
 func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
 	if c.state.Load().signer.foreign {
 		a, err := c.mintAndInstall(ctx)
@@ -411,13 +447,17 @@ func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
 			c.log.WarnContext(ctx, "own x.509-svid not renewed, will retry", "err", own)
 		}
 	}
-	active := c.state.Load().active
+	s := c.state.Load()
+	active := s.active
 	c.mu.Unlock()
 	if err != nil {
 		return Authority{}, fmt.Errorf("rotate the intermediate: %w", err)
 	}
 	c.cfg.OnChange()
 	c.wake()
+	if s.next != nil {
+		return s.next.describe(StatePrepared), nil
+	}
 	return active.describe(StateActive), nil
 }
 
@@ -426,9 +466,12 @@ func (c *CA) RotateIntermediate(ctx context.Context) (Authority, error) {
 // what failed last and is being tried again.
 func (c *CA) Health(now time.Time) (warning, failure error) {
 	s := c.state.Load()
-	if s.active == nil || !s.active.usable(now) {
+	if (s.active == nil || !s.active.usable(now)) && (s.next == nil || now.After(c.latest(s, now).Add(longestNap))) {
+		// One that waits for its list is no failure: agents have to be able to
+		// reach this CA, to fetch the list.
 		failure = c.noAuthority(s, now)
 	}
+	unlisted := c.unlisted.Load()
 	failed := c.failed.Load()
 	upstreamFailed := c.mintHealth(s, now)
 	leafFailed := c.leafHealth()
@@ -442,6 +485,8 @@ func (c *CA) Health(now time.Time) (warning, failure error) {
 		warning = leafFailed
 	case failed != nil:
 		warning = fmt.Errorf("renewal is being tried again: %w", *failed)
+	case unlisted != nil && *unlisted != "":
+		warning = errors.New(*unlisted)
 	case !s.signer.foreign && end.Sub(now) < c.cfg.IntermediateLife:
 		warning = fmt.Errorf("the root expires at %s: prepare its successor", end.UTC().Format(time.RFC3339))
 	case s.signer.foreign && s.active != nil:

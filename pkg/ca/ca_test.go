@@ -42,6 +42,8 @@ type memoryStore struct {
 	paused                bool
 	failRoots             error
 	intermediates         map[string]Intermediate
+	lists                 []RevocationList
+	listed                bool
 }
 
 func (s *memoryStore) Trust(context.Context) (Trust, error) {
@@ -51,7 +53,7 @@ func (s *memoryStore) Trust(context.Context) (Trust, error) {
 }
 
 func (s *memoryStore) trust() Trust {
-	return Trust{Roots: slices.Clone(s.roots), Sequence: s.sequence, Epoch: s.epoch, Paused: s.paused}
+	return Trust{Roots: slices.Clone(s.roots), Sequence: s.sequence, Epoch: s.epoch, Paused: s.paused, Lists: slices.Clone(s.lists), Listed: s.listed}
 }
 
 func (s *memoryStore) ChangeTrust(_ context.Context, t Trust, record func(Trust) error) (Trust, error) {
@@ -65,7 +67,7 @@ func (s *memoryStore) ChangeTrust(_ context.Context, t Trust, record func(Trust)
 	}
 	t.Epoch++
 	t.Roots = slices.Clone(t.Roots)
-	if !slices.EqualFunc(t.Bundle(), s.trust().Bundle(), slices.Equal) {
+	if !slices.EqualFunc(t.Bundle(), s.trust().Bundle(), slices.Equal) || !t.SameLists(s.trust()) {
 		t.Sequence = s.sequence + 1
 	}
 	for i := range t.Roots {
@@ -77,6 +79,7 @@ func (s *memoryStore) ChangeTrust(_ context.Context, t Trust, record func(Trust)
 		return Trust{}, err
 	}
 	s.roots, s.sequence, s.epoch, s.paused = t.Roots, t.Sequence, t.Epoch, t.Paused
+	s.lists, s.listed = slices.Clone(t.Lists), t.Listed
 	t.Roots = slices.Clone(t.Roots)
 	return t, s.failAfter
 }

@@ -47,7 +47,7 @@ type Downstream struct {
 
 // SignDownstream signs an intermediate and returns it once that is recorded. It may
 // sign leaves of this trust domain, and nothing that signs. The error wraps
-// ErrNotRoot or ErrNoAuthority where these apply, and is a *RequestError for what can
+// ErrNotRoot, ErrListsBelow or ErrNoAuthority where these apply, and is a *RequestError for what can
 // never be granted.
 func (c *CA) SignDownstream(ctx context.Context, r *Downstream) (*x509.Certificate, error) {
 	if err := c.cfg.Clock(); err != nil {
@@ -59,6 +59,9 @@ func (c *CA) SignDownstream(ctx context.Context, r *Downstream) (*x509.Certifica
 	pub, err := x509.ParsePKIXPublicKey(r.Key.SPKI())
 	if err != nil {
 		return nil, &RequestError{Reason: ReasonCSR, Err: err}
+	}
+	if c.cfg.Revocation {
+		return nil, ErrListsBelow
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -133,6 +133,11 @@ func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error)
 		}
 		changed = true
 	}
+	promoted, err := c.promote(ctx, now)
+	changed = changed || promoted
+	if err != nil {
+		return changed, fmt.Errorf("have the prepared intermediate sign: %w", err)
+	}
 	c.flushRenewals()
 	if c.ownDue(now) {
 		if err := c.replaceOwn(ctx, now); err != nil {
@@ -141,6 +146,11 @@ func (c *CA) renew(ctx context.Context, now time.Time) (changed bool, err error)
 	}
 	if err := c.dropGone(ctx, now); err != nil {
 		return changed, fmt.Errorf("record the end of an intermediate: %w", err)
+	}
+	tended, err := c.tend(ctx, now)
+	changed = changed || tended
+	if err != nil {
+		return changed, fmt.Errorf("keep the revocation lists: %w", err)
 	}
 	if stepErr != nil {
 		return changed, fmt.Errorf("rotate the roots: %w", stepErr)
@@ -154,6 +164,8 @@ func (c *CA) intermediateDue(now time.Time) bool {
 	switch a := s.active; {
 	case s.signer.foreign: // runMint does it
 		return false
+	case s.next != nil && s.next.root.id == s.signer.id && s.next.usable(now) && !s.next.suspect.Load():
+		return false // it waits for its list to be in force
 	case a == nil || !a.usable(now) || a.suspect.Load() || a.root.id != s.signer.id:
 		return true
 	case now.Before(a.renewAt):
@@ -165,7 +177,7 @@ func (c *CA) intermediateDue(now time.Time) bool {
 }
 
 func (c *CA) ownDue(now time.Time) bool {
-	own, active := c.own.Load(), c.state.Load().active
+	own, active := c.own.Load(), c.state.Load().issuer(now, true)
 	if active == nil || !active.usable(now) || active.key == nil {
 		return false // there is nothing to sign it with, or runMint does it
 	}
@@ -189,6 +201,9 @@ func (c *CA) nextDue(now time.Time) time.Time {
 	if s.active != nil {
 		sooner(s.active.renewAt)
 	}
+	if s.next != nil {
+		sooner(c.latest(s, now))
+	}
 	if own := c.own.Load(); own != nil {
 		sooner(own.renewAt)
 	}
@@ -205,6 +220,9 @@ func (c *CA) replaceIntermediate(ctx context.Context, now time.Time) error {
 	a, err := c.makeIntermediate(s.signer, s.trust.Sequence, now)
 	if err != nil {
 		return err
+	}
+	if c.cfg.Revocation {
+		return c.prepare(ctx, a, now)
 	}
 	return c.install(ctx, a, now)
 }
@@ -234,7 +252,7 @@ func (c *CA) install(ctx context.Context, a *authority, now time.Time) error {
 		}
 	}
 	next := *s
-	next.active = a
+	next.active, next.next = a, nil
 	if s.active != nil {
 		next.retiring = append([]retiring{{authority: s.active, since: now.Round(0)}}, s.retiring...)
 		c.metrics.rotated.Inc()
@@ -468,6 +486,15 @@ func (c *CA) unlock(ctx context.Context, r *root, reference string, now time.Tim
 	return nil
 }
 
+// issuer is what signs at now. What no proxy ever has to verify, the certificates of
+// agents and of this CA, need not wait for a revocation list.
+func (s *state) issuer(now time.Time, forUs bool) *authority {
+	if forUs && s.next != nil && (s.active == nil || !s.active.usable(now)) {
+		return s.next.authority
+	}
+	return s.active
+}
+
 // unlockSigner gets the key of the root that signs, if it was not to be had so far.
 // The caller holds mu.
 func (c *CA) unlockSigner(ctx context.Context, now time.Time) error {
@@ -624,7 +651,7 @@ func (c *CA) replaceOwn(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	return c.showOwn(ctx, c.state.Load().active, key, signed)
+	return c.showOwn(ctx, c.state.Load().issuer(now, true), key, signed)
 }
 
 // ownRecord is what the record of the CA's own X.509-SVID says of the request.

@@ -56,6 +56,9 @@ type metrics struct {
 	retiring, sequence, converged prometheus.Gauge
 	rootStates, holders, held     *prometheus.GaugeVec // by state of the root
 
+	revoked                                              prometheus.Counter
+	lists, listed, listBytes, listsInForce, listPrepared prometheus.Gauge
+
 	upstreamOK, upstreamFailed prometheus.Counter
 	upstreamDuration           prometheus.Histogram
 	upstreamSuccess            prometheus.Gauge
@@ -122,6 +125,18 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Help: "Roots in the trust bundle by state; tainted ones count as that only. More than one series above 0 means that a rotation is under way.",
 		}, []string{"state"}),
 	}
+	m.revoked = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "meshid_ca_revoked_total",
+		Help: "Certificates put on revocation lists.",
+	})
+	gauge := func(name, help string) prometheus.Gauge {
+		return prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	m.lists = gauge("meshid_ca_revocation_lists", "Revocation lists, one for each intermediate of which something may live; 0 unless the CA revokes by lists.")
+	m.listed = gauge("meshid_ca_revocation_list_certificates", "Certificates on the revocation lists of this process's intermediates.")
+	m.listBytes = gauge("meshid_ca_revocation_list_bytes", "Size of all revocation lists; each proxy has them, encoded a third larger.")
+	m.listsInForce = gauge("meshid_ca_revocation_lists_in_force", "1 if the revocation lists are part of the trust bundle, 0 if not.")
+	m.listPrepared = gauge("meshid_ca_revocation_waiting", "1 while a new intermediate does not sign for workloads since its revocation list is not in force everywhere.")
 	m.holders = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "meshid_ca_bundle_trust_holders",
 		Help: "Live nodes with X.509-SVIDs that chain to a root in this state, by what their agents say, and those that have not said.",
@@ -133,7 +148,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	var err error
 	for _, collector := range []prometheus.Collector{
 		m.holders, m.held, signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
-		upstreams, m.upstreamDuration, m.upstreamSuccess,
+		m.revoked, m.lists, m.listed, m.listBytes, m.listsInForce, m.listPrepared, upstreams, m.upstreamDuration, m.upstreamSuccess,
 	} {
 		err = errors.Join(err, reg.Register(collector))
 	}
@@ -164,6 +179,21 @@ func (m *metrics) observe(s *state) {
 	}
 	m.retiring.Set(float64(len(s.retiring)))
 	m.sequence.Set(float64(s.trust.Sequence))
+	size := 0
+	for _, l := range s.trust.Lists {
+		size += len(l.List)
+	}
+	m.lists.Set(float64(len(s.trust.Lists)))
+	m.listBytes.Set(float64(size))
+	m.listsInForce.Set(boolean(s.trust.Listed))
+	m.listPrepared.Set(boolean(s.next != nil))
+	listed := 0
+	for _, a := range s.own() {
+		if a.listing != nil {
+			listed += len(a.listing.revoked)
+		}
+	}
+	m.listed.Set(float64(listed))
 	count := make(map[string]int)
 	for _, r := range s.roots {
 		count[r.shown()]++
@@ -212,6 +242,13 @@ func (m *metrics) observeFleet(in rotation.Inputs, s *state) {
 		return
 	}
 	m.converged.Set(1 - float64(len(rotation.Waiting(in, s.trust.Sequence)))/float64(live))
+}
+
+func boolean(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func seconds(t time.Time) float64 { return float64(t.Unix()) }

@@ -138,7 +138,7 @@ func (c *CA) sign(ctx context.Context, now time.Time, r *Request, own bool) (*Si
 		return nil, err
 	}
 	// 2. Choose the life.
-	a := s.active
+	a := s.issuer(now, own || kindOf(record) == kindAgent)
 	l := leaf{id: id, dnsNames: r.DNSNames, key: r.Key}
 	var shrunk int
 	l.notBefore, l.notAfter, shrunk, err = c.choose(a, now, r.TTL, r.Backdate)
@@ -174,6 +174,13 @@ func (c *CA) sign(ctx context.Context, now time.Time, r *Request, own bool) (*Si
 	// 6. Record.
 	a.sawLeaf(l.notAfter.Unix())
 	c.fill(record, &made, &l, now)
+	if a.listing != nil && !own {
+		a.listing.signed(Leaf{
+			Serial: l.serial, SPIFFEID: l.id, KeySHA256: l.key.hash,
+			Node: record.GetNode().GetId(), Entry: record.GetEntry().GetName(), NotAfter: l.notAfter.Unix(),
+			Requested: record.GetTime().AsTime().UnixNano(),
+		}, now.Unix())
+	}
 	signed := &Signed{
 		Draft:     ledger.NewDraft(record, made.chain),
 		NotBefore: l.notBefore, NotAfter: l.notAfter,
@@ -345,6 +352,9 @@ func (c *CA) noAuthority(s *state, now time.Time) error {
 		return fmt.Errorf("%w: the root is valid from %s on, correct the clock", ErrNoAuthority, r.NotBefore.UTC().Format(time.RFC3339))
 	case c.intermediateEnd(s.signer, now).Sub(now) < 2*MinTTL:
 		return fmt.Errorf("%w: the root ends at %s, a new root is needed", ErrNoAuthority, r.NotAfter.UTC().Format(time.RFC3339))
+	}
+	if s.next != nil {
+		return fmt.Errorf("%w: the revocation list of the intermediate is on its way to the proxies", ErrNoAuthority)
 	}
 	if failed := c.failed.Load(); failed != nil {
 		return fmt.Errorf("%w: %w", ErrNoAuthority, *failed)

@@ -45,6 +45,32 @@ type Trust struct {
 	Epoch uint64
 	// Paused: nothing happens by itself.
 	Paused bool
+	// Lists are the revocation lists of the intermediates; none unless the CA
+	// revokes by lists.
+	Lists []RevocationList
+	// Listed: Lists are part of the bundle, and proxies go by them.
+	Listed bool
+}
+
+// RevocationList says which certificates of an intermediate are refused.
+type RevocationList struct {
+	// Issuer is the intermediate, List its list; both are DER and not modified.
+	Issuer, List []byte
+}
+
+// ListsInForce returns the lists that are part of the bundle.
+func (t Trust) ListsInForce() []RevocationList {
+	if !t.Listed {
+		return nil
+	}
+	return t.Lists
+}
+
+// SameLists says whether the same lists are part of two bundles.
+func (t Trust) SameLists(other Trust) bool {
+	return slices.EqualFunc(t.ListsInForce(), other.ListsInForce(), func(a, b RevocationList) bool {
+		return bytes.Equal(a.Issuer, b.Issuer) && bytes.Equal(a.List, b.List)
+	})
 }
 
 // Bundle returns the certificates of the roots that are in the bundle.
@@ -237,7 +263,7 @@ func (c *CA) adopt(ctx context.Context, now time.Time, t Trust, known []*root) e
 			c.renewals = append(c.renewals, r.id)
 		}
 	}
-	next.active, next.retiring = s.active, s.retiring
+	next.active, next.retiring, next.next = s.active, s.retiring, s.next
 	c.setState(next)
 	return nil
 }
@@ -485,7 +511,7 @@ func (c *CA) decide(ctx context.Context, actor string, foreign *x509.Certificate
 
 // FleetChanged says that nodes may have acknowledged something. It never blocks.
 func (c *CA) FleetChanged() {
-	if c.state.Load().moving {
+	if s := c.state.Load(); s.moving || s.next != nil {
 		select {
 		case c.kick <- struct{}{}:
 		default:

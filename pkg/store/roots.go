@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"database/sql"
 	"fmt"
@@ -26,8 +27,8 @@ func (d *DB) Trust(ctx context.Context) (t ca.Trust, err error) {
 
 func (d *DB) readTrust(ctx context.Context, tx *sql.Tx) (t ca.Trust, err error) {
 	var sequence, epoch int64
-	row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence, trust_epoch, trust_paused FROM state WHERE id = 1`))
-	if err := row.Scan(&sequence, &epoch, &t.Paused); err != nil {
+	row := tx.QueryRowContext(ctx, d.dialect.rebind(`SELECT bundle_sequence, trust_epoch, trust_paused, lists_in_force FROM state WHERE id = 1`))
+	if err := row.Scan(&sequence, &epoch, &t.Paused, &t.Listed); err != nil {
 		return t, err
 	}
 	t.Sequence, t.Epoch = counter(sequence), counter(epoch)
@@ -43,6 +44,18 @@ func (d *DB) readTrust(ctx context.Context, tx *sql.Tx) (t ca.Trust, err error) 
 			}
 			r.CreatedAt, r.Since, r.Sequence = fromStored(created), fromStored(since), counter(sequence)
 			t.Roots = append(t.Roots, r)
+			return nil
+		})
+	if err != nil {
+		return t, err
+	}
+	err = scanRows(ctx, tx, d.dialect.rebind(`SELECT issuer, list FROM revocation_lists ORDER BY issuer`), nil,
+		func(rows *sql.Rows) error {
+			var l ca.RevocationList
+			if err := rows.Scan(&l.Issuer, &l.List); err != nil {
+				return err
+			}
+			t.Lists = append(t.Lists, l)
 			return nil
 		})
 	return t, err
@@ -65,7 +78,7 @@ func (d *DB) ChangeTrust(ctx context.Context, t ca.Trust, record func(ca.Trust) 
 		}
 		next = t
 		next.Sequence, next.Epoch = now.Sequence, now.Epoch+1
-		if !slices.EqualFunc(now.Bundle(), t.Bundle(), slices.Equal) {
+		if !slices.EqualFunc(now.Bundle(), t.Bundle(), slices.Equal) || !now.SameLists(t) {
 			next.Sequence++
 			if _, err := d.nextRevision(ctx, tx); err != nil {
 				return err
@@ -81,8 +94,11 @@ func (d *DB) ChangeTrust(ctx context.Context, t ca.Trust, record func(ca.Trust) 
 				return err
 			}
 		}
-		if _, err := d.exec(ctx, tx, `UPDATE state SET bundle_sequence = ?1, trust_epoch = ?2, trust_paused = ?3 WHERE id = 1`,
-			next.Sequence, next.Epoch, number(next.Paused)); err != nil {
+		if err := d.putLists(ctx, tx, now.Lists, next.Lists); err != nil {
+			return err
+		}
+		if _, err := d.exec(ctx, tx, `UPDATE state SET bundle_sequence = ?1, trust_epoch = ?2, trust_paused = ?3, lists_in_force = ?4 WHERE id = 1`,
+			next.Sequence, next.Epoch, number(next.Paused), number(next.Listed)); err != nil {
 			return err
 		}
 		return record(next)
@@ -99,6 +115,31 @@ func (d *DB) putRoot(ctx context.Context, tx *sql.Tx, r *ca.Root) error {
 		ON CONFLICT (certificate) DO UPDATE SET key_ref = ?2, state = ?3, since = ?5, sequence = ?6, automatic = ?7, tainted = ?8`,
 		r.Certificate, r.Key, r.State, toStored(r.CreatedAt), toStored(r.Since), r.Sequence, number(r.Automatic), number(r.Tainted))
 	return err
+}
+
+// putLists replaces revocation lists: what has not changed is not written.
+func (d *DB) putLists(ctx context.Context, tx *sql.Tx, now, next []ca.RevocationList) error {
+	same := func(list ca.RevocationList) func(ca.RevocationList) bool {
+		return func(other ca.RevocationList) bool { return bytes.Equal(list.Issuer, other.Issuer) }
+	}
+	for _, l := range now {
+		if slices.ContainsFunc(next, same(l)) {
+			continue
+		}
+		if _, err := d.exec(ctx, tx, `DELETE FROM revocation_lists WHERE issuer = ?1`, l.Issuer); err != nil {
+			return err
+		}
+	}
+	for _, l := range next {
+		if i := slices.IndexFunc(now, same(l)); i >= 0 && bytes.Equal(now[i].List, l.List) {
+			continue
+		}
+		if _, err := d.exec(ctx, tx, `INSERT INTO revocation_lists (issuer, list) VALUES (?1, ?2)
+			ON CONFLICT (issuer) DO UPDATE SET list = ?2`, l.Issuer, l.List); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func number(b bool) int64 {

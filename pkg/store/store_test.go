@@ -450,6 +450,57 @@ func TestTrust(t *testing.T) {
 	}
 }
 
+// Lists are part of what changes as one, over a restart too; the bundle has changed if
+// they are in force.
+func TestTrustWithRevocationLists(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "ca.db")
+	d := open(t, path)
+	change := func(trust ca.Trust) ca.Trust {
+		t.Helper()
+		next, err := d.ChangeTrust(t.Context(), trust, unrecorded)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return next
+	}
+	trust := change(ca.Trust{Roots: []ca.Root{{Certificate: []byte{1}, State: "active", CreatedAt: time.Unix(1, 2), Since: time.Unix(1, 3)}}})
+	trust.Lists = []ca.RevocationList{{Issuer: []byte{1}, List: []byte{2}}, {Issuer: []byte{3}, List: []byte{4}}}
+	trust = change(trust)
+	if trust.Sequence != 1 || trust.Epoch != 2 {
+		t.Errorf("not in force: %+v", trust)
+	}
+	trust.Listed = true
+	trust = change(trust)
+	if trust.Sequence != 2 {
+		t.Errorf("in force: %+v", trust)
+	}
+	trust.Paused = true
+	if trust = change(trust); trust.Sequence != 2 {
+		t.Errorf("another change: %+v", trust)
+	}
+	trust.Lists = []ca.RevocationList{{Issuer: []byte{1}, List: []byte{9}}}
+	if trust = change(trust); trust.Sequence != 3 {
+		t.Errorf("one is newer, one gone: %+v", trust)
+	}
+	broken := errors.New("no ledger")
+	spoilt := trust
+	spoilt.Lists, spoilt.Listed = nil, false
+	if _, err := d.ChangeTrust(t.Context(), spoilt, func(ca.Trust) error { return broken }); !errors.Is(err, broken) {
+		t.Errorf("no record: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = open(t, path)
+	got, err := d.Trust(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(trust, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestIntermediates(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "ca.db")
 	d := open(t, path)

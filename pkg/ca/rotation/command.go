@@ -114,7 +114,7 @@ func (r Root) dependents(in Inputs) string {
 	}
 	text := fmt.Sprintf("X.509-SVIDs that chain to root %s live until %s", r.ID, stamp(horizon))
 	if len(holders) > 0 {
-		text += fmt.Sprintf(", %d of them in use on %s", count, names(holders))
+		text += fmt.Sprintf(", %d of them in use on %s", count, Names(holders))
 	}
 	return text
 }
@@ -142,7 +142,7 @@ func (t Trust) command(in Inputs, c Command) (*Step, error) {
 	if len(waiting) == 0 {
 		return t.activate(r, "by command"), nil
 	}
-	text := fmt.Sprintf("%d nodes have not acknowledged root %s: %s", len(waiting), r.ID, names(waiting))
+	text := fmt.Sprintf("%d nodes have not acknowledged root %s: %s", len(waiting), r.ID, Names(waiting))
 	if !c.Override {
 		return nil, refuse(text + ": wait, or cut them off with --override")
 	}

@@ -269,8 +269,8 @@ func (t Trust) activate(r Root, why string) *Step {
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
-// names lists at most three nodes.
-func names(nodes []Node) string {
+// Names lists at most three nodes for people, with what each is waited for.
+func Names(nodes []Node) string {
 	var b strings.Builder
 	for i, n := range nodes {
 		if i == 3 {
@@ -303,7 +303,7 @@ func Stalled(t Trust, in Inputs) string {
 			continue
 		}
 		if waiting := Waiting(in, r.Sequence); len(waiting) > 0 {
-			return fmt.Sprintf("root %s has waited since %s for %d nodes: %s", r.ID, stamp(r.Since), len(waiting), names(waiting))
+			return fmt.Sprintf("root %s has waited since %s for %d nodes: %s", r.ID, stamp(r.Since), len(waiting), Names(waiting))
 		}
 	}
 	if a, ok := t.Active(); ok && a.Tainted {
