@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -27,6 +28,9 @@ const (
 	defaultAdminSocket = "/run/meshid/ca-admin.sock"
 	defaultListen      = ":8443"
 	defaultMetrics     = "127.0.0.1:9640"
+
+	revocationOff   = "off"
+	revocationLists = "crl"
 )
 
 // settings is ca.yaml. docs/configuration.md is generated from the comments
@@ -83,6 +87,10 @@ type settings struct {
 		// What is in the names of new roots and intermediates.
 		Subject subjectSettings `yaml:"subject"`
 	} `yaml:"authority"`
+	// How certificates are revoked before they expire: off, or crl, by revocation lists
+	// that proxies go by. It takes a root of this CA's own and no CAs below. See
+	// docs/withdrawal.md.
+	Revocation string `yaml:"revocation" default:"off"`
 	// The CA of somebody else, as the root above this one's intermediates. Without
 	// this section, a root of its own.
 	Upstream upstreamSettings `yaml:"upstream"`
@@ -526,6 +534,15 @@ func (v *validated) check(file *config.File) error {
 	// An intermediate is replaced at half of its life, and what it signed then
 	// must still fit into the other half.
 	between("authority.intermediate_life", &v.Authority.IntermediateLife, 7*24*time.Hour, 2*max(maxTTL, nodeTTL), root/2)
+	override(&v.Revocation, "", revocationOff)
+	if v.Revocation != revocationOff && v.Revocation != revocationLists {
+		bad("revocation", "%q is neither off nor crl; write crl for revocation lists", v.Revocation)
+	}
+	for _, kind := range upstreamKinds(v.Upstream, slog.New(slog.DiscardHandler)) {
+		if kind.section.Present() && v.Revocation == revocationLists {
+			bad("revocation", "crl takes a root of this CA's own: what others sign below the root of upstream.%s has no list here and would be refused; write off, or leave out upstream", kind.name)
+		}
+	}
 	v.openKeys(bad)
 	v.checkProfile(bad)
 	for i, text := range v.Upstream.RootsSHA256 {

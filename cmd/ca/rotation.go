@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/pkg/ca"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 )
 
@@ -195,6 +196,11 @@ leaves as soon as no node uses it.`,
 			}
 			if format == "json" {
 				return cli.JSON(cmd.OutOrStdout(), answer)
+			}
+			if answer.GetAuthority().GetState() == ca.StatePrepared {
+				fmt.Fprintf(cmd.OutOrStdout(), "intermediate %s is prepared; it signs when its revocation list is in force at all live proxies, and the nodes then renew what the old one signed within %v\n",
+					answer.GetAuthority().GetId(), within)
+				return nil
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "intermediate %s is active; the nodes renew what the old one signed within %v\n", answer.GetAuthority().GetId(), within)
 			return nil

@@ -207,7 +207,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		RootLife: v.Authority.RootLife.Or(0), IntermediateLife: v.Authority.IntermediateLife.Or(0),
 		IntermediateKey: v.intermediateKey, Subject: v.subject, NameConstraints: v.Authority.NameConstraints,
 		DefaultTTL: v.SVID.DefaultTTL.Or(0), MaxTTL: v.SVID.MaxTTL.Or(0), Backdate: v.SVID.Backdate.Or(0),
-		DNSNames: mesh.dnsNames(),
+		DNSNames: mesh.dnsNames(), Revocation: v.Revocation == revocationLists,
 		Upstream: above, Logger: logger, Registerer: registry,
 		Clock: guard.Check,
 		Fleet: func() []rotation.Node {

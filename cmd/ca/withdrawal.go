@@ -26,6 +26,10 @@ The CA refuses them from that moment on. It then follows how the node agents wit
 what they serve, and how each proxy that carried it acknowledges that it is gone: that
 is the time to effect. docs/withdrawal.md says what an acknowledgement proves.
 
+If the CA revokes by lists (revocation: crl), the lives of certificates end too: what was
+withdrawn is put on a revocation list, and a withdrawal is complete when every live proxy
+goes by it, so that a stolen key is of no use with any of them.
+
 The CA remembers the latest withdrawals since it started; the ledger has the end of each
 (event withdrawn).`,
 	}
@@ -87,6 +91,9 @@ func newWithdrawalShow(c *clientFlags) *cobra.Command {
 		fmt.Fprintf(out, "progress   %s\n", withdrawalText(w))
 		if w.GetMax() != nil {
 			fmt.Fprintf(out, "effect     %s\n", effectText(w))
+		}
+		if w.GetRevocationEffect() != nil {
+			fmt.Fprintf(out, "refused    by proxies after %s at the latest\n", milliseconds(w.GetRevocationEffect().AsDuration()))
 		}
 		for _, l := range w.GetLaggards() {
 			fmt.Fprintf(out, "waiting    %s\n", withdrawalLaggard(time.Now(), l))
@@ -244,6 +251,9 @@ func (p *withdrawalProgress) show(w *adminv1.Withdrawal) (over bool, err error) 
 		} else {
 			fmt.Fprintf(p.w, "out of use: time to effect %s\n", effectText(w))
 		}
+		if w.GetRevocationEffect() != nil {
+			fmt.Fprintf(p.w, "refused by all proxies: after %s\n", milliseconds(w.GetRevocationEffect().AsDuration()))
+		}
 		for _, l := range w.GetLaggards() {
 			fmt.Fprintf(p.w, "%s %s\n", cli.Paint(p.w, cli.Yellow, "not told:"), withdrawalLaggard(time.Now(), l))
 		}
@@ -274,6 +284,12 @@ func withdrawalText(w *adminv1.Withdrawal) string {
 		if more.n > 0 {
 			parts = append(parts, fmt.Sprintf(more.text, more.n))
 		}
+	}
+	if w.GetRevoked() > 0 {
+		parts = append(parts, fmt.Sprintf("%d certificates revoked on %d of %d nodes", w.GetRevoked(), w.GetRevocationNodesInForce(), w.GetRevocationNodes()))
+	}
+	if w.GetNotRevoked() != "" {
+		parts = append(parts, "not all of them: "+w.GetNotRevoked())
 	}
 	return strings.Join(parts, ", ")
 }

@@ -254,6 +254,9 @@ func (s *Server) commit(ctx context.Context, c *caller, current *registry.Entrie
 	}
 	s.hub.wakeAll()
 	s.below.wakeAll()
+	if len(removed) > 0 {
+		s.revoke(ctx, &revocation{withdrawal: withdrawal, why: truncate("entries are deleted: " + strings.Join(removed, ", ")), actor: c.actor, match: ofEntries(removed)})
+	}
 	s.cfg.Anchor.changed(records)
 	s.reportBroken()
 	s.keepAnchor(ctx)

@@ -266,8 +266,12 @@ func (s *Server) withdraw(ctx context.Context, id, reason string, state registry
 
 	s.setClone(id, false)
 	s.metrics.evictions.WithLabelValues(action).Inc()
-	if session, ok := s.hub.get(id); ok {
+	session, connected := s.hub.get(id)
+	if connected {
 		session.evict(&nodev1.Evicted{Banned: state == registry.Banned, Reason: reason})
+	}
+	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: truncate(action + " of node " + id + ": " + reason), actor: c.actor, match: ofNode(id)})
+	if connected {
 		s.dismiss(ctx, session)
 	} else {
 		s.conns.closeAll(id)
@@ -380,9 +384,10 @@ func (a *adminService) RotateIntermediate(ctx context.Context, req *adminv1.Rota
 		s.log.ErrorContext(ctx, "intermediate cannot be replaced", "err", err)
 		return nil, fail(kindUnavailable, "the intermediate was not replaced: the CA's log says why", err)
 	}
-	order := s.orders.add(time.Now(), old, within)
-	for _, session := range s.hub.all() {
-		session.order(order)
+	if fresh.State == ca.StatePrepared {
+		s.revocations.renewWhen(fresh.ID, old, within)
+	} else {
+		s.renewFrom(old, within)
 	}
 	s.log.InfoContext(ctx, "intermediate replaced", "actor", c.actor, "authority", fresh.ID, "request_id", c.requestID)
 	return &adminv1.RotateIntermediateResponse{Authority: authorityProto(fresh)}, nil

@@ -87,20 +87,35 @@ func (s *Server) Fleet() []rotation.Node {
 // Retiring has the nodes renew what chains to a root; it is what
 // ca.Config.OnRetiring has to call.
 func (s *Server) Retiring(root string, tainted bool) {
-	rate, within := renewRate, renewWithin
+	svids, within := s.renewal(root, tainted)
+	s.renewFrom(root, within)
+	s.log.Info("renewal of what a root signed is ordered", "authority", root, "within", within, "count", svids)
+}
+
+// renewal says how many X.509-SVIDs chain to a root, or to any if it is "", and how
+// long their renewal takes.
+func (s *Server) renewal(root string, tainted bool) (svids int, within time.Duration) {
+	rate := renewRate
+	within = renewWithin
 	if tainted {
 		rate, within = renewRateTainted, renewWithinTainted
 	}
-	svids := 0
 	for _, session := range s.hub.all() {
-		svids += int(session.inForce().held[root])
+		for id, n := range session.inForce().held {
+			if root == "" || id == root {
+				svids += int(n)
+			}
+		}
 	}
-	within = min(max(within, time.Duration(svids)*time.Second/time.Duration(rate)), maxRotateWithin)
-	order := s.orders.add(time.Now(), root, within)
+	return svids, min(max(within, time.Duration(svids)*time.Second/time.Duration(rate)), maxRotateWithin)
+}
+
+// renewFrom has the nodes renew what an authority signed.
+func (s *Server) renewFrom(authority string, within time.Duration) {
+	order := s.orders.add(time.Now(), authority, within)
 	for _, session := range s.hub.all() {
 		session.order(order)
 	}
-	s.log.Info("renewal of what a root signed is ordered", "authority", root, "within", within, "count", svids)
 }
 
 // GetRotation implements adminv1.AdminServiceServer.

@@ -367,10 +367,13 @@ func (s *Server) agentIdentity(d *ledger.Durable, renewAt time.Time) *nodev1.Age
 
 // bundle returns the trust bundle of the moment.
 func (s *Server) bundle() *nodev1.Bundle {
-	roots, sequence := s.cfg.CA.Bundle()
+	roots, lists, sequence := s.cfg.CA.BundleWithLists()
 	b := &nodev1.Bundle{TrustDomain: s.cfg.TrustDomain.Name(), Sequence: sequence, Roots: make([][]byte, len(roots))}
 	for i, root := range roots {
 		b.Roots[i] = root.Raw
+	}
+	for _, l := range lists {
+		b.RevocationLists = append(b.RevocationLists, &nodev1.RevocationList{Issuer: l.Issuer, List: l.List})
 	}
 	return b
 }

@@ -65,6 +65,8 @@ func (d *downstreamService) Mint(ctx context.Context, req *downstreamv1.MintRequ
 		return nil, fail(kindInvalid, truncate(wrong.Error()), nil)
 	case errors.Is(err, ca.ErrNotRoot):
 		return nil, fail(kindConflict, ca.ErrNotRoot.Error(), nil)
+	case errors.Is(err, ca.ErrListsBelow):
+		return nil, fail(kindConflict, ca.ErrListsBelow.Error(), nil)
 	case err != nil:
 		return nil, fail(kindUnavailable, "no intermediate can be signed now", err)
 	}

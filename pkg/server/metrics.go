@@ -36,6 +36,7 @@ type metrics struct {
 	withdrawals   *prometheus.CounterVec
 	// withdrawalEffect has one observer a cause.
 	withdrawalEffect map[string]observer
+	revocationEffect observer
 }
 
 // observer observes the same value for many.
@@ -110,6 +111,13 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 		Buckets:                     []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
 		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 	}, []string{"cause"})
+	revocation := prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:                        "meshid_ca_revocation_effect_seconds",
+		Help:                        "From when something was withdrawn until a stream of a proxy had acknowledged the revocation lists with it, as the CA learned.",
+		Buckets:                     []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 300},
+		NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
+	})
+	m.revocationEffect = observer{revocation}
 	m.withdrawals = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "meshid_ca_withdrawals_total", Help: "Withdrawals that are over: complete, or incomplete if somebody was given up.",
 	}, []string{"cause", "outcome"})
@@ -158,7 +166,7 @@ func newMetrics(reg prometheus.Registerer, s *Server, methods []string) (*metric
 	for _, c := range []prometheus.Collector{
 		m.issued, m.refused, m.suppressed, m.attestations, m.renewals, m.clones, m.evictions, m.quarantines, m.entryChanges,
 		m.syncMessages, m.handshakes, m.rpcFailures, m.panics, m.batchSize, m.issueDuration,
-		m.stages, m.attesting, m.withdrawals, effect,
+		m.stages, m.attesting, m.withdrawals, effect, revocation,
 		nodesByState{s.registry},
 		m.clockJumps,
 		gauge("meshid_ca_clock_jump_seconds", "By how much the CA's clock was set, and not confirmed; 0 while it is relied on.", s.clockJump),

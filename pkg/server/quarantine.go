@@ -61,6 +61,7 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 	})
 	s.hub.wakeAll()
 	s.below.wakeAll()
+	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: q.Name() + " is quarantined: " + q.Reason, actor: c.actor, match: ofQuarantine(q)})
 	s.metrics.quarantines.WithLabelValues(quarantineAdd).Inc()
 	s.log.InfoContext(ctx, "quarantined", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
 

@@ -31,7 +31,7 @@ import (
 )
 
 // Conditions are the names of what this package reports to its health.Tracker.
-var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded, conditionSkew, conditionQuarantine}
+var Conditions = []string{conditionEntries, conditionClone, conditionStore, conditionClock, conditionUnrecorded, conditionSkew, conditionQuarantine, conditionRevocation}
 
 const (
 	// conditionEntries: some stored entries do not compile and are not in force.
@@ -46,6 +46,9 @@ const (
 	conditionStore = "node_store"
 	// conditionQuarantine: one is in force, and would be forgotten by a restart.
 	conditionQuarantine = "quarantine"
+	// conditionRevocation: something was withdrawn, and is not on the revocation
+	// lists as it should be.
+	conditionRevocation = "revocation"
 )
 
 // EntryStore keeps registration entries. Changes are durable on return, and
@@ -219,6 +222,7 @@ type Server struct {
 	bundleCh chan struct{} // capacity 1: the bundle may have changed
 
 	withdrawals withdrawals
+	revocations revocations
 
 	quarantineMu sync.Mutex // held while quarantines are changed
 	tokenMu      sync.Mutex // held while join tokens are made and withdrawn
@@ -265,6 +269,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		bundleCh:  make(chan struct{}, 1),
 		clones:    make(map[string]bool),
 	}
+	s.revocations.secondLook, s.revocations.abandonAfter = secondLook, abandonAfter
 	methods := make([]string, 0, len(cfg.Verifiers))
 	for _, v := range cfg.Verifiers {
 		if _, twice := s.verifiers[v.Method()]; twice {
@@ -362,9 +367,12 @@ func (s *Server) Run(ctx context.Context) error {
 	defer ticker.Stop()
 	clockTicker := time.NewTicker(clockInterval)
 	defer clockTicker.Stop()
+	var revoking sync.WaitGroup
+	revoking.Go(func() { s.runRevocations(ctx) })
 	for {
 		select {
 		case <-ctx.Done():
+			revoking.Wait()
 			s.hub.shutdown()
 			s.below.shutdown()
 			s.tasks.wait()

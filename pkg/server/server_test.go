@@ -39,6 +39,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/health"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/pkg/ledger"
@@ -62,6 +63,7 @@ type house struct {
 	lis     *bufconn.Listener
 	log     *identitytest.Log
 	stop    func()
+	lists   bool // from the next start on, it revokes by lists
 }
 
 func newHouse(t testing.TB, options ...func(*Config)) *house {
@@ -92,7 +94,13 @@ func (h *house) start(options ...func(*Config)) {
 	must(err)
 	var server *Server
 	h.ca, err = ca.Open(ctx, ca.Config{
-		TrustDomain: td, Instance: "test", Keys: keys.File(filepath.Join(h.dir, "keys")), Store: h.store, Ledger: h.journal,
+		TrustDomain: td, Instance: "test", Keys: keys.File(filepath.Join(h.dir, "keys")), Store: h.store, Ledger: h.journal, Revocation: h.lists,
+		Fleet: func() []rotation.Node {
+			if server == nil {
+				return nil
+			}
+			return server.Fleet()
+		},
 		Clock: func() error {
 			if server == nil || server.cfg.Clock == nil {
 				return nil
@@ -133,6 +141,13 @@ func (h *house) start(options ...func(*Config)) {
 			t.Errorf("run: %v", err)
 		}
 	})
+	if authority := h.ca; h.lists {
+		wg.Go(func() {
+			if err := authority.Run(runCtx); err != nil {
+				t.Errorf("run the authority: %v", err)
+			}
+		})
+	}
 	h.stop = sync.OnceFunc(func() {
 		cancel()
 		g.Stop()

@@ -140,11 +140,15 @@ func (s *Server) take(ctx context.Context, session *session, c *caller, msg *nod
 		session.mu.Unlock()
 		defer session.mu.Lock()
 		s.carriedOutBy(session.nodeID, m.Applied.GetRevision(), m.Applied.GetQuarantineSequence(), speaks)
+		s.listsInForce(session)
 	case *nodev1.SyncRequest_BundleAcks:
 		if err := session.force.acks(m.BundleAcks); err != nil {
 			return err
 		}
 		s.cfg.CA.FleetChanged()
+		session.mu.Unlock()
+		defer session.mu.Lock()
+		s.listsInForce(session)
 	case *nodev1.SyncRequest_InstancesEnded:
 		session.mu.Unlock()
 		defer session.mu.Lock()

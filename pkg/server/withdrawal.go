@@ -26,6 +26,7 @@ import (
 	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
 
+	"github.com/meshid/meshid/pkg/ca/rotation"
 	"github.com/meshid/meshid/pkg/server/registry"
 )
 
@@ -91,6 +92,18 @@ type withdrawal struct {
 	// Of all nodes that are not waited for any more. Those of the others are theirs.
 	streams, acknowledged, lost uint32
 	effect                      delays
+
+	// What follows is about revocation lists. revoking is set until it is known what
+	// was put on them, or while more is to come; lists are the nodes, of listNodes,
+	// whose proxies have not acknowledged sequence, which is that of the bundle with
+	// the newest of the lists.
+	revoking   bool
+	revoked    uint32
+	sequence   uint64
+	lists      map[string]bool
+	listNodes  uint32
+	notRevoked string
+	refused    delays
 }
 
 // carriedOut is how far a node is.
@@ -102,11 +115,13 @@ type carriedOut struct {
 
 // begin puts something out of force and notes its withdrawal, as one: no agent can
 // say that it has carried it out before it is waited for. change returns the
-// withdrawal's at. The agents are told afterwards.
+// withdrawal's at. The agents are told afterwards, and then revoke
+// is called.
 func (s *Server) beginWithdrawal(c *caller, cause, what string, nodes []string, change func() uint64) (id string) {
 	w := &withdrawal{
 		id: strings.ToLower(rand.Text()[:12]), cause: cause, what: cut(what, maxWithdrawn), actor: c.actor, request: c.requestID,
 		waiting: make(map[string]*carriedOut, len(nodes)), room: len(nodes), nodes: clamp(len(nodes)),
+		revoking: s.cfg.CA.RevokesByLists(),
 	}
 	for _, node := range nodes {
 		w.waiting[node] = new(carriedOut)
@@ -269,6 +284,8 @@ func (s *Server) giveUp(w *withdrawal) {
 		w.gone++
 		w.leave(node, n)
 	}
+	w.gone += clamp(len(w.lists))
+	w.lists, w.revoking = nil, false
 	s.settleWithdrawal(w)
 }
 
@@ -291,6 +308,17 @@ func (s *Server) reviewWithdrawals(now time.Time) {
 			}
 			w.gone++
 			w.leave(node, n)
+			delete(w.lists, node)
+			s.settleWithdrawal(w)
+		}
+		for node := range w.lists {
+			known, ok := s.registry.Node(node)
+			_, connected := s.hub.get(node)
+			if w.waiting[node] != nil || ok && known.State == registry.Active && (connected || known.NotAfter.After(now)) {
+				continue
+			}
+			w.gone++
+			delete(w.lists, node)
 			s.settleWithdrawal(w)
 		}
 	}
@@ -298,13 +326,13 @@ func (s *Server) reviewWithdrawals(now time.Time) {
 
 // settleWithdrawal ends a withdrawal that nobody is waited for. ws.mu is held.
 func (s *Server) settleWithdrawal(w *withdrawal) {
-	if len(w.waiting) > 0 || !w.ended.IsZero() {
+	if len(w.waiting) > 0 || w.revoking || len(w.lists) > 0 || !w.ended.IsZero() {
 		return
 	}
 	w.ended = time.Now()
 	state := w.state()
 	s.metrics.withdrawals.WithLabelValues(w.cause, state).Inc()
-	if w.nodes == 0 {
+	if w.nodes == 0 && w.revoked == 0 {
 		return // it concerned nobody
 	}
 	r := s.ownRecord(ledgerv1.Event_EVENT_WITHDRAWN)
@@ -327,7 +355,7 @@ func (w *withdrawal) state() string {
 	switch {
 	case w.ended.IsZero():
 		return withdrawalPending
-	case w.gone > 0 || w.acknowledged+w.lost < w.streams:
+	case w.gone > 0 || w.acknowledged+w.lost < w.streams || w.notRevoked != "":
 		return withdrawalIncomplete
 	default:
 		return withdrawalComplete
@@ -343,6 +371,15 @@ func (w *withdrawal) summary() string {
 	if w.acknowledged > 0 {
 		text += fmt.Sprintf("; time to effect p50 %s, p99 %s, max %s", w.effect.quantile(.5).Round(time.Millisecond), w.effect.quantile(.99).Round(time.Millisecond), w.effect.max.Round(time.Millisecond))
 	}
+	if w.revoked > 0 || w.notRevoked != "" {
+		text += fmt.Sprintf("; %d certificates revoked, in force on %d of %d nodes", w.revoked, w.listNodes-clamp(len(w.lists)), w.listNodes)
+	}
+	if w.refused.total > 0 {
+		text += fmt.Sprintf(", at the last proxy after %s", w.refused.max.Round(time.Millisecond))
+	}
+	if w.notRevoked != "" {
+		text += "; not all are on a list: " + w.notRevoked
+	}
 	return text
 }
 
@@ -351,12 +388,16 @@ func (a *adminService) ListWithdrawals(_ context.Context, req *adminv1.ListWithd
 	s := a.s
 	s.reviewWithdrawals(time.Now())
 	resp := new(adminv1.ListWithdrawalsResponse)
+	var fleet []rotation.Node
+	if s.cfg.CA.RevokesByLists() {
+		fleet = s.Fleet()
+	}
 	ws := &s.withdrawals
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	for _, w := range slices.Backward(ws.all) {
 		if req.GetId() == "" || req.GetId() == w.id {
-			resp.Withdrawals = append(resp.Withdrawals, s.withdrawalProto(w))
+			resp.Withdrawals = append(resp.Withdrawals, s.withdrawalProto(w, fleet))
 		}
 	}
 	if req.GetId() != "" && len(resp.GetWithdrawals()) == 0 {
@@ -367,14 +408,18 @@ func (a *adminService) ListWithdrawals(_ context.Context, req *adminv1.ListWithd
 }
 
 // withdrawalProto describes a withdrawal. ws.mu is held.
-func (s *Server) withdrawalProto(w *withdrawal) *adminv1.Withdrawal {
+func (s *Server) withdrawalProto(w *withdrawal, fleet []rotation.Node) *adminv1.Withdrawal {
 	p := &adminv1.Withdrawal{
 		Id: w.id, Cause: w.cause, What: w.what, Began: timestamppb.New(w.began), State: w.state(),
 		Nodes: w.nodes, NodesApplied: w.applied, NodesSilent: w.silent, NodesGone: w.gone,
 		Streams: w.streams, StreamsAcknowledged: w.acknowledged, StreamsEnded: w.lost,
+		Revoked: w.revoked, RevocationNodes: w.listNodes, RevocationNodesInForce: w.listNodes - clamp(len(w.lists)), NotRevoked: w.notRevoked,
 	}
 	if !w.ended.IsZero() {
 		p.Ended = timestamppb.New(w.ended)
+	}
+	if w.refused.total > 0 {
+		p.RevocationEffect = durationpb.New(w.refused.max)
 	}
 	for node, n := range w.waiting {
 		if n.applied {
@@ -382,6 +427,11 @@ func (s *Server) withdrawalProto(w *withdrawal) *adminv1.Withdrawal {
 		}
 		p.Streams, p.StreamsAcknowledged, p.StreamsEnded = p.GetStreams()+n.streams, p.GetStreamsAcknowledged()+n.acknowledged, p.GetStreamsEnded()+n.lost
 		p.Laggards = append(p.Laggards, s.withdrawalLaggards(w, node, n)...)
+	}
+	for _, n := range fleet {
+		if w.lists[n.ID] && w.waiting[n.ID] == nil {
+			p.Laggards = append(p.Laggards, s.listLaggards(w, n)...)
+		}
 	}
 	slices.SortFunc(p.GetLaggards(), func(a, b *adminv1.Laggard) int {
 		if c := a.GetSince().AsTime().Compare(b.GetSince().AsTime()); c != 0 {
@@ -394,6 +444,15 @@ func (s *Server) withdrawalProto(w *withdrawal) *adminv1.Withdrawal {
 		p.P50, p.P99, p.Max = durationpb.New(w.effect.quantile(.5)), durationpb.New(w.effect.quantile(.99)), durationpb.New(w.effect.max)
 	}
 	return p
+}
+
+// listLaggards names what of a node goes by older revocation lists.
+func (s *Server) listLaggards(w *withdrawal, n rotation.Node) []*adminv1.Laggard {
+	lagging := new(carriedOut)
+	for _, l := range n.Laggards {
+		lagging.laggards = append(lagging.laggards, &nodev1.Laggard{Name: l.Name})
+	}
+	return s.withdrawalLaggards(w, n.ID, lagging)
 }
 
 // withdrawalLaggards names what of a node is waited for.
