@@ -29,6 +29,7 @@ happens by itself, well before a root ends; these commands are for the other day
 	}
 	c.add(cmd)
 	cmd.AddCommand(newAuthorityInit(), newAuthorityList(c), newAuthorityRotate(c))
+	cmd.AddCommand(newApprovalCommands(c)...)
 	cmd.AddCommand(newRotationCommands(c)...)
 	return cmd
 }

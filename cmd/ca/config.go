@@ -84,6 +84,10 @@ type settings struct {
 		// Have intermediates below this CA's own root permit URIs of the trust domain only.
 		// Verifiers that do not know such constraints, rustls among them, refuse them.
 		NameConstraints bool `yaml:"name_constraints" default:"false"`
+		// Have commands that change roots, such as ca authority rotate root, wait until
+		// somebody else has approved them. What the CA does by itself needs nobody. See
+		// docs/rotation.md.
+		TwoPersons bool `yaml:"two_persons" default:"false"`
 		// What is in the names of new roots and intermediates.
 		Subject subjectSettings `yaml:"subject"`
 	} `yaml:"authority"`

@@ -105,11 +105,16 @@ func getRotation(ctx context.Context, c *clientFlags) (*adminv1.Rotation, error)
 	return answer.GetRotation(), err
 }
 
+// changeTimeout bounds a change of roots: an upstream CA may take its time.
+const changeTimeout = 3 * time.Minute
+
 func changeRotation(ctx context.Context, c *clientFlags, verb, root string, override bool) (*adminv1.Rotation, error) {
-	// An upstream CA may take its time.
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, changeTimeout)
 	defer cancel()
 	answer, err := call(ctx, c, adminv1.AdminServiceClient.ChangeRotation, &adminv1.ChangeRotationRequest{Verb: verb, Root: root, Override: override})
+	if h := answer.GetHeld(); h != nil {
+		return nil, notDoneYet(h)
+	}
 	return answer.GetRotation(), err
 }
 

@@ -42,6 +42,9 @@ const (
 	// roleAdmin: root or the CA's own user on the Unix socket, or an X.509-SVID
 	// whose SPIFFE ID is that of an entry marked admin.
 	roleAdmin
+	// roleTwoAdmins: an admin, and with Config.TwoPersons a second one who approves
+	// before it is done.
+	roleTwoAdmins
 )
 
 // methods is the authorization table: what is not in it is refused.
@@ -74,7 +77,10 @@ var methods = map[string]role{
 	adminv1.AdminService_ListAuthorities_FullMethodName:    roleAdmin,
 	adminv1.AdminService_RotateIntermediate_FullMethodName: roleAdmin,
 	adminv1.AdminService_GetRotation_FullMethodName:        roleAdmin,
-	adminv1.AdminService_ChangeRotation_FullMethodName:     roleAdmin,
+	adminv1.AdminService_ChangeRotation_FullMethodName:     roleTwoAdmins,
+	adminv1.AdminService_ListRootChanges_FullMethodName:    roleAdmin,
+	adminv1.AdminService_ApproveRootChange_FullMethodName:  roleAdmin,
+	adminv1.AdminService_RejectRootChange_FullMethodName:   roleAdmin,
 	adminv1.AdminService_RenewSVIDs_FullMethodName:         roleAdmin,
 	adminv1.AdminService_ConfirmClock_FullMethodName:       roleAdmin,
 	adminv1.AdminService_GetStatus_FullMethodName:          roleAdmin,
@@ -133,6 +139,9 @@ func (s *Server) authorize(ctx context.Context, method string) (*caller, error) 
 	need, known := methods[method]
 	if !known {
 		return c, fail(kindDenied, "permission denied", errors.New("method is not in the authorization table"))
+	}
+	if need == roleTwoAdmins {
+		need = roleAdmin // of whom the first calls; hold sees to the second
 	}
 	switch info := p.AuthInfo.(type) {
 	case *tlsInfo:
@@ -242,6 +251,9 @@ func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnarySe
 		s.recordDenied(ctx, c, info.FullMethod, err)
 		return nil, err
 	}
+	if s.takesTwo(info.FullMethod, req) {
+		handler = s.hold
+	}
 	resp, err = handler(context.WithValue(ctx, callerKey{}, c), req)
 	if err != nil && changes(info.FullMethod, req) {
 		s.recordFailed(ctx, c, info.FullMethod, err)
@@ -276,6 +288,8 @@ func changes(method string, req any) bool {
 		adminv1.AdminService_LiftQuarantine_FullMethodName,
 		adminv1.AdminService_RotateIntermediate_FullMethodName,
 		adminv1.AdminService_ChangeRotation_FullMethodName,
+		adminv1.AdminService_ApproveRootChange_FullMethodName,
+		adminv1.AdminService_RejectRootChange_FullMethodName,
 		adminv1.AdminService_RenewSVIDs_FullMethodName,
 		downstreamv1.DownstreamService_Mint_FullMethodName:
 		return true
@@ -307,6 +321,9 @@ func (s *Server) recordDenied(ctx context.Context, c *caller, method string, err
 // with the request is not repeated, since it quotes the request, in which a person
 // may have put anything: the caller was told.
 func (s *Server) recordFailed(ctx context.Context, c *caller, method string, err error) {
+	if c.recorded {
+		return
+	}
 	r := s.callRecord(c, method, err)
 	r.Detail = "nothing was changed"
 	if r.GetOutcome() == ledgerv1.Outcome_OUTCOME_ERROR {

@@ -128,6 +128,8 @@ type Config struct {
 	// DefaultTTL is what an entry without a ttl gets; it is used to work out
 	// the outage budget only. Default 1 h.
 	DefaultTTL time.Duration
+	// TwoPersons has what changes roots done only when a second person has approved it.
+	TwoPersons bool
 	// Clock watches the clock; nil means that nobody does. It is the same that the
 	// CA asks.
 	Clock      *clock.Guard
@@ -223,6 +225,7 @@ type Server struct {
 
 	withdrawals withdrawals
 	revocations revocations
+	held        held
 
 	quarantineMu sync.Mutex // held while quarantines are changed
 	tokenMu      sync.Mutex // held while join tokens are made and withdrawn

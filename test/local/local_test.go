@@ -2,10 +2,12 @@ package local
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -65,6 +67,51 @@ func TestFromNothingToAnIdentity(t *testing.T) {
 	}
 	if err := syscall.Kill(a.PID(), 0); err == nil {
 		t.Error("the agent is still there")
+	}
+}
+
+// Where two persons have to agree, one at the CA's machine asks for another root, and
+// one with an admin's identity approves it.
+func TestV_J7_TwoPersonsRotateTheRoot(t *testing.T) {
+	require.Root(t)
+	ca := StartCA(t, CAOptions{Config: "authority: {two_persons: true}\n"})
+	ca.Apply(t, `
+- {name: operator, spiffe_id: 'spiffe://example.org/operator', workloads: unix.uid == 0, admin: true}
+`)
+	a := ca.StartAgent(t, "web-1", AgentOptions{})
+	remote := func(args ...string) (string, error) {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(Binaries(t), "ca"), append(args, "--ca", ca.Listen)...)
+		cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+a.Address())
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	_, err := ca.Command(t, "authority", "rotate", "root", "--wait")
+	if err == nil || !strings.Contains(err.Error(), "exit status 3: not done yet") {
+		t.Fatalf("one person: %v", err)
+	}
+	id := regexp.MustCompile("ca authority approve ([0-9a-f]{16})").FindStringSubmatch(err.Error())
+	if id == nil {
+		t.Fatal(err)
+	}
+	if _, err := ca.Command(t, "authority", "approve", id[1]); err == nil || !strings.Contains(err.Error(), "somebody else") {
+		t.Errorf("the same person: %v", err)
+	}
+	if out, err := remote("authority", "pending"); err != nil || !strings.Contains(out, id[1]+"  uid:0 ") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	if out, err := remote("authority", "approve", id[1]); err != nil || !strings.Contains(out, "approved and begun: rotate: ") {
+		t.Fatalf("another person: %v\n%s", err, out)
+	}
+	Await(t, "wait for the next root", func(context.Context) error {
+		out, err := ca.Command(t, "authority", "show")
+		if err == nil && (!strings.Contains(out, " active ") || !strings.Contains(out, " retiring ")) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	if out := ca.MustCommand(t, "ledger", "find", "--event", "approval", "-o", "jsonl"); !strings.Contains(out, `"reason":"approved"`) || !strings.Contains(out, "asked for by uid:0") ||
+		!strings.Contains(out, `"actor":"spiffe://example.org/operator"`) {
+		t.Error(out)
 	}
 }
 

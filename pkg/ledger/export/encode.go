@@ -197,6 +197,7 @@ var titles = map[ledgerv1.Event]string{
 	ledgerv1.Event_EVENT_STORE_EDITED:    "Disbelieve database",
 	ledgerv1.Event_EVENT_WITHDRAWN:       "Complete withdrawal",
 	ledgerv1.Event_EVENT_REVOKED:         "Revoke certificate",
+	ledgerv1.Event_EVENT_APPROVAL:        "Agree on change of roots",
 }
 
 // Title names what a record is about for people; it holds nothing of the record's.

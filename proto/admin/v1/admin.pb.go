@@ -2730,8 +2730,10 @@ func (x *ChangeRotationRequest) GetOverride() bool {
 }
 
 type ChangeRotationResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Rotation      *Rotation              `protobuf:"bytes,1,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Rotation *Rotation              `protobuf:"bytes,1,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	// Set if nothing was changed yet: a second person has to approve it.
+	Held          *RootChange `protobuf:"bytes,2,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2773,6 +2775,366 @@ func (x *ChangeRotationResponse) GetRotation() *Rotation {
 	return nil
 }
 
+func (x *ChangeRotationResponse) GetHeld() *RootChange {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+// RootChange is a change of roots that waits for a second person.
+type RootChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// What would be done, for a person; change is what will be.
+	What   string                 `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
+	Change *ChangeRotationRequest `protobuf:"bytes,3,opt,name=change,proto3" json:"change,omitempty"`
+	// Who asked for it: "uid:0", or a SPIFFE ID.
+	Actor         string                 `protobuf:"bytes,4,opt,name=actor,proto3" json:"actor,omitempty"`
+	RequestedAt   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=requested_at,json=requestedAt,proto3" json:"requested_at,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootChange) Reset() {
+	*x = RootChange{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootChange) ProtoMessage() {}
+
+func (x *RootChange) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootChange.ProtoReflect.Descriptor instead.
+func (*RootChange) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *RootChange) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RootChange) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *RootChange) GetChange() *ChangeRotationRequest {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *RootChange) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *RootChange) GetRequestedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RequestedAt
+	}
+	return nil
+}
+
+func (x *RootChange) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+type ListRootChangesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRootChangesRequest) Reset() {
+	*x = ListRootChangesRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRootChangesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRootChangesRequest) ProtoMessage() {}
+
+func (x *ListRootChangesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRootChangesRequest.ProtoReflect.Descriptor instead.
+func (*ListRootChangesRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+}
+
+type ListRootChangesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Changes       []*RootChange `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRootChangesResponse) Reset() {
+	*x = ListRootChangesResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRootChangesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRootChangesResponse) ProtoMessage() {}
+
+func (x *ListRootChangesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRootChangesResponse.ProtoReflect.Descriptor instead.
+func (*ListRootChangesResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ListRootChangesResponse) GetChanges() []*RootChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type ApproveRootChangeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveRootChangeRequest) Reset() {
+	*x = ApproveRootChangeRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveRootChangeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveRootChangeRequest) ProtoMessage() {}
+
+func (x *ApproveRootChangeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveRootChangeRequest.ProtoReflect.Descriptor instead.
+func (*ApproveRootChangeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *ApproveRootChangeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ApproveRootChangeResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Change *RootChange            `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
+	// How far the roots are with it.
+	Rotation      *Rotation `protobuf:"bytes,2,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveRootChangeResponse) Reset() {
+	*x = ApproveRootChangeResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveRootChangeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveRootChangeResponse) ProtoMessage() {}
+
+func (x *ApproveRootChangeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveRootChangeResponse.ProtoReflect.Descriptor instead.
+func (*ApproveRootChangeResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *ApproveRootChangeResponse) GetChange() *RootChange {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
+func (x *ApproveRootChangeResponse) GetRotation() *Rotation {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
+type RejectRootChangeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejectRootChangeRequest) Reset() {
+	*x = RejectRootChangeRequest{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejectRootChangeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejectRootChangeRequest) ProtoMessage() {}
+
+func (x *RejectRootChangeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejectRootChangeRequest.ProtoReflect.Descriptor instead.
+func (*RejectRootChangeRequest) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *RejectRootChangeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RejectRootChangeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Change        *RootChange            `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejectRootChangeResponse) Reset() {
+	*x = RejectRootChangeResponse{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejectRootChangeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejectRootChangeResponse) ProtoMessage() {}
+
+func (x *RejectRootChangeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejectRootChangeResponse.ProtoReflect.Descriptor instead.
+func (*RejectRootChangeResponse) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *RejectRootChangeResponse) GetChange() *RootChange {
+	if x != nil {
+		return x.Change
+	}
+	return nil
+}
+
 // Rotation is what is known of the roots at one moment.
 type Rotation struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -2795,7 +3157,7 @@ type Rotation struct {
 
 func (x *Rotation) Reset() {
 	*x = Rotation{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +3169,7 @@ func (x *Rotation) String() string {
 func (*Rotation) ProtoMessage() {}
 
 func (x *Rotation) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +3182,7 @@ func (x *Rotation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
 func (*Rotation) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Rotation) GetRoots() []*Root {
@@ -2910,7 +3272,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2922,7 +3284,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2935,7 +3297,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Root) GetId() string {
@@ -3019,7 +3381,7 @@ type Laggard struct {
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3031,7 +3393,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3044,7 +3406,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Laggard) GetNodeId() string {
@@ -3098,7 +3460,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3110,7 +3472,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3123,7 +3485,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -3142,7 +3504,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3154,7 +3516,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3167,7 +3529,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -3185,7 +3547,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3197,7 +3559,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3210,7 +3572,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 type GetStatusResponse struct {
@@ -3236,7 +3598,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3248,7 +3610,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3261,7 +3623,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -3376,7 +3738,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3388,7 +3750,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3401,7 +3763,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Condition) GetName() string {
@@ -3445,7 +3807,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3819,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3519,7 +3881,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3531,7 +3893,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3610,7 +3972,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3622,7 +3984,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3895,9 +4257,31 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x15ChangeRotationRequest\x12\x12\n" +
 	"\x04verb\x18\x01 \x01(\tR\x04verb\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1a\n" +
-	"\boverride\x18\x03 \x01(\bR\boverride\"O\n" +
+	"\boverride\x18\x03 \x01(\bR\boverride\"\x80\x01\n" +
 	"\x16ChangeRotationResponse\x125\n" +
-	"\brotation\x18\x01 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\"\xd0\x02\n" +
+	"\brotation\x18\x01 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\x12/\n" +
+	"\x04held\x18\x02 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x04held\"\x80\x02\n" +
+	"\n" +
+	"RootChange\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12>\n" +
+	"\x06change\x18\x03 \x01(\v2&.meshid.admin.v1.ChangeRotationRequestR\x06change\x12\x14\n" +
+	"\x05actor\x18\x04 \x01(\tR\x05actor\x12=\n" +
+	"\frequested_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\vrequestedAt\x129\n" +
+	"\n" +
+	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x18\n" +
+	"\x16ListRootChangesRequest\"P\n" +
+	"\x17ListRootChangesResponse\x125\n" +
+	"\achanges\x18\x01 \x03(\v2\x1b.meshid.admin.v1.RootChangeR\achanges\"*\n" +
+	"\x18ApproveRootChangeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x87\x01\n" +
+	"\x19ApproveRootChangeResponse\x123\n" +
+	"\x06change\x18\x01 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x06change\x125\n" +
+	"\brotation\x18\x02 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\")\n" +
+	"\x17RejectRootChangeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"O\n" +
+	"\x18RejectRootChangeResponse\x123\n" +
+	"\x06change\x18\x01 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x06change\"\xd0\x02\n" +
 	"\bRotation\x12+\n" +
 	"\x05roots\x18\x01 \x03(\v2\x15.meshid.admin.v1.RootR\x05roots\x12'\n" +
 	"\x0fbundle_sequence\x18\x02 \x01(\x04R\x0ebundleSequence\x12\x16\n" +
@@ -3954,7 +4338,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\bseverity\x18\x02 \x01(\tR\bseverity\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x120\n" +
-	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\x9f\x11\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since2\xda\x13\n" +
 	"\fAdminService\x12[\n" +
 	"\fApplyEntries\x12$.meshid.admin.v1.ApplyEntriesRequest\x1a%.meshid.admin.v1.ApplyEntriesResponse\x12^\n" +
 	"\rDeleteEntries\x12%.meshid.admin.v1.DeleteEntriesRequest\x1a&.meshid.admin.v1.DeleteEntriesResponse\x12X\n" +
@@ -3977,7 +4361,10 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x0fListAuthorities\x12'.meshid.admin.v1.ListAuthoritiesRequest\x1a(.meshid.admin.v1.ListAuthoritiesResponse\x12m\n" +
 	"\x12RotateIntermediate\x12*.meshid.admin.v1.RotateIntermediateRequest\x1a+.meshid.admin.v1.RotateIntermediateResponse\x12X\n" +
 	"\vGetRotation\x12#.meshid.admin.v1.GetRotationRequest\x1a$.meshid.admin.v1.GetRotationResponse\x12a\n" +
-	"\x0eChangeRotation\x12&.meshid.admin.v1.ChangeRotationRequest\x1a'.meshid.admin.v1.ChangeRotationResponse\x12U\n" +
+	"\x0eChangeRotation\x12&.meshid.admin.v1.ChangeRotationRequest\x1a'.meshid.admin.v1.ChangeRotationResponse\x12d\n" +
+	"\x0fListRootChanges\x12'.meshid.admin.v1.ListRootChangesRequest\x1a(.meshid.admin.v1.ListRootChangesResponse\x12j\n" +
+	"\x11ApproveRootChange\x12).meshid.admin.v1.ApproveRootChangeRequest\x1a*.meshid.admin.v1.ApproveRootChangeResponse\x12g\n" +
+	"\x10RejectRootChange\x12(.meshid.admin.v1.RejectRootChangeRequest\x1a).meshid.admin.v1.RejectRootChangeResponse\x12U\n" +
 	"\n" +
 	"RenewSVIDs\x12\".meshid.admin.v1.RenewSVIDsRequest\x1a#.meshid.admin.v1.RenewSVIDsResponse\x12[\n" +
 	"\fConfirmClock\x12$.meshid.admin.v1.ConfirmClockRequest\x1a%.meshid.admin.v1.ConfirmClockResponse\x12R\n" +
@@ -3995,7 +4382,7 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
 	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
@@ -4045,133 +4432,154 @@ var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*GetRotationResponse)(nil),         // 45: meshid.admin.v1.GetRotationResponse
 	(*ChangeRotationRequest)(nil),       // 46: meshid.admin.v1.ChangeRotationRequest
 	(*ChangeRotationResponse)(nil),      // 47: meshid.admin.v1.ChangeRotationResponse
-	(*Rotation)(nil),                    // 48: meshid.admin.v1.Rotation
-	(*Root)(nil),                        // 49: meshid.admin.v1.Root
-	(*Laggard)(nil),                     // 50: meshid.admin.v1.Laggard
-	(*RenewSVIDsRequest)(nil),           // 51: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 52: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 53: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 54: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 55: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 56: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 57: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 58: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 59: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 60: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 61: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 62: google.protobuf.Duration
-	(*v1.Entry)(nil),                    // 63: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 64: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 65: meshid.attributes.v1.Workload
+	(*RootChange)(nil),                  // 48: meshid.admin.v1.RootChange
+	(*ListRootChangesRequest)(nil),      // 49: meshid.admin.v1.ListRootChangesRequest
+	(*ListRootChangesResponse)(nil),     // 50: meshid.admin.v1.ListRootChangesResponse
+	(*ApproveRootChangeRequest)(nil),    // 51: meshid.admin.v1.ApproveRootChangeRequest
+	(*ApproveRootChangeResponse)(nil),   // 52: meshid.admin.v1.ApproveRootChangeResponse
+	(*RejectRootChangeRequest)(nil),     // 53: meshid.admin.v1.RejectRootChangeRequest
+	(*RejectRootChangeResponse)(nil),    // 54: meshid.admin.v1.RejectRootChangeResponse
+	(*Rotation)(nil),                    // 55: meshid.admin.v1.Rotation
+	(*Root)(nil),                        // 56: meshid.admin.v1.Root
+	(*Laggard)(nil),                     // 57: meshid.admin.v1.Laggard
+	(*RenewSVIDsRequest)(nil),           // 58: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 59: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 60: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 61: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 62: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 63: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 64: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 65: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 66: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 67: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 68: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 69: google.protobuf.Duration
+	(*v1.Entry)(nil),                    // 70: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 71: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 72: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	61, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
-	62, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
-	63, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	56, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	63, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	64, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	65, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	57, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	64, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	65, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	62, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	58, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	61, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	59, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	64, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	61, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	61, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	62, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	68, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	69, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	70, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	63, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	70, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	71, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	72, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	64, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	71, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	72, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	69, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	65, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	68, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	66, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	71, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	68, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	68, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	69, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
 	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	61, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
+	68, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
 	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 21: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 22: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
 	36, // 23: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
-	61, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
-	61, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
-	62, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
-	62, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
-	62, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
-	50, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
-	62, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
-	61, // 31: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	61, // 32: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	68, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
+	68, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
+	69, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
+	69, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
+	69, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
+	57, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
+	69, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
+	68, // 31: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	68, // 32: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
 	40, // 33: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	62, // 34: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	69, // 34: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
 	40, // 35: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	48, // 36: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	48, // 37: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 38: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	50, // 39: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	61, // 40: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	61, // 41: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	61, // 42: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	61, // 43: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	61, // 44: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	62, // 45: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	61, // 46: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	55, // 47: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	62, // 48: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	61, // 49: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	63, // 50: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	63, // 51: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	61, // 52: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	60, // 53: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 54: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 55: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 56: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 57: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 58: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 59: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 60: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 61: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 62: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 63: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 64: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 65: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 66: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 67: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 68: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 69: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
-	37, // 70: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	39, // 71: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	42, // 72: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	44, // 73: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	46, // 74: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	51, // 75: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 76: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	53, // 77: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 78: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 79: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 80: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 81: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 82: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 83: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 84: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 85: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 86: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 87: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 88: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 89: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 90: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 91: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 92: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 93: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
-	38, // 94: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	41, // 95: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	43, // 96: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	45, // 97: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	47, // 98: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	52, // 99: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 100: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	54, // 101: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	78, // [78:102] is the sub-list for method output_type
-	54, // [54:78] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	55, // 36: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	55, // 37: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	48, // 38: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
+	46, // 39: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
+	68, // 40: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
+	68, // 41: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
+	48, // 42: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
+	48, // 43: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	55, // 44: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	48, // 45: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	56, // 46: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	57, // 47: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	68, // 48: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	68, // 49: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	68, // 50: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	68, // 51: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	68, // 52: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	69, // 53: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	68, // 54: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	62, // 55: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	69, // 56: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	68, // 57: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	70, // 58: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	70, // 59: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	68, // 60: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	67, // 61: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 62: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 63: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 64: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 65: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 66: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 67: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 68: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 69: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 70: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 71: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 72: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 73: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 74: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 75: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 76: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 77: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 78: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 79: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	42, // 80: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	44, // 81: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	46, // 82: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	49, // 83: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
+	51, // 84: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
+	53, // 85: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
+	58, // 86: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 87: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	60, // 88: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 89: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 90: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 91: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 92: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 93: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 94: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 95: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 96: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 97: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 98: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 99: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 100: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 101: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 102: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 103: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 104: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 105: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 106: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	43, // 107: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	45, // 108: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	47, // 109: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	50, // 110: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
+	52, // 111: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
+	54, // 112: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
+	59, // 113: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 114: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	61, // 115: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	89, // [89:116] is the sub-list for method output_type
+	62, // [62:89] is the sub-list for method input_type
+	62, // [62:62] is the sub-list for extension type_name
+	62, // [62:62] is the sub-list for extension extendee
+	0,  // [0:62] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -4191,7 +4599,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   61,
+			NumMessages:   68,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

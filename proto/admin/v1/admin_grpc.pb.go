@@ -42,6 +42,9 @@ const (
 	AdminService_RotateIntermediate_FullMethodName = "/meshid.admin.v1.AdminService/RotateIntermediate"
 	AdminService_GetRotation_FullMethodName        = "/meshid.admin.v1.AdminService/GetRotation"
 	AdminService_ChangeRotation_FullMethodName     = "/meshid.admin.v1.AdminService/ChangeRotation"
+	AdminService_ListRootChanges_FullMethodName    = "/meshid.admin.v1.AdminService/ListRootChanges"
+	AdminService_ApproveRootChange_FullMethodName  = "/meshid.admin.v1.AdminService/ApproveRootChange"
+	AdminService_RejectRootChange_FullMethodName   = "/meshid.admin.v1.AdminService/RejectRootChange"
 	AdminService_RenewSVIDs_FullMethodName         = "/meshid.admin.v1.AdminService/RenewSVIDs"
 	AdminService_ConfirmClock_FullMethodName       = "/meshid.admin.v1.AdminService/ConfirmClock"
 	AdminService_GetStatus_FullMethodName          = "/meshid.admin.v1.AdminService/GetStatus"
@@ -88,6 +91,13 @@ type AdminServiceClient interface {
 	// ChangeRotation has a root take its next step. What would cut somebody off is
 	// refused, with the reason.
 	ChangeRotation(ctx context.Context, in *ChangeRotationRequest, opts ...grpc.CallOption) (*ChangeRotationResponse, error)
+	// ListRootChanges says which changes of roots wait for a second person.
+	ListRootChanges(ctx context.Context, in *ListRootChangesRequest, opts ...grpc.CallOption) (*ListRootChangesResponse, error)
+	// ApproveRootChange carries out what somebody else has asked for, exactly as asked,
+	// and once.
+	ApproveRootChange(ctx context.Context, in *ApproveRootChangeRequest, opts ...grpc.CallOption) (*ApproveRootChangeResponse, error)
+	// RejectRootChange forgets a change, whoever asked for it.
+	RejectRootChange(ctx context.Context, in *RejectRootChangeRequest, opts ...grpc.CallOption) (*RejectRootChangeResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(ctx context.Context, in *RenewSVIDsRequest, opts ...grpc.CallOption) (*RenewSVIDsResponse, error)
 	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
@@ -314,6 +324,36 @@ func (c *adminServiceClient) ChangeRotation(ctx context.Context, in *ChangeRotat
 	return out, nil
 }
 
+func (c *adminServiceClient) ListRootChanges(ctx context.Context, in *ListRootChangesRequest, opts ...grpc.CallOption) (*ListRootChangesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListRootChangesResponse)
+	err := c.cc.Invoke(ctx, AdminService_ListRootChanges_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ApproveRootChange(ctx context.Context, in *ApproveRootChangeRequest, opts ...grpc.CallOption) (*ApproveRootChangeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ApproveRootChangeResponse)
+	err := c.cc.Invoke(ctx, AdminService_ApproveRootChange_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) RejectRootChange(ctx context.Context, in *RejectRootChangeRequest, opts ...grpc.CallOption) (*RejectRootChangeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RejectRootChangeResponse)
+	err := c.cc.Invoke(ctx, AdminService_RejectRootChange_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminServiceClient) RenewSVIDs(ctx context.Context, in *RenewSVIDsRequest, opts ...grpc.CallOption) (*RenewSVIDsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RenewSVIDsResponse)
@@ -385,6 +425,13 @@ type AdminServiceServer interface {
 	// ChangeRotation has a root take its next step. What would cut somebody off is
 	// refused, with the reason.
 	ChangeRotation(context.Context, *ChangeRotationRequest) (*ChangeRotationResponse, error)
+	// ListRootChanges says which changes of roots wait for a second person.
+	ListRootChanges(context.Context, *ListRootChangesRequest) (*ListRootChangesResponse, error)
+	// ApproveRootChange carries out what somebody else has asked for, exactly as asked,
+	// and once.
+	ApproveRootChange(context.Context, *ApproveRootChangeRequest) (*ApproveRootChangeResponse, error)
+	// RejectRootChange forgets a change, whoever asked for it.
+	RejectRootChange(context.Context, *RejectRootChangeRequest) (*RejectRootChangeResponse, error)
 	// RenewSVIDs has the agents renew every X.509-SVID now.
 	RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error)
 	// ConfirmClock says that the CA's clock, which was set, is right now. Until then
@@ -463,6 +510,15 @@ func (UnimplementedAdminServiceServer) GetRotation(context.Context, *GetRotation
 }
 func (UnimplementedAdminServiceServer) ChangeRotation(context.Context, *ChangeRotationRequest) (*ChangeRotationResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ChangeRotation not implemented")
+}
+func (UnimplementedAdminServiceServer) ListRootChanges(context.Context, *ListRootChangesRequest) (*ListRootChangesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListRootChanges not implemented")
+}
+func (UnimplementedAdminServiceServer) ApproveRootChange(context.Context, *ApproveRootChangeRequest) (*ApproveRootChangeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ApproveRootChange not implemented")
+}
+func (UnimplementedAdminServiceServer) RejectRootChange(context.Context, *RejectRootChangeRequest) (*RejectRootChangeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RejectRootChange not implemented")
 }
 func (UnimplementedAdminServiceServer) RenewSVIDs(context.Context, *RenewSVIDsRequest) (*RenewSVIDsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenewSVIDs not implemented")
@@ -872,6 +928,60 @@ func _AdminService_ChangeRotation_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_ListRootChanges_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRootChangesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ListRootChanges(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ListRootChanges_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ListRootChanges(ctx, req.(*ListRootChangesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ApproveRootChange_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ApproveRootChangeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ApproveRootChange(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ApproveRootChange_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ApproveRootChange(ctx, req.(*ApproveRootChangeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_RejectRootChange_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RejectRootChangeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).RejectRootChange(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_RejectRootChange_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).RejectRootChange(ctx, req.(*RejectRootChangeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _AdminService_RenewSVIDs_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RenewSVIDsRequest)
 	if err := dec(in); err != nil {
@@ -1016,6 +1126,18 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ChangeRotation",
 			Handler:    _AdminService_ChangeRotation_Handler,
+		},
+		{
+			MethodName: "ListRootChanges",
+			Handler:    _AdminService_ListRootChanges_Handler,
+		},
+		{
+			MethodName: "ApproveRootChange",
+			Handler:    _AdminService_ApproveRootChange_Handler,
+		},
+		{
+			MethodName: "RejectRootChange",
+			Handler:    _AdminService_RejectRootChange_Handler,
 		},
 		{
 			MethodName: "RenewSVIDs",

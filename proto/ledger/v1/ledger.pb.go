@@ -102,6 +102,11 @@ const (
 	// gone. Detail says how many and how fast, took how long the last one took. With
 	// the outcome error, some are no longer waited for that had not.
 	Event_EVENT_WITHDRAWN Event = 27
+	// Two persons have to agree on a change of roots: it was asked for (reason
+	// "requested"), and carried out ("approved") or not ("rejected") by order of the
+	// actor. Detail has its id, who asked for it, and what it is. Refused with the reason
+	// "own_request": who asked for it wanted to approve it as well.
+	Event_EVENT_APPROVAL Event = 28
 )
 
 // Enum value maps for Event.
@@ -135,6 +140,7 @@ var (
 		25: "EVENT_STORE_ACCEPTED",
 		26: "EVENT_STORE_EDITED",
 		27: "EVENT_WITHDRAWN",
+		28: "EVENT_APPROVAL",
 	}
 	Event_value = map[string]int32{
 		"EVENT_UNSPECIFIED":     0,
@@ -165,6 +171,7 @@ var (
 		"EVENT_STORE_ACCEPTED":  25,
 		"EVENT_STORE_EDITED":    26,
 		"EVENT_WITHDRAWN":       27,
+		"EVENT_APPROVAL":        28,
 	}
 )
 
@@ -1836,7 +1843,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bplatform\x18\x01 \x01(\tR\bplatform\x12\x18\n" +
 	"\averdict\x18\x02 \x01(\tR\averdict\x12\x16\n" +
 	"\x06detail\x18\x03 \x01(\tR\x06detail\x12/\n" +
-	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xdd\x04\n" +
+	"\x05as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf*\xf1\x04\n" +
 	"\x05Event\x12\x15\n" +
 	"\x11EVENT_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vEVENT_ISSUE\x10\x01\x12\x10\n" +
@@ -1866,7 +1873,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\rEVENT_SIGN_IN\x10\x18\x12\x18\n" +
 	"\x14EVENT_STORE_ACCEPTED\x10\x19\x12\x16\n" +
 	"\x12EVENT_STORE_EDITED\x10\x1a\x12\x13\n" +
-	"\x0fEVENT_WITHDRAWN\x10\x1b*_\n" +
+	"\x0fEVENT_WITHDRAWN\x10\x1b\x12\x12\n" +
+	"\x0eEVENT_APPROVAL\x10\x1c*_\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fOUTCOME_SUCCESS\x10\x01\x12\x13\n" +

@@ -86,6 +86,7 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_STORE_EDITED:    {entityManagement, update},
 	ledgerv1.Event_EVENT_WITHDRAWN:       {entityManagement, deactive},
 	ledgerv1.Event_EVENT_REVOKED:         {entityManagement, deactive},
+	ledgerv1.Event_EVENT_APPROVAL:        {apiActivity, other},
 }
 
 // authorityActivities are those of an authority's states.
