@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -38,6 +39,32 @@ type RootWatcher interface {
 	// change, until ctx ends or changed returns an error, which it then returns.
 	// If the connection is lost, it returns an error and is called again.
 	WatchRoots(ctx context.Context, changed func(roots []*x509.Certificate) error) error
+}
+
+// LookForRoots is WatchRoots for a CA that does not tell of changes: look is called at
+// once, and again when next has passed. What look returns beside an error is told before
+// that ends it; nil roots are those from before.
+func LookForRoots(ctx context.Context, look func(context.Context) (roots []*x509.Certificate, next time.Duration, err error), changed func([]*x509.Certificate) error) error {
+	var known []*x509.Certificate
+	for {
+		roots, next, err := look(ctx)
+		if roots != nil && !slices.EqualFunc(roots, known, (*x509.Certificate).Equal) {
+			known = roots
+			if err := changed(slices.Clone(known)); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return err
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		case <-timer.C:
+		}
+	}
 }
 
 // RootFollower is a CA that signs with a new root only once that is in force below

@@ -129,22 +129,13 @@ func (d *CA) Mint(_ context.Context, r *upstream.Request) (*upstream.Minted, err
 // WatchRoots implements upstream.RootWatcher. Files that are not in order are left
 // for Mint to report; their roots are those from before.
 func (d *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) error) error {
-	ticker := time.NewTicker(lookEvery)
-	defer ticker.Stop()
-	var known []*x509.Certificate
-	for {
-		if now, err := d.load(time.Now()); err == nil && !slices.EqualFunc(now.roots, known, (*x509.Certificate).Equal) {
-			known = now.roots
-			if err := changed(slices.Clone(known)); err != nil {
-				return err
-			}
+	return upstream.LookForRoots(ctx, func(context.Context) ([]*x509.Certificate, time.Duration, error) {
+		now, err := d.load(time.Now())
+		if err != nil {
+			return nil, lookEvery, nil //nolint:nilerr // Mint reports it
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-ticker.C:
-		}
-	}
+		return now.roots, lookEvery, nil
+	}, changed)
 }
 
 // load reads the files and holds them against each other.

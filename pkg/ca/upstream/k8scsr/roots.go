@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/meshid/meshid/internal/kube"
@@ -76,26 +75,10 @@ func (s *CA) published(ctx context.Context) (string, error) {
 
 // WatchRoots implements upstream.RootWatcher.
 func (s *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) error) error {
-	ticker := time.NewTicker(lookEvery)
-	defer ticker.Stop()
-	var known []*x509.Certificate
-	for {
-		short, cancel := context.WithTimeout(ctx, rootsTimeout)
-		roots, err := s.roots(short)
-		cancel()
-		if err != nil {
-			return err
-		}
-		if !slices.EqualFunc(roots, known, (*x509.Certificate).Equal) {
-			known = roots
-			if err := changed(slices.Clone(known)); err != nil {
-				return err
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-ticker.C:
-		}
-	}
+	return upstream.LookForRoots(ctx, func(ctx context.Context) ([]*x509.Certificate, time.Duration, error) {
+		ctx, cancel := context.WithTimeout(ctx, rootsTimeout)
+		defer cancel()
+		roots, err := s.roots(ctx)
+		return roots, lookEvery, err
+	}, changed)
 }

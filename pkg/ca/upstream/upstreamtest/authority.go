@@ -129,15 +129,25 @@ func template(name string) *x509.Certificate {
 // the intermediate, and the roots.
 func (a *Authority) Answer(csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate) {
 	a.t.Helper()
+	request := a.parse(csr)
+	if request == nil {
+		return nil, nil
+	}
+	return a.Certify(request.PublicKey, request.Subject, request.URIs, ttl)
+}
+
+// parse reads a request in DER; nil if it is none.
+func (a *Authority) parse(csr []byte) *x509.CertificateRequest {
+	a.t.Helper()
 	request, err := x509.ParseCertificateRequest(csr)
 	if err != nil {
 		a.t.Errorf("the request is malformed: %v", err)
-		return nil, nil
+		return nil
 	}
 	if err := request.CheckSignature(); err != nil {
 		a.t.Errorf("the request does not prove its key: %v", err)
 	}
-	return a.Certify(request.PublicKey, request.Subject, request.URIs, ttl)
+	return request
 }
 
 // Certify is Answer for CAs that are told what a certificate is to have.
@@ -160,13 +170,9 @@ func (a *Authority) Certify(pub crypto.PublicKey, subject pkix.Name, uris []*url
 // is constrained, gives what no leaf can be verified with.
 func (a *Authority) Leaf(csr []byte, ttl time.Duration) (chain, roots []*x509.Certificate) {
 	a.t.Helper()
-	request, err := x509.ParseCertificateRequest(csr)
-	if err != nil {
-		a.t.Errorf("the request is malformed: %v", err)
+	request := a.parse(csr)
+	if request == nil {
 		return nil, nil
-	}
-	if err := request.CheckSignature(); err != nil {
-		a.t.Errorf("the request does not prove its key: %v", err)
 	}
 	c := &x509.Certificate{
 		Subject: request.Subject, URIs: request.URIs, DNSNames: request.DNSNames,

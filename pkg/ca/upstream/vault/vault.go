@@ -390,26 +390,7 @@ func (v *CA) roots(ctx context.Context, conn *connection) ([]*x509.Certificate, 
 
 // WatchRoots implements upstream.RootWatcher, and keeps the token alive.
 func (v *CA) WatchRoots(ctx context.Context, changed func([]*x509.Certificate) error) error {
-	var known []*x509.Certificate
-	for {
-		roots, next, err := v.look(ctx)
-		if roots != nil && !slices.EqualFunc(roots, known, (*x509.Certificate).Equal) {
-			known = roots
-			if err := changed(slices.Clone(known)); err != nil {
-				return err
-			}
-		}
-		if err != nil {
-			return err
-		}
-		timer := time.NewTimer(next)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return context.Cause(ctx)
-		case <-timer.C:
-		}
-	}
+	return upstream.LookForRoots(ctx, v.look, changed)
 }
 
 // look reads the roots, and renews the token if it is time; next is when to look
