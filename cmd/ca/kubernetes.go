@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -147,13 +146,6 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 func openCluster(c clusterSettings, reg prometheus.Registerer, logger *slog.Logger) (*kube.Client, error) {
 	if c.Context != "" && c.Kubeconfig == "" {
 		return nil, errors.New("context is one of a kubeconfig: write kubeconfig")
-	}
-	if c.Kubeconfig != "" && !filepath.IsAbs(c.Kubeconfig) {
-		abs, err := filepath.Abs(c.Kubeconfig)
-		if err != nil {
-			return nil, err
-		}
-		c.Kubeconfig = abs
 	}
 	return kube.Open(kube.Config{
 		Name: c.Name, Kubeconfig: c.Kubeconfig, Context: c.Context,

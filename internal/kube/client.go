@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -115,6 +116,10 @@ func restConfig(c Config) (*rest.Config, error) {
 			return nil, errors.New("this process does not run in a pod of the cluster, whose service account it could use: give it a kubeconfig")
 		}
 		return config, err
+	}
+	var err error
+	if c.Kubeconfig, err = filepath.Abs(c.Kubeconfig); err != nil { // for who reads the error
+		return nil, fmt.Errorf("kubeconfig: %w", err)
 	}
 	file, err := clientcmd.LoadFromFile(c.Kubeconfig)
 	if err != nil {

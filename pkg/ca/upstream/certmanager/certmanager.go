@@ -21,7 +21,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"time"
@@ -109,13 +108,6 @@ func New(c Config, logger *slog.Logger) (*CA, error) {
 		return nil, fmt.Errorf("issuer.kind: %s has no kind %s: write Issuer or ClusterIssuer, or issuer.group", group, c.Issuer.Kind)
 	case c.Context != "" && c.Kubeconfig == "":
 		return nil, errors.New("context: is one of a kubeconfig: write kubeconfig")
-	}
-	if c.Kubeconfig != "" {
-		abs, err := filepath.Abs(c.Kubeconfig)
-		if err != nil {
-			return nil, fmt.Errorf("kubeconfig: %w", err)
-		}
-		c.Kubeconfig = abs
 	}
 	if c.Roots != "" {
 		if _, err := upstream.ReadCertificates(c.Roots); err != nil {

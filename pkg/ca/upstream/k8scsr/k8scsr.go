@@ -24,7 +24,6 @@ import (
 	"log/slog"
 	"maps"
 	"math"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -125,13 +124,6 @@ func New(c Config, logger *slog.Logger) (*CA, error) {
 	}
 	if err := c.check(); err != nil {
 		return nil, err
-	}
-	if c.Kubeconfig != "" {
-		abs, err := filepath.Abs(c.Kubeconfig)
-		if err != nil {
-			return nil, fmt.Errorf("kubeconfig: %w", err)
-		}
-		c.Kubeconfig = abs
 	}
 	client, err := kube.Open(kube.Config{
 		Name: "of the signer", Kubeconfig: c.Kubeconfig, Context: c.Context, UserAgent: "meshid-ca/" + cli.Version(), Logger: logger,
