@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -81,7 +80,7 @@ func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*
 		feed.Run(ctx)
 	}()
 	t.Cleanup(func() { stop(); <-done })
-	s.Apply(t, strings.ReplaceAll(block(t, "rbac.yaml")+"---\n"+account, "namespace: meshid", "namespace: "+i.namespace))
+	s.Apply(t, strings.ReplaceAll(require.Example(t, "upstream/certmanager.md", "yaml file=rbac.yaml")+"---\n"+account, "namespace: meshid", "namespace: "+i.namespace))
 	c := certmanager.Config{
 		Namespace:  i.namespace,
 		Kubeconfig: s.TokenKubeconfig(t, s.Token(t, kube.Pod{Namespace: i.namespace, ServiceAccount: "meshid-ca"}, time.Hour)),
@@ -108,20 +107,6 @@ func define(t *testing.T, s *kube.APIServer) {
 	s.Apply(t, string(definition))
 	s.MustKubectl(t, "wait", "--for=condition=Established", "--timeout=60s", "crd/certificaterequests.cert-manager.io")
 	defined = true
-}
-
-// block returns a block of the document.
-func block(t *testing.T, name string) string {
-	t.Helper()
-	page, err := os.ReadFile("../../docs/upstream/certmanager.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	found := regexp.MustCompile("(?s)```yaml file=" + regexp.QuoteMeta(name) + "\n(.*?)```").FindSubmatch(page)
-	if found == nil {
-		t.Fatalf("docs/upstream/certmanager.md has no %s", name)
-	}
-	return string(found[1])
 }
 
 func (i *issuer) path() kubeclient.Path {
@@ -201,14 +186,7 @@ func condition(kind, status, reason, message string) map[string]string {
 }
 
 func (i *issuer) status(r *certificateRequest, status any) {
-	path := "/apis/cert-manager.io/v1/namespaces/" + i.namespace + "/certificaterequests/" + r.Metadata.Name + "/status"
-	err := i.server.Do(i.t.Context(), http.MethodPatch, path, map[string]any{"status": status}, nil)
-	if gone, ok := errors.AsType[*kube.StatusError](err); ok && gone.Code == http.StatusNotFound {
-		return // its client has given it up
-	}
-	if err != nil && i.t.Context().Err() == nil {
-		i.t.Error(err)
-	}
+	i.server.Answer(i.t, "/apis/cert-manager.io/v1/namespaces/"+i.namespace+"/certificaterequests/"+r.Metadata.Name+"/status", map[string]any{"status": status})
 }
 
 // check looks at each field as cert-manager does, and returns the CSR, or why it is
@@ -262,7 +240,7 @@ func TestConformance(t *testing.T) {
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			i, c := start(t, b, a)
 			if b == upstreamtest.Gone {
-				c.Kubeconfig = elsewhere(t, c.Kubeconfig)
+				c.Kubeconfig = kube.Elsewhere(t, c.Kubeconfig)
 				return open(t, c)
 			}
 			t.Cleanup(i.checkNothingLeft)
@@ -272,21 +250,6 @@ func TestConformance(t *testing.T) {
 			upstreamtest.RateLimited: "a server that limits is played in the tests of the package",
 		},
 	})
-}
-
-// elsewhere has a kubeconfig name a server that is not there.
-func elsewhere(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text = regexp.MustCompile(`https://127\.0\.0\.1:\d+`).ReplaceAll(text, []byte("https://"+local.FreeAddress(t)))
-	path = filepath.Join(t.TempDir(), "kubeconfig")
-	if err := os.WriteFile(path, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
 }
 
 // An issuer that does not know its root: the configured one counts, and without one

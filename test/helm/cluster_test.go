@@ -643,7 +643,7 @@ func TestClusterInstall(t *testing.T) {
 	within("an unmodified Istio takes its certificates from the CA", func(i installation) {
 		i.documented("kubectl create namespace istio-system")
 		i.documented("--set istio.enabled", "--timeout=4m", "--set=trustBundles=true")
-		i.Apply(i.t, fromPage(i.t, "istio.md", "yaml file=registrationentries.yaml"))
+		i.Apply(i.t, require.Example(i.t, "istio.md", "yaml file=registrationentries.yaml"))
 		i.Apply(i.t, trustBundle)
 		i.Apply(i.t, sidecars)
 		roots := func(namespace string) string {
@@ -792,19 +792,4 @@ func (i installation) kubelets(selfSigned bool) {
 			return err
 		})
 	}
-}
-
-// fromPage returns an example of a document, by what stands after its fence.
-func fromPage(t *testing.T, page, options string) string {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(require.Repository(), "docs", page))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(text), "```"+options+"\n")
-	example, _, closed := strings.Cut(rest, "```")
-	if !ok || !closed {
-		t.Fatalf("docs/%s has no example %q", page, options)
-	}
-	return example
 }

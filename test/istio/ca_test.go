@@ -20,21 +20,6 @@ import (
 	"github.com/meshid/meshid/test/require"
 )
 
-// fromPage returns an example of docs/istio.md, by what stands after its fence.
-func fromPage(t *testing.T, options string) string {
-	t.Helper()
-	page, err := os.ReadFile(filepath.Join(require.Repository(), "docs", "istio.md"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, rest, ok := strings.Cut(string(page), "```"+options+"\n")
-	example, _, closed := strings.Cut(rest, "```")
-	if !ok || !closed {
-		t.Fatalf("docs/istio.md has no example %q", options)
-	}
-	return example
-}
-
 // meshCA is a CA for the clients of an Istio in a cluster.
 type meshCA struct {
 	*local.CA
@@ -49,7 +34,7 @@ func startMeshCA(t *testing.T, s *kube.APIServer, more string) *meshCA {
 	account := kube.Pod{Namespace: "mesh-ca", ServiceAccount: "ca"}
 	s.Account(t, account.Namespace, account.ServiceAccount)
 	s.Account(t, "istio-system", "istiod-service-account")
-	s.Apply(t, fromPage(t, "yaml file=rbac.yaml"))
+	s.Apply(t, require.Example(t, "istio.md", "yaml file=rbac.yaml"))
 	address := local.FreeAddress(t)
 	_, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -64,7 +49,7 @@ istio:
   dns_names: [ca.mesh-ca.svc, istiod.istio-system.svc]
   node_proxies: [istio-system/ztunnel]
 %s`, s.TokenKubeconfig(t, s.Token(t, account, time.Hour)), address, more)})}
-	c.Apply(t, fromPage(t, "yaml file=entries.yaml"))
+	c.Apply(t, require.Example(t, "istio.md", "yaml file=entries.yaml"))
 	return c
 }
 
@@ -202,7 +187,7 @@ func TestControlPlane(t *testing.T) {
 		}
 		return nil
 	})
-	ca.Apply(t, fromPage(t, "yaml file=entries.yaml"))
+	ca.Apply(t, require.Example(t, "istio.md", "yaml file=entries.yaml"))
 	await(third)
 }
 
@@ -227,7 +212,7 @@ func TestMoveCommands(t *testing.T) {
 	}, nil); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "bash", "-euc", fromPage(t, "sh move"))
+	cmd := exec.CommandContext(t.Context(), "bash", "-euc", require.Example(t, "istio.md", "sh move"))
 	cmd.Dir = t.TempDir()
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig, "MESHID_ADMIN_SOCKET="+ca.AdminSocket,
 		"PATH="+local.Binaries(t)+":"+require.Kubernetes(t)+":"+os.Getenv("PATH"))

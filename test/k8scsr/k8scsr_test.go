@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -115,16 +114,8 @@ func write(t *testing.T, name string, data []byte) string {
 // what has no namespace are those of the namespace.
 func (i *signer) adapt(name string) string {
 	i.t.Helper()
-	page, err := os.ReadFile("../../docs/upstream/k8scsr.md")
-	if err != nil {
-		i.t.Fatal(err)
-	}
-	found := regexp.MustCompile("(?s)```yaml file=" + regexp.QuoteMeta(name) + "\n(.*?)```").FindSubmatch(page)
-	if found == nil {
-		i.t.Fatalf("docs/upstream/k8scsr.md has no %s", name)
-	}
 	return strings.NewReplacer("namespace: meshid", "namespace: "+i.namespace, "meshid-upstream", i.namespace+"-upstream",
-		"clusterissuers.cert-manager.io/mesh", i.name, "mesh-roots", i.namespace+"-roots").Replace(string(found[1]))
+		"clusterissuers.cert-manager.io/mesh", i.name, "mesh-roots", i.namespace+"-roots").Replace(require.Example(i.t, "upstream/k8scsr.md", "yaml file="+name))
 }
 
 // checkNothingLeft is called when nobody waits for a request.
@@ -211,13 +202,7 @@ func condition(kind, reason, message string) map[string]string {
 }
 
 func (i *signer) status(r *signingRequest, subresource string, status any) {
-	err := i.server.Do(i.t.Context(), http.MethodPatch, path+"/"+r.Metadata.Name+"/"+subresource, map[string]any{"status": status}, nil)
-	if gone, ok := errors.AsType[*kube.StatusError](err); ok && gone.Code == http.StatusNotFound {
-		return // its client has given it up
-	}
-	if err != nil && i.t.Context().Err() == nil {
-		i.t.Error(err)
-	}
+	i.server.Answer(i.t, path+"/"+r.Metadata.Name+"/"+subresource, map[string]any{"status": status})
 }
 
 // check looks at each field as signers do, and returns the CSR, nil if it is none.
@@ -267,7 +252,7 @@ func kind() upstreamtest.Kind {
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			i, c := start(t, b, a)
 			if b == upstreamtest.Gone {
-				c.Kubeconfig = elsewhere(t, c.Kubeconfig)
+				c.Kubeconfig = kube.Elsewhere(t, c.Kubeconfig)
 				return open(t, c)
 			}
 			t.Cleanup(i.checkNothingLeft)
@@ -284,17 +269,6 @@ func kind() upstreamtest.Kind {
 func TestConformance(t *testing.T) { upstreamtest.Run(t, kind()) }
 
 func TestLeaves(t *testing.T) { upstreamtest.RunLeaves(t, kind()) }
-
-// elsewhere has a kubeconfig name a server that is not there.
-func elsewhere(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text = regexp.MustCompile(`https://127\.0\.0\.1:\d+`).ReplaceAll(text, []byte("https://"+local.FreeAddress(t)))
-	return write(t, "kubeconfig", text)
-}
 
 // The roots are those of a ConfigMap or of a ClusterTrustBundle, with the permissions
 // that the document names, and as they are now.

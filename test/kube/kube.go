@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -301,6 +302,22 @@ func (s *APIServer) UserKubeconfig(t testing.TB, user string, groups ...string) 
 func (s *APIServer) TokenKubeconfig(t testing.TB, token string) string {
 	t.Helper()
 	return kubeconfig(t, filepath.Join(s.dir, s.name("token")+".kubeconfig"), s.URL, s.CAFile, fmt.Sprintf("{token: %q}", token))
+}
+
+// Elsewhere returns a copy of a kubeconfig of a server on this machine that names a
+// server that is not there.
+func Elsewhere(t testing.TB, kubeconfig string) (path string) {
+	t.Helper()
+	text, err := os.ReadFile(kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = regexp.MustCompile(`https://127\.0\.0\.1:\d+`).ReplaceAll(text, []byte("https://"+local.FreeAddress(t)))
+	path = filepath.Join(t.TempDir(), "kubeconfig")
+	if err := os.WriteFile(path, text, 0o600); err != nil { //nolint:gosec // a folder of the test's own
+		t.Fatal(err)
+	}
+	return path
 }
 
 // name makes up a name that nothing of this server has.

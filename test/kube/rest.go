@@ -25,6 +25,19 @@ type StatusError struct {
 // Error implements error.
 func (e *StatusError) Error() string { return fmt.Sprintf("%d %s: %s", e.Code, e.Reason, e.Message) }
 
+// Answer changes an object as a controller does that a test plays: change is merged into
+// what is at path. An object that is gone, or a test that is over, is no error.
+func (s *APIServer) Answer(t testing.TB, path string, change any) {
+	t.Helper()
+	err := s.Do(t.Context(), http.MethodPatch, path, change, nil)
+	if gone, ok := errors.AsType[*StatusError](err); ok && gone.Code == http.StatusNotFound {
+		return
+	}
+	if err != nil && t.Context().Err() == nil {
+		t.Error(err)
+	}
+}
+
 // Do calls the API server as the administrator. in is sent as JSON (a PATCH as a
 // merge patch) unless it is nil; out is read from JSON, or is a *[]byte that gets
 // the body as it is, unless it is nil. An answer other than 2xx is a *StatusError.

@@ -1,6 +1,7 @@
 // Package require answers for a test "is what I need on this machine": if not,
 // the test is skipped with a reason, or fails where REQUIRE_ALL=1 says that
-// everything was installed. It does not install anything.
+// everything was installed. It does not install anything. It also finds the project's
+// own files and the examples in its documents.
 package require
 
 import (
@@ -8,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 )
 
@@ -92,4 +94,20 @@ func Tool(t testing.TB, name string) string {
 func Repository() string {
 	_, file, _, _ := runtime.Caller(0)
 	return filepath.Join(filepath.Dir(file), "..", "..")
+}
+
+// Example returns a block of a page below docs/: the first that begins with info behind
+// its fence, such as "yaml file=ca.yaml".
+func Example(t testing.TB, page, info string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(Repository(), "docs", page))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "```"+info+"\n")
+	example, _, closed := strings.Cut(rest, "```")
+	if !ok || !closed {
+		t.Fatalf("docs/%s has no example %q", page, info)
+	}
+	return example
 }

@@ -126,15 +126,11 @@ func (p *place) operate(t *testing.T, script string) string {
 // config is one of those in the page, for this server.
 func (p *place) config(t *testing.T, name string) Config {
 	t.Helper()
-	found := regexp.MustCompile("(?s)```yaml file=" + name + "\n(.*?)```").FindStringSubmatch(p.page)
-	if found == nil {
-		t.Fatalf("docs/upstream/vault.md has no %s", name)
-	}
 	text := strings.NewReplacer(
 		"https://vault.internal:8200", p.URL, "5b1a0318-679c-9c45-e5c6-d1b9a9035d49", p.operate(t, "vault read -field=role_id auth/approle/role/meshid/role-id"),
 		"/var/run/secrets/vault/token", p.dir+"/jwt", "token_file: token", "token_file: "+p.dir+"/token", "secret-id", p.dir+"/secret-id",
 		"client.pem", p.dir+"/client.pem", "client-key.pem", p.dir+"/client-key.pem",
-	).Replace(found[1])
+	).Replace(require.Example(t, "upstream/vault.md", "yaml file="+name))
 	var file struct {
 		TrustDomain string `yaml:"trust_domain"`
 		Upstream    struct {
