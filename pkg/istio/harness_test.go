@@ -23,17 +23,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/structpb"
-
-	adminv1 "github.com/meshid/meshid/proto/admin/v1"
-	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
-	entryv1 "github.com/meshid/meshid/proto/entry/v1"
-	istiov1 "github.com/meshid/meshid/proto/istio/v1"
-	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
@@ -42,6 +38,12 @@ import (
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/server"
 	"github.com/meshid/meshid/pkg/store"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	entryv1 "github.com/meshid/meshid/proto/entry/v1"
+	istiov1 "github.com/meshid/meshid/proto/istio/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -422,4 +424,19 @@ func (m *mesh) token(p *Pod) string {
 
 func (m *mesh) stop(name string) {
 	m.pods.change(func(pods map[string]*Pod) { delete(pods, "uid-"+name) })
+}
+
+const webID = "spiffe://example.org/ns/shop/sa/web"
+
+func wantCode(t *testing.T, what string, err error, want codes.Code) {
+	t.Helper()
+	if got := status.Code(err); got != want {
+		t.Errorf("%s: %v (%v), want %v", what, got, err, want)
+	}
+}
+
+func podOf(account, name, node string) *Pod {
+	m := &mesh{pods: &fakePods{pods: make(map[string]*Pod), changed: make(chan struct{})}, tokens: &fakeTokens{known: make(map[string]*Token)}}
+	m.run(account, name, node)
+	return m.pods.pods["uid-"+name]
 }
