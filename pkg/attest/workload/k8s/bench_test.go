@@ -6,6 +6,10 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/attest/workload/container"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 // BenchmarkKubeletPods decodes what a kubelet answers of a full node: 110 pods, of ten
@@ -47,5 +51,47 @@ func BenchmarkKubeletPods(b *testing.B) {
 		if err != nil || len(list) != 110 {
 			b.Fatalf("%d pods, %v", len(list), err)
 		}
+	}
+}
+
+// realCgroup also reads the peer's real cgroup file, for the cost of it.
+type realCgroup struct{ *containers.Processes }
+
+func (r realCgroup) Cgroup(p *peer.Peer) ([]byte, error) {
+	if _, err := (container.Kernel{}).Cgroup(p); err != nil {
+		return nil, err
+	}
+	return r.Processes.Cgroup(p)
+}
+
+// What a process of a known container costs, and what a node's list of pods does.
+func BenchmarkAttestWarm(b *testing.B) {
+	w := newWorld(b)
+	w.attestor.processes = realCgroup{w.processes}
+	init, _ := w.run("A")
+	w.attested(init)
+	for b.Loop() {
+		if _, err := w.attestor.Attest(b.Context(), init); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkPods(b *testing.B) {
+	for _, n := range []int{110, 2000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			w := newWorld(b)
+			for i := range n {
+				w.pod(fmt.Sprint("p", i), map[string]string{"app": "web", "pod-template-hash": "577f984bdf"}, "app", "sidecar")
+			}
+			if _, err := w.attestor.kubelet.pods(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if _, err := w.attestor.kubelet.pods(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
