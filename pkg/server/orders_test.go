@@ -2,8 +2,11 @@ package server
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
 
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
@@ -82,5 +85,118 @@ func TestMissedOrdersAreSent(t *testing.T) {
 	}
 	if r := rotate(&nodev1.Hello{Rotated: first.GetSequence()}); r != nil {
 		t.Errorf("the order came again: %v", r)
+	}
+}
+
+// Orders: renewals and inspections.
+func TestOrders(t *testing.T) {
+	h := newHouse(t)
+	h.apply(shopEntry("web"))
+	a := h.join("n1", nil)
+	s := a.sync(&nodev1.Hello{})
+	s.next()
+	admin, ctx := h.admin()
+	var old string
+	for _, authority := range h.ca.Authorities() {
+		if authority.Role == "intermediate" {
+			old = authority.ID
+		}
+	}
+	rotated, err := admin.RotateIntermediate(ctx, &adminv1.RotateIntermediateRequest{Within: durationOf(time.Minute)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := s.next().GetRotate(); r.GetAuthority() != old || r.GetWithin().AsDuration() != time.Minute || rotated.GetAuthority().GetId() == old {
+		t.Errorf("order is %v, the new authority %v", r, rotated.GetAuthority().GetId())
+	}
+	renewed, err := admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{})
+	if err != nil || renewed.GetNodes() != 1 {
+		t.Fatal(renewed, err)
+	}
+	if r := s.next().GetRotate(); r == nil || r.GetAuthority() != "" {
+		t.Errorf("order is %v", r)
+	}
+	if _, err := admin.RenewSVIDs(ctx, &adminv1.RenewSVIDsRequest{Within: durationOf(-1)}); err == nil {
+		t.Error("negative time")
+	}
+
+	type answer struct {
+		resp *adminv1.ExplainResponse
+		err  error
+	}
+	for name, tt := range map[string]struct {
+		inspected *nodev1.Inspected
+		want      codes.Code
+	}{
+		"attested": {&nodev1.Inspected{Workload: workload("web"), Instance: "docker:1"}, codes.OK},
+		"gone":     {&nodev1.Inspected{Error: "no such process"}, codes.FailedPrecondition},
+		"too much": {&nodev1.Inspected{Instance: strings.Repeat("x", 1000)}, codes.FailedPrecondition},
+	} {
+		got := make(chan answer, 1)
+		go func() {
+			resp, err := admin.Explain(ctx, &adminv1.ExplainRequest{
+				Node: &adminv1.ExplainRequest_NodeId{NodeId: a.id}, Target: &adminv1.ExplainRequest_Pid{Pid: 42},
+			})
+			got <- answer{resp, err}
+		}()
+		i := s.next().GetInspect()
+		if i.GetPid() != 42 {
+			t.Fatalf("inspect is %v", i)
+		}
+		// An answer to what was not asked is nobody's.
+		s.send(&nodev1.SyncRequest{Message: &nodev1.SyncRequest_Inspected{Inspected: &nodev1.Inspected{Request: i.GetRequest() + 1000, Error: "x"}}})
+		tt.inspected.Request = i.GetRequest()
+		s.send(&nodev1.SyncRequest{Message: &nodev1.SyncRequest_Inspected{Inspected: tt.inspected}})
+		r := <-got
+		if c := statusOf2(r.err); c != tt.want {
+			t.Errorf("%s: %v", name, r.err)
+		}
+		if tt.want == codes.OK && (r.resp.GetInstance() != "docker:1" || !r.resp.GetVerdicts()[0].GetMatches()) {
+			t.Errorf("%s: %v", name, r.resp)
+		}
+	}
+	// A node that is not connected, and one that goes away while it is asked.
+	b := h.join("n2", nil)
+	_, err = admin.Explain(ctx, &adminv1.ExplainRequest{Node: &adminv1.ExplainRequest_NodeId{NodeId: b.id}, Target: &adminv1.ExplainRequest_Pid{Pid: 1}})
+	if statusOf2(err) != codes.FailedPrecondition {
+		t.Errorf("not connected: %v", err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		got <- second(admin.Explain(ctx, &adminv1.ExplainRequest{Node: &adminv1.ExplainRequest_NodeId{NodeId: a.id}, Target: &adminv1.ExplainRequest_Pid{Pid: 1}}))
+	}()
+	s.next()
+	s.stream.CloseSend()
+	if err := <-got; statusOf2(err) != codes.Unavailable {
+		t.Errorf("left: %v", err)
+	}
+}
+
+func statusOf2(err error) codes.Code {
+	if err == nil {
+		return codes.OK
+	}
+	return statusOf(err, "").Code()
+}
+
+// Orders that meet before they are sent are one.
+func TestOrdersMerge(t *testing.T) {
+	for _, tt := range []struct {
+		orders []string
+		want   string
+	}{
+		{[]string{"a"}, "a"}, {[]string{"a", "a"}, "a"}, {[]string{"a", "b"}, ""}, {[]string{"", "a"}, ""}, {[]string{"a", ""}, ""},
+	} {
+		s := &session{wake: make(chan struct{}, 1)}
+		for _, authority := range tt.orders {
+			s.order(&nodev1.Rotate{Authority: authority})
+		}
+		r, _, _ := s.takeOrders()
+		if r.GetAuthority() != tt.want {
+			t.Errorf("%v: %q", tt.orders, r.GetAuthority())
+		}
+		if r, _, _ := s.takeOrders(); r != nil {
+			t.Errorf("%v: sent twice", tt.orders)
+		}
 	}
 }

@@ -29,12 +29,6 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	adminv1 "github.com/meshid/meshid/proto/admin/v1"
-	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
-	entryv1 "github.com/meshid/meshid/proto/entry/v1"
-	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
-	nodev1 "github.com/meshid/meshid/proto/node/v1"
-
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/node/jointoken"
 	"github.com/meshid/meshid/pkg/ca"
@@ -45,6 +39,12 @@ import (
 	"github.com/meshid/meshid/pkg/ledger"
 	"github.com/meshid/meshid/pkg/store"
 	"github.com/meshid/meshid/test/identitytest"
+
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
+	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	entryv1 "github.com/meshid/meshid/proto/entry/v1"
+	ledgerv1 "github.com/meshid/meshid/proto/ledger/v1"
+	nodev1 "github.com/meshid/meshid/proto/node/v1"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -469,5 +469,54 @@ func TestJoinIssueSync(t *testing.T) {
 		r.GetOutcome() != ledgerv1.Outcome_OUTCOME_SUCCESS || r.GetInstance() != "docker:web" || r.GetKind() != ledgerv1.Kind_KIND_FIRST ||
 		r.GetRequestId() == "" || r.GetCaInstance() != "test" || r.GetVersion() != 1 || r.GetTrustDomain() != "example.org" {
 		t.Errorf("record is %v", r)
+	}
+}
+
+// eventually reports whether something comes true in 10 s, looking whenever
+// others had a chance to run.
+func (h *house) eventually(cond func() bool) bool {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	limit := time.NewTimer(10 * time.Second)
+	defer limit.Stop()
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-limit.C:
+			return false
+		}
+	}
+	return true
+}
+
+// When the CA stops, streams end in a way that has agents come back.
+func TestShutdown(t *testing.T) {
+	h := newHouse(t)
+	a := h.join("n1", nil)
+	s := a.sync(&nodev1.Hello{})
+	s.next()
+	h.server.hub.shutdown()
+	h.wantCode(s.end(), codes.Unavailable)
+	_, err := h.dialSync(a)
+	h.wantCode(err, codes.Unavailable)
+}
+
+func TestConfig(t *testing.T) {
+	if _, err := New(t.Context(), Config{}); err == nil {
+		t.Error("a server of nothing was made")
+	}
+	h := newHouse(t)
+	good := h.server.cfg
+	for name, change := range map[string]func(*Config){
+		"long agent TTL": func(c *Config) { c.AgentTTL = 25 * time.Hour },
+		"short":          func(c *Config) { c.AgentTTL = time.Second },
+		"twice":          func(c *Config) { c.Verifiers = append(c.Verifiers, c.Verifiers...) },
+		"registered":     func(*Config) {},
+	} {
+		cfg := good
+		change(&cfg)
+		if _, err := New(t.Context(), cfg); err == nil {
+			t.Errorf("%s: no error", name)
+		}
 	}
 }
