@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/ca"
 	"github.com/meshid/meshid/pkg/ca/keys"
@@ -509,6 +510,12 @@ func (v *validated) check(file *config.File) error {
 	if err := peer.CheckPath(v.AdminSocket); err != nil {
 		bad("admin_socket", "%v", err)
 	}
+	cli.CheckListeners([]cli.Listener{
+		{Setting: "listen", Address: v.Listen},
+		{Setting: "metrics_listen", Address: v.MetricsListen},
+		{Setting: "console.listen", Address: v.Console.Listen},
+		{Setting: "istio.listen", Address: v.Istio.Listen},
+	}, bad)
 	for i, w := range v.Ledger.Witnesses {
 		witness, err := tree.NewWitness(w.URL, w.Key)
 		if err != nil {

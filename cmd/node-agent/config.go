@@ -16,8 +16,10 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/config"
+	"github.com/meshid/meshid/pkg/csi"
 	"github.com/meshid/meshid/pkg/identity"
 )
 
@@ -211,9 +213,12 @@ func (v *validated) check(file *config.File) error {
 			bad(path, "%v", err)
 		}
 	}
-	if v.Socket == v.AdminSocket {
-		bad("admin_socket", "is the same as socket; workloads must not reach it")
+	listeners := []cli.Listener{{Setting: "metrics_listen", Address: v.MetricsListen}, {Setting: "socket", Address: v.Socket}, {Setting: "admin_socket", Address: v.AdminSocket}}
+	if c := (csi.Config{}); v.CSI.Present() && v.CSI.Decode(&c) == nil { // what is wrong in it is said by its driver
+		endpoint, registration := c.Sockets()
+		listeners = append([]cli.Listener{{Setting: "csi for its calls", Address: endpoint}, {Setting: "csi for its registration", Address: registration}}, listeners...)
 	}
+	cli.CheckListeners(listeners, bad)
 	if v.CSI.Present() {
 		for path, private := range map[string]string{"admin_socket": v.AdminSocket, "data_dir": v.DataDir} {
 			if shared := filepath.Dir(v.Socket); private == shared || strings.HasPrefix(private, shared+"/") {

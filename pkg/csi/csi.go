@@ -16,6 +16,7 @@
 package csi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -57,6 +58,12 @@ type Config struct {
 // driverName: a name has at most 63 characters and is a DNS name (CSI,
 // GetPluginInfo).
 var driverName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?$`)
+
+// Sockets are where the kubelet calls the driver, and where it hears of it.
+func (c Config) Sockets() (endpoint, registration string) {
+	dir, driver := cmp.Or(c.KubeletDir, DefaultKubeletDir), cmp.Or(c.Driver, DefaultDriver)
+	return filepath.Join(dir, "plugins", driver, "csi.sock"), filepath.Join(dir, "plugins_registry", driver+"-reg.sock")
+}
 
 // Options are what New needs besides the configuration.
 type Options struct {
@@ -121,8 +128,7 @@ const shutdownTimeout = 5 * time.Second
 // Run serves the kubelet until ctx ends. Volumes stay mounted: a pod keeps its folder
 // while the agent is away.
 func (d *Driver) Run(ctx context.Context) error {
-	endpoint := filepath.Join(d.cfg.KubeletDir, "plugins", d.cfg.Driver, "csi.sock")
-	registration := filepath.Join(d.cfg.KubeletDir, "plugins_registry", d.cfg.Driver+"-reg.sock")
+	endpoint, registration := d.cfg.Sockets()
 	if err := durable.MkdirAll(filepath.Dir(endpoint), 0o700); err != nil {
 		return fmt.Errorf("csi: %w", err)
 	}
