@@ -2,7 +2,10 @@ package sds
 
 import (
 	"context"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"strings"
@@ -15,7 +18,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -278,4 +283,52 @@ func describe(t testing.TB, secrets map[string]*tlsv3.Secret) map[string]string 
 		all[name] = strings.Join(names, " ")
 	}
 	return all
+}
+
+func statusOf(err error) codes.Code {
+	if errors.Is(err, io.EOF) {
+		return codes.OK
+	}
+	return status.Code(err)
+}
+
+func second(_ any, err error) error { return err }
+
+func (r *rig) adsDelta(ctx context.Context) *delta {
+	r.t.Helper()
+	c, err := discoveryv3.NewAggregatedDiscoveryServiceClient(r.conn).DeltaAggregatedResources(ctx)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return &delta{r.t, c}
+}
+
+// contents says what stands under each name: a SPIFFE ID, or trust domains.
+func contents(t testing.TB, m *discoveryv3.DiscoveryResponse) map[string]string {
+	t.Helper()
+	return describe(t, secretsOf(t, m.GetResources()))
+}
+
+func deltaContents(t testing.TB, m *discoveryv3.DeltaDiscoveryResponse) map[string]string {
+	t.Helper()
+	all := secretsOf(t, deltaResources(m))
+	for _, r := range m.GetResources() {
+		if all[r.GetName()] == nil {
+			t.Errorf("resource %q has another name inside", r.GetName())
+		}
+	}
+	return describe(t, all)
+}
+
+func leafOf(t testing.TB, chain []byte) *x509.Certificate {
+	t.Helper()
+	block, _ := pem.Decode(chain)
+	if block == nil {
+		t.Fatal("no certificate")
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }

@@ -3,12 +3,8 @@ package sds
 import (
 	"context"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
-	"maps"
-	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -18,11 +14,8 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/google/go-cmp/cmp"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -30,58 +23,6 @@ import (
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/test/identitytest"
 )
-
-// Each protocol serves all names, freely combined.
-func TestSpec_S07_Names(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a, b := identitytest.NewAuthority(t, "a.test"), identitytest.NewAuthority(t, "b.test")
-		x, y := a.SVID("/x"), a.SVID("/y")
-		snapshot := a.Snapshot(1, x, y)
-		snapshot.Federated = map[spiffeid.TrustDomain]*identity.Bundle{b.TrustDomain: b.Bundle(1)}
-		r := newRig(t, identitytest.NewSource(snapshot), Options{})
-		names := []string{
-			"default", "ROOTCA", "ALL", "spiffe://a.test/x", "spiffe://a.test/y", "spiffe://a.test", "spiffe://b.test",
-			"spiffe://c.test", "spiffe://a.test/other", "other",
-		}
-		check := func(got map[string]string) {
-			t.Helper()
-			want := map[string]string{
-				"default": "spiffe://a.test/x", "spiffe://a.test/x": "spiffe://a.test/x", "spiffe://a.test/y": "spiffe://a.test/y",
-				"ROOTCA": "a.test", "spiffe://a.test": "a.test", "spiffe://b.test": "b.test", "ALL": "a.test b.test",
-			}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Error(diff)
-			}
-		}
-		for _, open := range []func(context.Context) *sotw{r.sotw, r.adsSotw} {
-			c := open(t.Context())
-			c.ask(names...)
-			check(contents(t, c.next()))
-		}
-		for _, open := range []func(context.Context) *delta{r.delta, r.adsDelta} {
-			c := open(t.Context())
-			c.ask(names...)
-			m := c.next()
-			check(deltaContents(t, m))
-			if diff := cmp.Diff([]string{"other", "spiffe://a.test/other", "spiffe://c.test"}, m.GetRemovedResources()); diff != "" {
-				t.Error(diff)
-			}
-			for _, res := range m.GetResources() {
-				if res.GetVersion() == "" {
-					t.Errorf("%s has no version", res.GetName())
-				}
-			}
-		}
-		m, err := secretv3.NewSecretDiscoveryServiceClient(r.conn).FetchSecrets(t.Context(), &discoveryv3.DiscoveryRequest{ResourceNames: names})
-		if err != nil {
-			t.Fatal(err)
-		}
-		check(contents(t, m))
-		if r.source.Opened() != 5 {
-			t.Errorf("subscribed %d times for 5 streams", r.source.Opened())
-		}
-	})
-}
 
 // TestSpec_S11_HeldUntilThereIsAnIdentity: no error, no answer, and then at once.
 func TestSpec_S11_HeldUntilThereIsAnIdentity(t *testing.T) {
@@ -126,76 +67,6 @@ func TestSpec_S11_HeldUntilThereIsAnIdentity(t *testing.T) {
 			})
 		})
 	}
-}
-
-// TestSpec_S14_UnauthorisedNames: another's SPIFFE ID is never answered with a secret, on any
-// of the protocols, and it is counted.
-func TestSpec_S14_UnauthorisedNames(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
-		foreign := "spiffe://a.test/admin"
-		for _, open := range []func(context.Context) *sotw{r.sotw, r.adsSotw} {
-			c := open(t.Context())
-			c.ask(foreign, nameDefault)
-			m := c.next()
-			if diff := cmp.Diff(map[string]string{nameDefault: "spiffe://a.test/x"}, contents(t, m)); diff != "" {
-				t.Error(diff)
-			}
-		}
-		for _, open := range []func(context.Context) *delta{r.delta, r.adsDelta} {
-			c := open(t.Context())
-			c.ask(foreign)
-			m := c.next()
-			if len(m.GetResources()) != 0 || len(m.GetRemovedResources()) != 1 {
-				t.Errorf("answered with %v", m)
-			}
-		}
-		synctest.Wait()
-		if n := r.value("meshid_agent_sds_unknown_names_total"); n != 4 {
-			t.Errorf("%v counted", n)
-		}
-	})
-}
-
-// TestV_H5_NamesNotOwned: ten thousand names, of others and of nobody, with control bytes: the
-// caller's own secrets come, the stream stays, and nothing else comes.
-func TestV_H5_NamesNotOwned(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
-		names := []string{nameDefault, nameRoot}
-		for i := range 5000 {
-			names = append(names, fmt.Sprintf("spiffe://a.test/other/%d", i), fmt.Sprintf("bad\x01\x7f\n%d", i))
-		}
-		c := r.sotw(t.Context())
-		c.ask(names...)
-		m := c.next()
-		if diff := cmp.Diff(map[string]string{nameDefault: "spiffe://a.test/x", nameRoot: "a.test"}, contents(t, m)); diff != "" {
-			t.Error(diff)
-		}
-		c.ack(m, names...)
-		r.source.Publish(a.Snapshot(1, a.SVID("/x")))
-		if len(contents(t, c.next())) != 2 {
-			t.Error("the stream does not go on")
-		}
-		d := r.delta(t.Context())
-		d.ask(names...)
-		removed := 0
-		for got := map[string]string{}; len(got) < 2; {
-			m := d.next()
-			maps.Copy(got, deltaContents(t, m))
-			removed += len(m.GetRemovedResources())
-			d.ack(m)
-		}
-		if removed == 0 || removed > 4096 {
-			t.Errorf("%d names answered as removed", removed)
-		}
-		synctest.Wait()
-		if r.value("meshid_agent_sds_surplus_names_total") == 0 {
-			t.Error("surplus names not counted")
-		}
-	})
 }
 
 // TestV_H7_NACK: a refusal is counted by reason and reported, the refused version is
@@ -321,95 +192,6 @@ func TestV_H9_NodeIsNotBelieved(t *testing.T) {
 			t.Errorf("%x was decoded", bad)
 		}
 	}
-}
-
-// TestSpec_S28_Withdrawal: what was delivered is replaced by an expired certificate for the
-// same SPIFFE ID; in delta it is then removed as well. When the identity comes back
-// it is served again.
-func TestSpec_S28_Withdrawal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		x := a.SVID("/x")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, x)), Options{})
-		id := x.ID.String()
-		world, change := r.sotw(t.Context()), r.delta(t.Context())
-		world.ask(nameDefault, nameRoot)
-		m := world.next()
-		world.ack(m, nameDefault, nameRoot)
-		change.ask(id, nameRoot)
-		d := change.next()
-		change.ack(d)
-
-		lost := &identity.Snapshot{Bundle: a.Bundle(1), Withdrawn: []spiffeid.ID{x.ID}, Denied: true}
-		r.source.Publish(lost)
-		m = world.next()
-		stone := leafOf(t, secretsOf(t, m.GetResources())[nameDefault].GetTlsCertificate().GetCertificateChain().GetInlineBytes())
-		if stone.URIs[0].String() != id || !stone.NotAfter.Before(time.Now()) {
-			t.Errorf("got a certificate for %s until %s", stone.URIs[0], stone.NotAfter)
-		}
-		world.ack(m, nameDefault, nameRoot)
-		d = change.next()
-		if got := deltaContents(t, d); len(got) != 1 || got[id] != id || len(d.GetRemovedResources()) != 0 {
-			t.Errorf("got %v, removed %v", got, d.GetRemovedResources())
-		}
-		change.ack(d)
-		d = change.next()
-		if diff := cmp.Diff([]string{id}, d.GetRemovedResources()); diff != "" || len(d.GetResources()) != 0 {
-			t.Errorf("removed: %s, resources %d", diff, len(d.GetResources()))
-		}
-		change.ack(d)
-		synctest.Wait()
-		if n := r.value("meshid_agent_sds_tombstones_total"); n != 2 {
-			t.Errorf("%v tombstones counted", n)
-		}
-
-		again := a.SVID("/x")
-		r.source.Publish(a.Snapshot(1, again))
-		for _, chain := range [][]byte{
-			secretsOf(t, world.next().GetResources())[nameDefault].GetTlsCertificate().GetCertificateChain().GetInlineBytes(),
-			secretsOf(t, deltaResources(change.next()))[id].GetTlsCertificate().GetCertificateChain().GetInlineBytes(),
-		} {
-			if !leafOf(t, chain).Equal(identitytest.X509(again.Chain[0])) {
-				t.Error("the identity did not come back")
-			}
-		}
-
-		// A proxy that comes back to another agent's life with what it had.
-		r.source.Publish(lost)
-		old := r.delta(t.Context())
-		old.request(&discoveryv3.DeltaDiscoveryRequest{
-			ResourceNamesSubscribe:  []string{nameDefault},
-			InitialResourceVersions: map[string]string{nameDefault: "of-before"},
-		})
-		if got := deltaContents(t, old.next()); got[nameDefault] != id {
-			t.Errorf("got %v", got)
-		}
-		// One that never had it gets nothing that looks like an identity.
-		fresh := r.delta(t.Context())
-		fresh.ask(id)
-		if d := fresh.next(); len(d.GetResources()) != 0 || len(d.GetRemovedResources()) != 1 {
-			t.Errorf("got %v", d)
-		}
-	})
-}
-
-// An identity that is merely missing, and not withdrawn, is left alone.
-func TestMissingIsNotWithdrawn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
-		c := r.sotw(t.Context())
-		c.ask(nameDefault)
-		c.ack(c.next(), nameDefault)
-		synctest.Wait()
-		sent := r.value("meshid_agent_sds_responses_total", "sotw")
-		r.source.Publish(a.Snapshot(1))
-		r.source.Publish(nil)
-		synctest.Wait()
-		if r.value("meshid_agent_sds_responses_total", "sotw") != sent {
-			t.Error("something was sent")
-		}
-	})
 }
 
 // At most one response is unanswered; what changes meanwhile is one push, the latest.
@@ -586,13 +368,6 @@ func TestStreamEnds(t *testing.T) {
 	}
 }
 
-func statusOf(err error) codes.Code {
-	if errors.Is(err, io.EOF) {
-		return codes.OK
-	}
-	return status.Code(err)
-}
-
 // On an aggregated stream each request says its type.
 func TestAggregatedNeedsTheType(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -635,146 +410,6 @@ func TestSubscribeErrors(t *testing.T) {
 				t.Errorf("%v: fetch got %v", tc.err, err)
 			}
 		})
-	}
-}
-
-// TestV_H10_KeysOnlyToKnownPeers: over a connection whose process the kernel has not named,
-// there is nothing to be had.
-func TestV_H10_KeysOnlyToKnownPeers(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
-		for _, err := range []error{
-			r.server.serve(&noStream{ctx: t.Context()}, protocolSotW),
-			second(r.server.fetch(t.Context(), &discoveryv3.DiscoveryRequest{})),
-		} {
-			if status.Code(err) != codes.Unauthenticated {
-				t.Errorf("got %v", err)
-			}
-		}
-		if r.source.Opened() != 0 {
-			t.Error("the source was asked")
-		}
-	})
-}
-
-func second(_ any, err error) error { return err }
-
-// noStream is a stream of a connection without peer.
-type noStream struct {
-	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // it is what a stream is
-}
-
-func (n *noStream) Context() context.Context { return n.ctx }
-
-// Streams are bounded, in all and for each user; a stream that ends makes room.
-func TestV_I1_StreamsAreBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{MaxStreams: 5, MaxStreamsPerUID: 3})
-		var open []*sotw
-		for range 3 {
-			c := r.sotw(t.Context())
-			c.ask(nameDefault)
-			c.next()
-			open = append(open, c)
-		}
-		refused := r.sotw(t.Context())
-		if _, err := refused.Recv(); status.Code(err) != codes.ResourceExhausted {
-			t.Errorf("got %v", err)
-		}
-		// Another user still has room, until the whole is full.
-		var release []func()
-		for uid := range uint32(2) {
-			f, err := r.server.admit(uid)
-			if err != nil {
-				t.Fatal(err)
-			}
-			release = append(release, f)
-		}
-		if _, err := r.server.admit(7); status.Code(err) != codes.ResourceExhausted {
-			t.Errorf("got %v", err)
-		}
-		for _, f := range release {
-			f()
-		}
-		if err := open[0].CloseSend(); err != nil {
-			t.Fatal(err)
-		}
-		synctest.Wait()
-		c := r.sotw(t.Context())
-		c.ask(nameDefault)
-		c.next()
-		if len(r.server.perUID) != 1 {
-			t.Errorf("%d users remembered", len(r.server.perUID))
-		}
-		r.server.Close()
-		if _, err := r.server.admit(7); status.Code(err) != codes.Unavailable {
-			t.Errorf("after Close: %v", err)
-		}
-	})
-}
-
-// TestV_I3_OversizedHeaders: a client that sends a megabyte of metadata is refused, others
-// are served.
-func TestV_I3_OversizedHeaders(t *testing.T) {
-	a := identitytest.NewAuthority(t, "a.test")
-	r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
-	ctx := metadata.AppendToOutgoingContext(t.Context(), "x", strings.Repeat("y", 1<<20))
-	client := secretv3.NewSecretDiscoveryServiceClient(r.conn)
-	if c, err := client.StreamSecrets(ctx); err == nil {
-		if _, err = c.Recv(); err == nil {
-			t.Error("accepted")
-		}
-	}
-	c := r.sotw(t.Context())
-	c.ask(nameDefault)
-	c.next()
-}
-
-// TestV_I6_NoGoroutineIsLeft: however streams end, nothing of them stays.
-func TestV_I6_NoGoroutineIsLeft(t *testing.T) {
-	a := identitytest.NewAuthority(t, "a.test")
-	source := identitytest.NewSource(a.Snapshot(1, a.SVID("/x")))
-	r := newRig(t, source, Options{})
-	c := r.sotw(t.Context())
-	c.ask(nameDefault)
-	c.next()
-	base := runtime.NumGoroutine()
-	ends := []func(*sotw, context.CancelFunc){
-		func(_ *sotw, cancel context.CancelFunc) { cancel() },
-		func(c *sotw, cancel context.CancelFunc) {
-			c.ask(nameDefault)
-			c.next()
-			cancel()
-		},
-		func(c *sotw, cancel context.CancelFunc) {
-			c.ask(nameDefault)
-			c.next()
-			if err := c.CloseSend(); err != nil {
-				t.Error(err)
-			}
-			_, _ = c.Recv()
-			cancel()
-		},
-		func(c *sotw, cancel context.CancelFunc) {
-			c.request(&discoveryv3.DiscoveryRequest{TypeUrl: "x"})
-			_, _ = c.Recv()
-			cancel()
-		},
-	}
-	for i := range 1000 {
-		ctx, cancel := context.WithCancel(t.Context())
-		ends[i%len(ends)](r.sotw(ctx), cancel)
-	}
-	left := func() bool {
-		return runtime.NumGoroutine() > base+2 || r.value("meshid_agent_sds_streams", "sotw") != 1
-	}
-	for deadline := time.Now().Add(time.Minute); left(); runtime.Gosched() {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before; %v streams are counted", runtime.NumGoroutine(), base, r.value("meshid_agent_sds_streams", "sotw"))
-		}
 	}
 }
 
@@ -840,105 +475,4 @@ func TestNew_NeedsASource(t *testing.T) {
 	if _, err := New(identitytest.NewSource(nil), Options{Registerer: reg}); err == nil {
 		t.Error("made with metrics that are registered already")
 	}
-}
-
-func (r *rig) adsDelta(ctx context.Context) *delta {
-	r.t.Helper()
-	c, err := discoveryv3.NewAggregatedDiscoveryServiceClient(r.conn).DeltaAggregatedResources(ctx)
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	return &delta{r.t, c}
-}
-
-// contents says what stands under each name: a SPIFFE ID, or trust domains.
-func contents(t testing.TB, m *discoveryv3.DiscoveryResponse) map[string]string {
-	t.Helper()
-	return describe(t, secretsOf(t, m.GetResources()))
-}
-
-func deltaContents(t testing.TB, m *discoveryv3.DeltaDiscoveryResponse) map[string]string {
-	t.Helper()
-	all := secretsOf(t, deltaResources(m))
-	for _, r := range m.GetResources() {
-		if all[r.GetName()] == nil {
-			t.Errorf("resource %q has another name inside", r.GetName())
-		}
-	}
-	return describe(t, all)
-}
-
-func leafOf(t testing.TB, chain []byte) *x509.Certificate {
-	t.Helper()
-	block, _ := pem.Decode(chain)
-	if block == nil {
-		t.Fatal("no certificate")
-	}
-	c, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-// TestV_E3_WithdrawalAcknowledged: a snapshot counts as in force when the proxy has
-// acknowledged all that it changes of certificates, in delta the removal as well; not
-// when it was sent, and not when it was refused. A stream of trust bundles alone says
-// that it carries none.
-func TestV_E3_WithdrawalAcknowledged(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		a := identitytest.NewAuthority(t, "a.test")
-		x := a.SVID("/x")
-		id := x.ID.String()
-		first := a.Snapshot(1, x)
-		source := identitytest.NewSource(first)
-		r := newRig(t, source, Options{})
-		want := func(step string, want ...identitytest.InForce) {
-			t.Helper()
-			synctest.Wait()
-			if diff := cmp.Diff(want, source.TakeInForce(), cmp.Comparer(func(a, b *identity.Snapshot) bool { return a == b })); diff != "" {
-				t.Errorf("%s (-want +got)\n%s", step, diff)
-			}
-		}
-		lost := func() *identity.Snapshot {
-			return &identity.Snapshot{Bundle: first.Bundle, Withdrawn: []spiffeid.ID{x.ID}, Denied: true}
-		}
-
-		world := r.sotw(t.Context())
-		world.ask(nameDefault, nameRoot)
-		m := world.next()
-		want("sent")
-		world.ack(m, nameDefault, nameRoot)
-		want("acknowledged", identitytest.InForce{Snapshot: first, Carries: true})
-		gone := lost()
-		source.Publish(gone)
-		m = world.next()
-		want("tombstone sent")
-		world.nack(m, "", "no", nameDefault, nameRoot)
-		want("tombstone refused")
-		back := a.Snapshot(1, a.SVID("/x"))
-		source.Publish(back)
-		world.ack(world.next(), nameDefault, nameRoot)
-		want("back", identitytest.InForce{Snapshot: back, Carries: true})
-
-		bundles := r.sotw(t.Context())
-		bundles.ask(nameRoot)
-		bundles.ack(bundles.next(), nameRoot)
-		want("bundle", identitytest.InForce{Snapshot: back})
-		change := r.delta(t.Context())
-		change.ask(id)
-		change.ack(change.next())
-		want("delta", identitytest.InForce{Snapshot: back, Carries: true})
-
-		gone = lost()
-		source.Publish(gone)
-		want("nothing to change", identitytest.InForce{Snapshot: gone})
-		world.ack(world.next(), nameDefault, nameRoot)
-		want("tombstone in force", identitytest.InForce{Snapshot: gone, Carries: true})
-		change.ack(change.next())
-		d := change.next()
-		want("tombstone in force, removal sent")
-		change.ack(d)
-		want("removal in force", identitytest.InForce{Snapshot: gone, Carries: true})
-	})
 }
