@@ -2,29 +2,21 @@ package docker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"reflect"
-	"runtime"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/prometheus/client_golang/prometheus/testutil"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
-	"github.com/meshid/meshid/pkg/attest/workload/container"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
-	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 func TestConformance(t *testing.T) {
@@ -227,21 +219,6 @@ func TestUnknownIDs(t *testing.T) {
 	}
 }
 
-// The engine finds containers by name and by the beginning of their id too.
-func TestEngineAnswersWithAnother(t *testing.T) {
-	w := newWorld(t)
-	w.container("A", v2("/docker/"+id("A")), nil)
-	w.engine.set(func() { w.engine.containers[id("alias")] = w.engine.containers[id("A")] })
-	if _, err := w.attestor.engine.inspectContainer(t.Context(), id("alias")); !errors.Is(err, container.ErrNotFound) {
-		t.Errorf("error %v", err)
-	}
-	for _, name := range []string{"", "web", id("A")[:12], "../images/x", id("A") + "/json?x=", strings.ToUpper(id("Z"))} {
-		if _, err := w.attestor.engine.inspectContainer(t.Context(), name); err == nil || errors.Is(err, container.ErrNotFound) {
-			t.Errorf("%q: error %v", name, err)
-		}
-	}
-}
-
 // D11: labels are bytes. Nothing is split, trimmed or folded.
 func TestV_D11_Labels(t *testing.T) {
 	labels := map[string]string{
@@ -317,77 +294,6 @@ func TestV_D12_ImageLabels(t *testing.T) {
 	}
 }
 
-// D13: an engine that hangs costs two seconds and an error that says so; what is
-// known goes on.
-func TestV_D13_EngineHangs(t *testing.T) {
-	w := newWorld(t)
-	w.attestor.engine.timeout = 50 * time.Millisecond
-	known, _ := w.container("known", v2("/docker/"+id("known")), nil)
-	before, err := w.attestor.Attest(t.Context(), known)
-	if err != nil {
-		t.Fatal(err)
-	}
-	hang := make(chan struct{})
-	w.engine.set(func() { w.engine.hang = hang })
-	fresh, _ := w.container("fresh", v2("/docker/"+id("fresh")), nil)
-	var wg sync.WaitGroup
-	for range 20 {
-		wg.Go(func() {
-			f, err := w.attestor.Attest(t.Context(), fresh)
-			if !errors.Is(err, errUnreachable) || errors.Is(err, attest.ErrNotMine) || !strings.Contains(err.Error(), "try again") {
-				t.Errorf("facts %v, error %v", f, err)
-			}
-		})
-	}
-	wg.Wait()
-	after, err := w.attestor.Attest(t.Context(), known)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(before, after, protocmp.Transform()); diff != "" {
-		t.Errorf("facts of a known container changed:\n%s", diff)
-	}
-	close(hang)
-	w.engine.set(func() { w.engine.hang = nil })
-	if _, err := w.attestor.Attest(t.Context(), fresh); err != nil {
-		t.Errorf("when the engine goes on: %v", err)
-	}
-}
-
-// D13: an engine that is gone, answers nonsense or half of it.
-func TestV_D13_EngineAnswersNonsense(t *testing.T) {
-	w := newWorld(t)
-	init, _ := w.container("A", v2("/docker/"+id("A")), nil)
-	good, err := json.Marshal(map[string]any{"Id": id("A"), "Image": "sha256:x", "State": map[string]any{"Running": true, "Pid": init.PID}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, raw := range map[string]string{
-		"garbage":       "<html>",
-		"half":          string(good[:len(good)/2]),
-		"list":          "[]",
-		"other":         `{"Id":"` + id("B") + `","State":{"Running":true,"Pid":1}}`,
-		"empty object":  `{}`,
-		"no image":      strings.Replace(string(good), "sha256:x", "", 1),
-		"negative pid":  `{"Id":"` + id("A") + `","State":{"Running":true,"Pid":-1}}`,
-		"pid is a text": `{"Id":"` + id("A") + `","State":{"Running":true,"Pid":"1"}}`,
-		"deep":          strings.Repeat(`{"Config":`, 100000),
-	} {
-		t.Run(name, func(t *testing.T) {
-			w.engine.set(func() { w.engine.raw["/containers/"+id("A")+"/json"] = raw })
-			w.attestor.index.Forget(id("A"))
-			if f, err := w.attestor.Attest(t.Context(), init); err == nil {
-				t.Errorf("facts %v", f)
-			}
-		})
-	}
-	w.engine.stop()
-	w.attestor.index.Forget(id("A"))
-	if f, err := w.attestor.Attest(t.Context(), init); !errors.Is(err, errUnreachable) {
-		t.Errorf("engine gone: facts %v, error %v", f, err)
-	}
-}
-
 // The container's end is seen in its init process, whatever the engine says.
 func TestV_D14_ContainerEnds(t *testing.T) {
 	w := newWorld(t)
@@ -452,178 +358,6 @@ func TestEnvironmentIsNotRead(t *testing.T) {
 	}
 }
 
-func TestWatch(t *testing.T) {
-	w := newWorld(t)
-	_, endA := w.container("A", v2("/docker/"+id("A")), nil)
-	events := w.watch()
-	e := next(t, events)
-	if e.Instance != "docker:"+id("A") || e.Ended || e.Workload.GetDocker().GetName() != "A" {
-		t.Errorf("first event %v", e)
-	}
-	initB, endB := w.container("B", v2("/docker/"+id("B")), nil)
-	if e := next(t, events); e.Instance != "docker:"+id("B") || e.Ended {
-		t.Errorf("event %v, want B's start", e)
-	}
-	// It is known before it asks.
-	before := w.engine.count("inspect")
-	if _, err := w.attestor.Attest(t.Context(), initB); err != nil {
-		t.Error(err)
-	}
-	if n := w.engine.count("inspect"); n != before {
-		t.Errorf("%d more calls", n-before)
-	}
-	if n := testutil.ToFloat64(w.attestor.metrics.connected); n != 1 {
-		t.Errorf("connected is %v", n)
-	}
-
-	endA() // before the engine says so
-	if e := next(t, events); e.Instance != "docker:"+id("A") || !e.Ended || e.Workload != nil {
-		t.Errorf("event %v, want A's end", e)
-	}
-	w.engine.die(id("A"))
-
-	// Renamed: the same run, with another name.
-	w.engine.set(func() {
-		w.engine.containers[id("B")].Name = "B2"
-		w.engine.emit("rename", id("B"))
-	})
-	if e := next(t, events); e.Ended || e.Workload.GetDocker().GetName() != "B2" {
-		t.Errorf("event %v, want B's new name", e)
-	}
-	if f, err := w.attestor.Attest(t.Context(), initB); err != nil || f.Workload.GetDocker().GetName() != "B2" {
-		t.Errorf("facts %v, error %v", f, err)
-	}
-
-	// Restarted: ended, then there again.
-	endB()
-	w.engine.die(id("B"))
-	w.container("B", v2("/docker/"+id("B")), nil)
-	if e := next(t, events); e.Instance != "docker:"+id("B") || !e.Ended {
-		t.Errorf("event %v, want B's end", e)
-	}
-	if e := next(t, events); e.Instance != "docker:"+id("B") || e.Ended {
-		t.Errorf("event %v, want B's start", e)
-	}
-}
-
-// F49: the engine is restarted; what happened meanwhile is told, and nothing
-// else.
-func TestV_D13_EngineRestarts(t *testing.T) {
-	w := newWorld(t)
-	initA, _ := w.container("A", v2("/docker/"+id("A")), nil)
-	_, endB := w.container("B", v2("/docker/"+id("B")), nil)
-	w.container("C", v2("/docker/"+id("C")), nil)
-	events := w.watch()
-	for range 3 {
-		if e := next(t, events); e.Ended {
-			t.Errorf("event %v", e)
-		}
-	}
-	w.engine.stop()
-	if _, err := w.attestor.Attest(t.Context(), initA); err != nil {
-		t.Errorf("a known container while the engine is away: %v", err)
-	}
-	endB() // seen at once, without the engine
-	if e := next(t, events); !e.Ended || e.Instance != "docker:"+id("B") {
-		t.Errorf("event %v, want B's end", e)
-	}
-	w.engine.set(func() { // C is lost, D is new, and no event is remembered
-		w.engine.containers[id("B")].Running = false
-		w.engine.containers[id("C")].Running = false
-	})
-	w.container("D", v2("/docker/"+id("D")), nil)
-	w.engine.set(func() { w.engine.log = nil })
-	w.engine.listen(t)
-	got := map[string]bool{}
-	for range 2 {
-		e := next(t, events)
-		got[e.Instance] = e.Ended
-	}
-	if diff := cmp.Diff(map[string]bool{"docker:" + id("C"): true, "docker:" + id("D"): false}, got); diff != "" {
-		t.Errorf("after the restart (-want +got):\n%s", diff)
-	}
-	// The stream breaks, and events repeat: nothing is told twice.
-	w.engine.drop()
-	w.container("E", v2("/docker/"+id("E")), nil)
-	if e := next(t, events); e.Instance != "docker:"+id("E") {
-		t.Errorf("event %v, want E's start", e)
-	}
-	select {
-	case e := <-events:
-		t.Errorf("one event more: %v", e)
-	default:
-	}
-}
-
-// One container that cannot be attested does not stop the others.
-func TestWatchGoesOn(t *testing.T) {
-	w := newWorld(t)
-	w.container("bad", v2("/"), nil)
-	w.container("big", v2("/docker/"+id("big")), func(c *fakeContainer) { c.Labels = map[string]string{"x": strings.Repeat("x", maxLabels+1)} })
-	w.container("good", v2("/docker/"+id("good")), nil)
-	events := w.watch()
-	if e := next(t, events); e.Instance != "docker:"+id("good") {
-		t.Errorf("event %v", e)
-	}
-	w.container("worse", v2("/"), nil)
-	w.container("better", v2("/docker/"+id("better")), nil)
-	if e := next(t, events); e.Instance != "docker:"+id("better") {
-		t.Errorf("event %v", e)
-	}
-}
-
-// The engine is not there yet when the agent starts.
-func TestWatchWaitsForTheEngine(t *testing.T) {
-	w := newWorld(t)
-	w.engine.stop()
-	w.container("A", v2("/docker/"+id("A")), nil)
-	events := w.watch()
-	for testutil.ToFloat64(w.attestor.metrics.calls.WithLabelValues(string(callEvents), outcomeError)) < 2 {
-		runtime.Gosched()
-	}
-	w.engine.listen(t)
-	if e := next(t, events); e.Instance != "docker:"+id("A") || e.Ended {
-		t.Errorf("event %v", e)
-	}
-}
-
-// I8: many containers come and go; each is told once, and nothing is left over.
-func TestV_I8_Churn(t *testing.T) {
-	w := newWorld(t)
-	events := w.watch()
-	const n = 60
-	ends := make([]func(), n)
-	for i := range n {
-		name := fmt.Sprint("c", i)
-		_, ends[i] = w.container(name, v2("/docker/"+id(name)), nil)
-	}
-	started := map[string]int{}
-	for range n {
-		started[next(t, events).Instance]++
-	}
-	for _, end := range ends {
-		end()
-	}
-	for range n {
-		e := next(t, events)
-		if !e.Ended {
-			t.Errorf("event %v", e)
-		}
-		started[e.Instance]--
-	}
-	for instance, left := range started {
-		if left != 0 {
-			t.Errorf("%s: %d starts without an end", instance, left)
-		}
-	}
-	if c := len(w.attestor.index.All()); c != 0 {
-		t.Errorf("%d containers in the index", c)
-	}
-	if c := testutil.ToFloat64(w.attestor.metrics.containers); c != 0 {
-		t.Errorf("%v containers counted", c)
-	}
-}
-
 // D17, I6: nothing is left over, wherever it ends.
 func TestV_D17_Descriptors(t *testing.T) {
 	w := newWorld(t)
@@ -674,107 +408,6 @@ func TestNew(t *testing.T) {
 	if _, err := a.index.Get(t.Context(), id("A")); err == nil {
 		t.Error("a closed attestor finds a container")
 	}
-}
-
-func TestParseEvent(t *testing.T) {
-	for line, want := range map[string]change{
-		`{"Type":"container","Action":"start","Actor":{"ID":"` + id("A") + `"}}`:          {actionStart, id("A")},
-		`{"Type":"container","Action":"die","Actor":{"ID":"` + id("A") + `"},"x":[1]}`:    {actionDie, id("A")},
-		`{"Type":"image","Action":"start","Actor":{"ID":"` + id("A") + `"}}`:              {},
-		`{"Type":"container","Action":"exec_start: sh","Actor":{"ID":"` + id("A") + `"}}`: {},
-		`{"Type":"container","Action":"start","Actor":{"ID":"web"}}`:                      {},
-		`{"Type":"container","Action":"start"}`:                                           {},
-		`{}`:                                                                              {},
-	} {
-		got, ok, err := parseEvent([]byte(line))
-		if err != nil || got != want || ok != (want != change{}) {
-			t.Errorf("%s: %v, %v, %v", line, got, ok, err)
-		}
-	}
-	if _, _, err := parseEvent([]byte("{")); err == nil {
-		t.Error("half an event is accepted")
-	}
-}
-
-// An event that is too long is an error, and no reason to use more memory.
-func TestEventTooLong(t *testing.T) {
-	w := newWorld(t)
-	w.engine.set(func() { w.engine.raw["/events"] = strings.Repeat("x", 2*maxEvent) + "\n" })
-	s, err := w.attestor.engine.events(t.Context(), time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.close()
-	if c, err := s.next(); err == nil || errors.Is(err, io.EOF) {
-		t.Errorf("event %v, error %v", c, err)
-	}
-}
-
-func FuzzInspect(f *testing.F) {
-	f.Add([]byte(`{"Id":"x","State":{"Running":true,"Pid":1,"StartedAt":"2026-01-02T03:04:05.6Z"},"Config":{"Labels":{"a":"b"}}}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var i inspected
-		if json.Unmarshal(b, &i) != nil {
-			return
-		}
-		if checkLabels(i.Config.Labels) != nil {
-			return
-		}
-		for k, v := range ownLabels(i.Config.Labels, nil) {
-			if i.Config.Labels[k] != v {
-				t.Errorf("label %q", k)
-			}
-		}
-	})
-}
-
-func FuzzEvent(f *testing.F) {
-	f.Add([]byte(`{"Type":"container","Action":"start","Actor":{"ID":"` + id("A") + `"}}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		if c, ok, err := parseEvent(b); ok && (err != nil || !container.IsID(c.id)) {
-			t.Errorf("%v, %v", c, err)
-		}
-	})
-}
-
-// cpu reports the CPU time of this process for each operation.
-func cpu(b *testing.B, f func()) {
-	var before, after unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &before); err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		f()
-	}
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &after); err != nil {
-		b.Fatal(err)
-	}
-	used := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano()
-	b.ReportMetric(float64(used)/float64(b.N), "cpu-ns/op")
-}
-
-// realCgroup also reads the peer's real cgroup file, for the cost of it.
-type realCgroup struct{ *containers.Processes }
-
-func (r realCgroup) Cgroup(p *peer.Peer) ([]byte, error) {
-	if _, err := (container.Kernel{}).Cgroup(p); err != nil {
-		return nil, err
-	}
-	return r.Processes.Cgroup(p)
-}
-
-func BenchmarkAttestWarm(b *testing.B) {
-	w := newWorld(b)
-	w.attestor.processes = realCgroup{w.processes}
-	init, _ := w.container("A", v1("/docker/"+id("A")), nil)
-	if _, err := w.attestor.Attest(b.Context(), init); err != nil {
-		b.Fatal(err)
-	}
-	cpu(b, func() {
-		if _, err := w.attestor.Attest(b.Context(), init); err != nil {
-			b.Fatal(err)
-		}
-	})
 }
 
 var _ interface {
