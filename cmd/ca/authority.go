@@ -44,8 +44,30 @@ func newAuthorityList(c *clientFlags) *cobra.Command {
 				sum := sha256.Sum256(a.GetCertificate())
 				rows = append(rows, []string{a.GetRole(), a.GetId(), a.GetState(), cli.Until(now, a.GetNotAfter().AsTime()), hex.EncodeToString(sum[:])})
 			}
+			for _, a := range answer.GetBelow() {
+				state := "below the old root " + a.GetRoot()
+				if a.GetCurrent() {
+					state = "below"
+				}
+				rows = append(rows, []string{"intermediate", a.GetId(), state, cli.Until(now, a.GetNotAfter().AsTime()), belowText(a)})
+			}
+			if why := answer.GetBelowUnknown(); why != "" {
+				rows = append(rows, []string{"intermediate", "?", "below", "?", "not known: " + cli.Cell(why)})
+			}
 			return rows
 		})
+}
+
+// belowText says whose intermediate it is.
+func belowText(a *adminv1.AuthorityBelow) string {
+	text := "of the CA below " + a.GetSpiffeId()
+	switch {
+	case !a.GetEntry():
+		text += " (has no entry: gets no other one)"
+	case !a.GetConnected():
+		text += " (not connected)"
+	}
+	return text
 }
 
 func withinFlag(cmd *cobra.Command, within *time.Duration) {

@@ -132,6 +132,11 @@ func showRotation(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
 	for _, l := range r.GetLaggards() {
 		fmt.Fprintf(w, "waiting  %s\n", laggardText(now, l))
 	}
+	for _, root := range r.GetRoots() {
+		for _, h := range root.GetHolders() {
+			fmt.Fprintf(w, "holds    %s\n", holderText(root.GetId(), h))
+		}
+	}
 	var rows [][]string
 	for _, root := range r.GetRoots() {
 		live := "-"
@@ -150,11 +155,43 @@ func showRotation(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
 	return cli.Table(w, []string{"ROOT", "STATE", "SINCE", "ORIGIN", "EXPIRES", "SVIDS", "IN USE AT MOST"}, rows)
 }
 
+// holderText says who keeps a root that signs no more in the bundle, and until when.
+func holderText(root string, h *adminv1.RootHolder) string {
+	text := h.GetNodeId()
+	if h.GetBelow() {
+		text += " (a CA below)"
+	}
+	switch {
+	case !h.GetConnected():
+		text += ": not connected, what it has that chains to root " + root + " is not known"
+	case !h.GetCounted():
+		text += ": has not said what it has that chains to root " + root
+	case h.GetBelow():
+		text += ": its intermediate chains to root " + root + "; it asks for the next one by itself, or now with ca authority rotate there"
+	default:
+		text += fmt.Sprintf(": %d X.509-SVIDs that chain to root %s", h.GetSvids(), root)
+	}
+	if h.GetUntil() != nil && (h.GetBelow() || !h.GetConnected()) {
+		text += "; until " + h.GetUntil().AsTime().UTC().Format(time.RFC3339) + " at most"
+	}
+	return text
+}
+
 func laggardText(now time.Time, l *adminv1.Laggard) string {
 	since := cli.Short(max(now.Sub(l.GetSince().AsTime()), 0))
+	below := ""
+	if l.GetBelow() {
+		below = " (a CA below)"
+	}
 	switch {
+	case !l.GetConnected() && l.GetSince().AsTime().Year() < 2000: // it never was
+		return fmt.Sprintf("%s%s: not connected since this CA started, waited for until %s", l.GetNodeId(), below, l.GetWaitedUntil().AsTime().UTC().Format(time.RFC3339))
+	case l.GetBelow() && l.GetConnected() && l.GetWaitsFor() == "":
+		return l.GetNodeId() + below + ": has not said that all of its proxies have the bundle"
+	case l.GetBelow() && l.GetConnected():
+		return fmt.Sprintf("%s%s: it waits for %s", l.GetNodeId(), below, cli.Printable(l.GetWaitsFor()))
 	case !l.GetConnected():
-		return fmt.Sprintf("%s: not connected, last heard of %s ago, waited for until %s", l.GetNodeId(), since, l.GetWaitedUntil().AsTime().UTC().Format(time.RFC3339))
+		return fmt.Sprintf("%s%s: not connected, last heard of %s ago, waited for until %s", l.GetNodeId(), below, since, l.GetWaitedUntil().AsTime().UTC().Format(time.RFC3339))
 	case l.GetName() == "":
 		return l.GetNodeId() + ": its agent has not said that it has the bundle"
 	default:
@@ -338,14 +375,28 @@ type event struct {
 	Rate                float64  `json:"svids_renewed_per_second"`
 	RemainingSeconds    float64  `json:"remaining_seconds,omitempty"`
 	Laggards            []string `json:"laggards,omitempty"`
-	Stalled             string   `json:"stalled,omitempty"`
-	Paused              bool     `json:"paused,omitempty"`
+	// Holders are those who keep the old root in the bundle and do not do anything
+	// about it as part of this rotation: CAs below, and nodes that are not connected.
+	Holders []string `json:"holders,omitempty"`
+	Stalled string   `json:"stalled,omitempty"`
+	Paused  bool     `json:"paused,omitempty"`
+
+	nodes, nodesWaiting uint32
+}
+
+// belowIn is what CAs below say that they wait for.
+func belowIn(r *adminv1.Rotation) (text string) {
+	for _, l := range r.GetLaggards() {
+		text += l.GetWaitsFor() + "\n"
+	}
+	return text
 }
 
 func (p *rotationProgress) event(now time.Time, r *adminv1.Rotation) event {
 	e := event{
 		Phase: "distributing", Time: now.UTC().Format(time.RFC3339), BundleSequence: r.GetBundleSequence(),
 		Proxies: r.GetProxies(), ProxiesAcknowledged: r.GetProxiesAcknowledged(), Stalled: r.GetStalled(), Paused: r.GetPaused(),
+		nodes: r.GetNodes(), nodesWaiting: r.GetNodesWaiting(),
 	}
 	for _, l := range r.GetLaggards() {
 		e.Laggards = append(e.Laggards, laggardText(now, l))
@@ -355,6 +406,11 @@ func (p *rotationProgress) event(now time.Time, r *adminv1.Rotation) event {
 	old := uint32(0)
 	if i >= 0 {
 		old = r.GetRoots()[i].GetSvids()
+		for _, h := range r.GetRoots()[i].GetHolders() {
+			if h.GetBelow() || !h.GetConnected() {
+				e.Holders = append(e.Holders, holderText(p.old, h))
+			}
+		}
 	}
 	switch {
 	case !signs:
@@ -390,7 +446,7 @@ func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, 
 	over = e.Phase == "done"
 	text := e.text(p.terminal)
 	// Times and rates alone are no news, but for a terminal.
-	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), e.Stalled, e.Paused)
+	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), len(e.Holders), e.Stalled, e.Paused, belowIn(r))
 	switch {
 	case p.terminal && !p.json:
 		_, err = fmt.Fprintf(p.w, "\r\x1b[K%s", text)
@@ -410,6 +466,9 @@ func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, 
 		if i := slices.IndexFunc(r.GetRoots(), func(root *adminv1.Root) bool { return root.GetId() == p.old }); i >= 0 {
 			fmt.Fprintf(p.w, "done in %s; root %s stays in the bundle until nothing that it signed lives, %s at most\n",
 				cli.Short(took), p.old, cli.Until(now, r.GetRoots()[i].GetLiveUntil().AsTime()))
+			for _, h := range e.Holders {
+				fmt.Fprintf(p.w, "  %s %s\n", cli.Paint(p.w, cli.Yellow, "not yet:"), h)
+			}
 		} else {
 			fmt.Fprintf(p.w, "done in %s; root %s has left the bundle\n", cli.Short(took), p.old)
 		}
@@ -428,8 +487,11 @@ const barWidth = 20
 
 func (e event) text(short bool) string {
 	part, all := e.ProxiesAcknowledged, e.Proxies
-	if e.Phase != "distributing" {
+	switch {
+	case e.Phase != "distributing":
 		part, all = e.SVIDsRenewed, e.SVIDs
+	case part >= all && len(e.Laggards) > 0: // no proxy is late, but a node or a CA below
+		part, all = e.nodes-min(e.nodesWaiting, e.nodes), e.nodes
 	}
 	full := barWidth
 	if all > 0 {
@@ -447,17 +509,21 @@ func (e event) text(short bool) string {
 			fmt.Fprintf(&b, ", %s left", cli.Short(time.Duration(e.RemainingSeconds*float64(time.Second))))
 		}
 	}
-	if e.Phase != "distributing" || len(e.Laggards) == 0 {
+	waiting := e.Laggards
+	if e.Phase != "distributing" {
+		waiting = e.Holders
+	}
+	if e.Phase == "done" || len(waiting) == 0 {
 		return b.String()
 	}
 	if short {
-		fmt.Fprintf(&b, ", waiting for %s", e.Laggards[0])
-		if n := len(e.Laggards) - 1; n > 0 {
+		fmt.Fprintf(&b, ", waiting for %s", waiting[0])
+		if n := len(waiting) - 1; n > 0 {
 			fmt.Fprintf(&b, " and %d more", n)
 		}
 		return b.String()
 	}
-	for _, l := range e.Laggards {
+	for _, l := range waiting {
 		fmt.Fprintf(&b, "\n  waiting for %s", l)
 	}
 	return b.String()

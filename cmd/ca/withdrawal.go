@@ -98,6 +98,9 @@ func newWithdrawalShow(c *clientFlags) *cobra.Command {
 		for _, l := range w.GetLaggards() {
 			fmt.Fprintf(out, "waiting    %s\n", withdrawalLaggard(time.Now(), l))
 		}
+		for _, a := range w.GetBelow() {
+			fmt.Fprintf(out, "lives on   %s\n", withdrawalBelow(a))
+		}
 		return nil
 	}
 	f.add(cmd)
@@ -257,6 +260,9 @@ func (p *withdrawalProgress) show(w *adminv1.Withdrawal) (over bool, err error) 
 		for _, l := range w.GetLaggards() {
 			fmt.Fprintf(p.w, "%s %s\n", cli.Paint(p.w, cli.Yellow, "not told:"), withdrawalLaggard(time.Now(), l))
 		}
+		for _, a := range w.GetBelow() {
+			fmt.Fprintf(p.w, "%s %s\n", cli.Paint(p.w, cli.Yellow, "lives on:"), withdrawalBelow(a))
+		}
 	}
 	return true, nil
 }
@@ -299,6 +305,16 @@ func effectText(w *adminv1.Withdrawal) string {
 }
 
 func milliseconds(d time.Duration) string { return d.Round(time.Millisecond).String() }
+
+// withdrawalBelow says what of a CA below a withdrawal does not end.
+func withdrawalBelow(a *adminv1.AuthorityBelow) string {
+	const cure = "only its root's leaving ends that sooner: ca authority rotate root --compromised"
+	if a.GetNotAfter() == nil {
+		return fmt.Sprintf("%s (a CA below): it gets no other intermediate, and what it has is not known now: the store cannot be read; %s", a.GetSpiffeId(), cure)
+	}
+	return fmt.Sprintf("%s (a CA below): its intermediate %s signs what this mesh believes until %s; %s",
+		a.GetSpiffeId(), a.GetId(), a.GetNotAfter().AsTime().UTC().Format(time.RFC3339), cure)
+}
 
 func withdrawalLaggard(now time.Time, l *adminv1.Laggard) string {
 	since := cli.Short(max(now.Sub(l.GetSince().AsTime()), 0))

@@ -112,7 +112,8 @@ func (c *CA) SignedBelow(ctx context.Context, issuer *x509.Certificate) (bool, e
 	}
 	id := authorityID(issuer)
 	return slices.ContainsFunc(intermediates, func(i Intermediate) bool {
-		return i.ID == id && strings.HasPrefix(i.Instance, below)
+		_, ok := i.Below()
+		return ok && i.ID == id
 	}), nil
 }
 
@@ -121,7 +122,7 @@ func (c *CA) SignedBelow(ctx context.Context, issuer *x509.Certificate) (bool, e
 func waitBelow(nodes []rotation.Node, intermediates []Intermediate) {
 	ends := make(map[string]time.Time)
 	for _, i := range intermediates {
-		if id, ok := strings.CutPrefix(i.Instance, below); ok && i.LiveUntil.After(ends[id]) {
+		if id, ok := i.Below(); ok && i.LiveUntil.After(ends[id]) {
 			ends[id] = i.LiveUntil
 		}
 	}
@@ -141,20 +142,28 @@ func (c *CA) tellAbove(ctx context.Context) {
 	if !ok {
 		return
 	}
-	s, now := c.state.Load(), time.Now().Round(0)
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
-	intermediates, err := c.cfg.Store.Intermediates(ctx)
+	now, err := c.Rotation(ctx)
 	if err != nil {
 		return // what is held is not known: what was told stays
 	}
+	bundle := c.state.Load().roots
 	var roots []upstream.InForce
-	for _, r := range s.roots {
-		told := upstream.InForce{Root: r.cert, Acknowledged: r.state != StatePrepared}
-		for _, i := range intermediates {
-			told.Held = told.Held || i.Root == r.id && i.LiveUntil.After(now)
+	for _, r := range now.Trust.Bundle() {
+		i := slices.IndexFunc(bundle, func(b *root) bool { return b.id == r.ID })
+		if i < 0 {
+			continue
+		}
+		told := upstream.InForce{Root: bundle[i].cert, Acknowledged: r.State != rotation.Prepared, Held: now.Inputs.Horizons[r.ID].After(now.Inputs.Now)}
+		if waiting := rotation.Waiting(now.Inputs, r.Sequence); !told.Acknowledged {
+			told.WaitsFor = fmt.Sprintf("%d nodes: %s", len(waiting), rotation.Names(waiting))
+			if now.Trust.Paused {
+				told.WaitsFor = "its roots, which are paused there (ca authority resume)"
+			}
 		}
 		roots = append(roots, told)
 	}
 	above.InForce(roots)
 }
+
+// Below returns the SPIFFE ID of the CA below whose intermediate it is.
+func (i Intermediate) Below() (id string, ok bool) { return strings.CutPrefix(i.Instance, below) }

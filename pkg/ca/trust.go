@@ -185,9 +185,7 @@ func (c *CA) inputs(ctx context.Context, now time.Time, s *state) (rotation.Inpu
 // drained says whether every live node is known to have nothing that chains to
 // the root.
 func drained(in rotation.Inputs, id string) bool {
-	return !slices.ContainsFunc(in.Nodes, func(n rotation.Node) bool {
-		return n.Live(in.Now) && (!n.Counted || n.Held[id] > 0)
-	})
+	return len(rotation.Holders(in, id)) == 0
 }
 
 // advance takes the steps that are due. The caller holds mu.

@@ -341,11 +341,17 @@ func (a *adminService) GetBundle(context.Context, *adminv1.GetBundleRequest) (*a
 }
 
 // ListAuthorities implements adminv1.AdminServiceServer.
-func (a *adminService) ListAuthorities(context.Context, *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error) {
+func (a *adminService) ListAuthorities(ctx context.Context, _ *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error) {
 	resp := new(adminv1.ListAuthoritiesResponse)
 	for _, authority := range a.s.cfg.CA.Authorities() {
 		resp.Authorities = append(resp.Authorities, authorityProto(authority))
 	}
+	below, err := a.s.authoritiesBelow(ctx, func(string) bool { return true })
+	if err != nil {
+		a.s.log.WarnContext(ctx, "intermediates of CAs below cannot be read", "err", err)
+		resp.BelowUnknown = "the store cannot be read now"
+	}
+	resp.Below = below
 	return resp, nil
 }
 

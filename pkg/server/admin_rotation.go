@@ -176,6 +176,9 @@ func (s *Server) rotation(ctx context.Context) (*adminv1.Rotation, error) {
 		for _, n := range in.Nodes {
 			out.Svids += n.Held[root.ID]
 		}
+		if root.State == rotation.Retiring {
+			out.Holders = rootHolders(in, root.ID)
+		}
 		if horizon, ok := in.Horizons[root.ID]; ok {
 			out.LiveUntil = timestamppb.New(horizon)
 		}
@@ -201,13 +204,26 @@ func (s *Server) rotation(ctx context.Context) (*adminv1.Rotation, error) {
 	return r, nil
 }
 
+// rootHolders names who keeps a root that signs no more in the bundle.
+func rootHolders(in rotation.Inputs, root string) (all []*adminv1.RootHolder) {
+	nodes := rotation.Holders(in, root)
+	for _, n := range nodes[:min(len(nodes), maxShown)] {
+		h := &adminv1.RootHolder{NodeId: n.ID, Below: n.Below, Connected: n.Connected, Counted: n.Counted, Svids: n.Held[root]}
+		if !n.Lease.IsZero() {
+			h.Until = timestamppb.New(n.Lease)
+		}
+		all = append(all, h)
+	}
+	return all
+}
+
 // laggards names what of a node has not acknowledged the bundle in force.
 func laggards(n rotation.Node) []*adminv1.Laggard {
 	if !n.Connected {
-		return []*adminv1.Laggard{{NodeId: n.ID, Since: timestamppb.New(n.Since), Acknowledged: n.Sequence, WaitedUntil: timestamppb.New(n.Lease)}}
+		return []*adminv1.Laggard{{NodeId: n.ID, Since: timestamppb.New(n.Since), Acknowledged: n.Sequence, WaitedUntil: timestamppb.New(n.Lease), Below: n.Below}}
 	}
 	if len(n.Laggards) == 0 {
-		return []*adminv1.Laggard{{NodeId: n.ID, Since: timestamppb.Now(), Acknowledged: n.Sequence, Connected: true}}
+		return []*adminv1.Laggard{{NodeId: n.ID, Since: timestamppb.Now(), Acknowledged: n.Sequence, Connected: true, Below: n.Below, WaitsFor: n.WaitsFor}}
 	}
 	all := make([]*adminv1.Laggard, len(n.Laggards))
 	for i, l := range n.Laggards {

@@ -1,16 +1,20 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
+	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 	downstreamv1 "github.com/meshid/meshid/proto/downstream/v1"
 
 	"github.com/meshid/meshid/pkg/ca"
@@ -153,9 +157,51 @@ func (s *Server) takeFollow(link *link, msg *downstreamv1.FollowRequest) error {
 		}
 		held[root] = 1
 	}
-	s.below.report(link, &lowerForce{acknowledged: msg.GetAcknowledged(), held: held})
+	if len(msg.GetWaitsFor()) > maxLaggardName {
+		return fail(kindInvalid, "what is waited for is too long", nil)
+	}
+	s.below.report(link, &lowerForce{acknowledged: msg.GetAcknowledged(), held: held, waitsFor: msg.GetWaitsFor()})
 	s.cfg.CA.FleetChanged()
 	return nil
+}
+
+// authoritiesBelow are the intermediates of CAs below that match names by SPIFFE ID, of
+// which something may live.
+func (s *Server) authoritiesBelow(ctx context.Context, match func(id string) bool) ([]*adminv1.AuthorityBelow, error) {
+	all, err := s.cfg.CA.Intermediates(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var below []*adminv1.AuthorityBelow
+	now, signer := time.Now(), ""
+	for _, a := range s.cfg.CA.Authorities() {
+		if a.Role == ca.RoleRoot && a.State == ca.StateActive {
+			signer = a.ID
+		}
+	}
+	for _, i := range all {
+		id, ok := i.Below()
+		if !ok || !match(id) || !i.LiveUntil.After(now) {
+			continue
+		}
+		_, entry := s.registry.Entries().Downstream(id)
+		below = append(below, &adminv1.AuthorityBelow{
+			Id: i.ID, SpiffeId: id, Root: i.Root, Current: i.Root == signer, NotAfter: timestamppb.New(i.LiveUntil), Connected: s.below.connected(id), Entry: entry,
+		})
+	}
+	slices.SortFunc(below, func(a, b *adminv1.AuthorityBelow) int {
+		return cmp.Or(cmp.Compare(a.GetSpiffeId(), b.GetSpiffeId()), b.GetNotAfter().AsTime().Compare(a.GetNotAfter().AsTime()))
+	})
+	return below, nil
+}
+
+// allowedBelow are the CAs below that may have intermediates signed.
+func (s *Server) allowedBelow() []string {
+	quarantined := s.registry.Quarantines()
+	return slices.DeleteFunc(s.registry.Entries().Downstreams(), func(id string) bool {
+		_, ok := quarantined.Of(id, nil, nil)
+		return ok
+	})
 }
 
 // below knows the CAs below this one, by SPIFFE ID. They are as many as there are
@@ -176,10 +222,12 @@ type lower struct {
 
 // lowerForce is what a process of a CA below has said: acknowledged is the sequence of
 // a bundle that is in force everywhere below, and of the roots in held something lives
-// there. It is immutable.
+// there; waitsFor says for people what keeps the newest bundle from being in force. It
+// is immutable.
 type lowerForce struct {
 	acknowledged uint64
 	held         map[string]uint32
+	waitsFor     string
 }
 
 // link is one stream.
@@ -241,6 +289,13 @@ func (b *below) close(id string, k *link) {
 	l.since = time.Now()
 }
 
+func (b *below) connected(id string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	l, ok := b.all[id]
+	return ok && len(l.links) > 0
+}
+
 func (b *below) report(k *link, force *lowerForce) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -281,7 +336,7 @@ func (b *below) fleet(entries *registry.Entries) []rotation.Node {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for i, id := range ids {
-		fleet[i].ID = id
+		fleet[i].ID, fleet[i].Below = id, true
 		l, ok := b.all[id]
 		if !ok {
 			continue
@@ -298,12 +353,12 @@ func (l *lower) tell(n *rotation.Node) {
 	first := true
 	for k := range l.links {
 		if k.force == nil { // until it has said what it has, it has nothing
-			n.Sequence, n.Counted = 0, false
+			n.Sequence, n.Counted, n.WaitsFor = 0, false, ""
 			return
 		}
 		maps.Copy(n.Held, k.force.held)
 		if first || k.force.acknowledged < n.Sequence {
-			n.Sequence, first = k.force.acknowledged, false
+			n.Sequence, n.WaitsFor, first = k.force.acknowledged, k.force.waitsFor, false
 		}
 	}
 }

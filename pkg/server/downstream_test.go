@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"math/big"
 	"net/url"
+	"slices"
 	"testing"
 	"time"
 
@@ -127,6 +128,24 @@ func TestDownstream(t *testing.T) {
 	}) {
 		t.Error("what it has acknowledged does not count")
 	}
+	// Who waits for it is told what it waits for, and whose intermediate is in use.
+	const waits = "1 nodes: spiffe://example.org/below/n7"
+	if err := stream.Send(&downstreamv1.FollowRequest{WaitsFor: waits}); err != nil {
+		t.Fatal(err)
+	}
+	boss1, bossCtx := h.admin()
+	if !h.eventually(func() bool {
+		answer, err := boss1.GetRotation(bossCtx, &adminv1.GetRotationRequest{})
+		l := answer.GetRotation().GetLaggards()
+		return err == nil && slices.ContainsFunc(l, func(l *adminv1.Laggard) bool { return l.GetNodeId() == id && l.GetBelow() && l.GetWaitsFor() == waits })
+	}) {
+		t.Error("what it waits for is not said")
+	}
+	list, err := boss1.ListAuthorities(bossCtx, &adminv1.ListAuthoritiesRequest{})
+	if b := list.GetBelow(); err != nil || len(b) != 1 || b[0].GetSpiffeId() != id || !b[0].GetCurrent() || !b[0].GetConnected() || !b[0].GetEntry() ||
+		!b[0].GetNotAfter().AsTime().Equal(c.NotAfter) {
+		t.Errorf("of its intermediate is said: %v, %v", list.GetBelow(), err)
+	}
 	// A second process of it has not.
 	second, err := client.Follow(t.Context())
 	if err == nil {
@@ -147,8 +166,16 @@ func TestDownstream(t *testing.T) {
 	}
 	h.wantCode(err, codes.ResourceExhausted)
 	admin, ctx := h.admin()
-	if _, err := admin.DeleteEntries(ctx, &adminv1.DeleteEntriesRequest{Names: []string{"below"}}); err != nil {
+	deleted, err := admin.DeleteEntries(ctx, &adminv1.DeleteEntriesRequest{Names: []string{"below"}})
+	if err != nil {
 		t.Fatal(err)
+	}
+	gone, err := admin.ListWithdrawals(ctx, &adminv1.ListWithdrawalsRequest{Id: deleted.GetWithdrawal()})
+	if err != nil || len(gone.GetWithdrawals()) != 1 {
+		t.Fatal(gone, err)
+	}
+	if b := gone.GetWithdrawals()[0].GetBelow(); len(b) == 0 || b[0].GetSpiffeId() != id || b[0].GetEntry() || !b[0].GetNotAfter().AsTime().After(time.Now()) {
+		t.Errorf("of what lives on is said: %v", b)
 	}
 	_, err = stream.Recv()
 	h.wantCode(err, codes.PermissionDenied)

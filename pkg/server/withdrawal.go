@@ -92,6 +92,8 @@ type withdrawal struct {
 	// Of all nodes that are not waited for any more. Those of the others are theirs.
 	streams, acknowledged, lost uint32
 	effect                      delays
+	// below are the CAs below whose right to intermediates it took.
+	below []string
 
 	// What follows is about revocation lists. revoking is set until it is known what
 	// was put on them, or while more is to come; lists are the nodes, of listNodes,
@@ -129,7 +131,10 @@ func (s *Server) beginWithdrawal(c *caller, cause, what string, nodes []string, 
 	ws := &s.withdrawals
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
+	allowed := s.allowedBelow()
 	w.at, w.began = change(), time.Now()
+	still := s.allowedBelow()
+	w.below = slices.DeleteFunc(allowed, func(id string) bool { return slices.Contains(still, id) })
 	ws.all = append(ws.all, w)
 	open := 0
 	for _, other := range slices.Backward(ws.all) {
@@ -384,7 +389,7 @@ func (w *withdrawal) summary() string {
 }
 
 // ListWithdrawals implements adminv1.AdminServiceServer.
-func (a *adminService) ListWithdrawals(_ context.Context, req *adminv1.ListWithdrawalsRequest) (*adminv1.ListWithdrawalsResponse, error) {
+func (a *adminService) ListWithdrawals(ctx context.Context, req *adminv1.ListWithdrawalsRequest) (*adminv1.ListWithdrawalsResponse, error) {
 	s := a.s
 	s.reviewWithdrawals(time.Now())
 	resp := new(adminv1.ListWithdrawalsResponse)
@@ -392,12 +397,19 @@ func (a *adminService) ListWithdrawals(_ context.Context, req *adminv1.ListWithd
 	if s.cfg.CA.RevokesByLists() {
 		fleet = s.Fleet()
 	}
+	below := s.disallowedBelow(ctx)
 	ws := &s.withdrawals
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	for _, w := range slices.Backward(ws.all) {
 		if req.GetId() == "" || req.GetId() == w.id {
-			resp.Withdrawals = append(resp.Withdrawals, s.withdrawalProto(w, fleet))
+			p := s.withdrawalProto(w, fleet)
+			for _, a := range below {
+				if slices.Contains(w.below, a.GetSpiffeId()) {
+					p.Below = append(p.Below, a)
+				}
+			}
+			resp.Withdrawals = append(resp.Withdrawals, p)
 		}
 	}
 	if req.GetId() != "" && len(resp.GetWithdrawals()) == 0 {
@@ -405,6 +417,32 @@ func (a *adminService) ListWithdrawals(_ context.Context, req *adminv1.ListWithd
 			truncate(req.GetId()), maxWithdrawals), nil)
 	}
 	return resp, nil
+}
+
+// disallowedBelow are the intermediates that live of CAs below which a withdrawal
+// concerns, and which may have no others. Where the store cannot be read, the CAs are
+// named without what they have.
+func (s *Server) disallowedBelow(ctx context.Context) []*adminv1.AuthorityBelow {
+	var concerned []string
+	s.withdrawals.mu.Lock()
+	for _, w := range s.withdrawals.all {
+		concerned = append(concerned, w.below...)
+	}
+	s.withdrawals.mu.Unlock()
+	if len(concerned) == 0 {
+		return nil
+	}
+	allowed := s.allowedBelow()
+	concerned = slices.DeleteFunc(concerned, func(id string) bool { return slices.Contains(allowed, id) })
+	below, err := s.authoritiesBelow(ctx, func(id string) bool { return slices.Contains(concerned, id) })
+	if err != nil {
+		s.log.WarnContext(ctx, "intermediates of CAs below cannot be read", "err", err)
+		slices.Sort(concerned)
+		for _, id := range slices.Compact(concerned) {
+			below = append(below, &adminv1.AuthorityBelow{SpiffeId: id})
+		}
+	}
+	return below
 }
 
 // withdrawalProto describes a withdrawal. ws.mu is held.

@@ -165,13 +165,24 @@ func TestRootChanges(t *testing.T) {
 	if !strings.Contains(out, "prepared") {
 		t.Errorf("the new root is no longer prepared:\n%s", out)
 	}
+	if !strings.Contains(out, id+" (a CA below)") {
+		t.Errorf("the CA below is not named as one:\n%s", out)
+	}
+	// It goes on, and has a node that does not: who waits above is told that.
+	m.agent.Signal(t, syscall.SIGSTOP)
+	t.Cleanup(func() { _ = syscall.Kill(m.agent.PID(), syscall.SIGCONT) })
 	m.below.Signal(t, syscall.SIGCONT)
+	await(t, "what the CA below waits for", m.above, "authority show", id+" (a CA below): it waits for 1 nodes: spiffe://")
+	m.agent.Signal(t, syscall.SIGCONT)
 	await(t, "the new root to sign", m.above, "authority show", "retiring")
 	next := roots(t, m.above)
 	if below := roots(t, m.below); len(below) != 2 {
 		t.Errorf("%d roots below", len(below))
 	}
 	m.issue(t, old) // as long as nobody orders otherwise
+	await(t, "who keeps the old root", m.above, "authority show", "holds    "+id+" (a CA below): its intermediate chains to root ")
+	await(t, "its intermediate", m.above, "authority list", "below the old root ")
+	await(t, "whose it is", m.above, "authority list", "of the CA below "+id)
 
 	// The next intermediate is below the new root, and so is what it signs.
 	m.below.MustCommand(t, "authority", "rotate")
@@ -187,6 +198,11 @@ func TestRootChanges(t *testing.T) {
 		}
 		return errors.New("it is below the old one")
 	})
+	// What it holds is taken back with its entry, and that is no end of it.
+	out = m.above.MustCommand(t, "entry", "delete", "below", "--wait")
+	if want := "lives on: " + id + " (a CA below): its intermediate "; !strings.Contains(out, want) {
+		t.Errorf("it does not say %q:\n%s", want, out)
+	}
 	// The old root stays above for as long as what is below may need it.
 	if len(roots(t, m.above)) != 2 {
 		t.Error("the old root has left while the CA below may still need it")

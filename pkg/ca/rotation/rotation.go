@@ -6,6 +6,7 @@
 package rotation
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -94,6 +95,12 @@ type Node struct {
 	Held    map[string]uint32
 	// Since is when it was last heard of, if it is not connected.
 	Since time.Time
+	// Below: it is a CA below this one. It has no streams here: Sequence is that of
+	// the bundle in force in all of its mesh, Held has 1 for each root that something
+	// there chains to, and WaitsFor says for people what it waits for until it has the
+	// next one.
+	Below    bool
+	WaitsFor string
 }
 
 // Inputs are what a step depends on, beside what is decided.
@@ -172,6 +179,29 @@ func Waiting(in Inputs, sequence uint64) []Node {
 		}
 	}
 	return waiting
+}
+
+// Holders returns the nodes that have something which chains to a root, or may have:
+// CAs below first, and then who is not connected.
+func Holders(in Inputs, root string) []Node {
+	var holders []Node
+	for _, n := range in.Nodes {
+		if n.Live(in.Now) && (!n.Counted || n.Held[root] > 0) {
+			holders = append(holders, n)
+		}
+	}
+	order := func(n Node) int {
+		switch {
+		case n.Below:
+			return 0
+		case !n.Connected:
+			return 1
+		default:
+			return 2
+		}
+	}
+	slices.SortStableFunc(holders, func(a, b Node) int { return cmp.Compare(order(a), order(b)) })
+	return holders
 }
 
 // Next returns what is to be done by itself now, or nil.
@@ -284,6 +314,10 @@ func Names(nodes []Node) string {
 		switch {
 		case !n.Connected:
 			fmt.Fprintf(&b, " (not connected, waited for until %s)", stamp(n.Lease))
+		case n.Below && n.WaitsFor != "":
+			fmt.Fprintf(&b, " (a CA below, which waits for %s)", n.WaitsFor)
+		case n.Below:
+			b.WriteString(" (a CA below)")
 		case len(n.Laggards) > 0:
 			l := n.Laggards[0]
 			fmt.Fprintf(&b, " (%s has bundle %d, since %s)", l.Name, l.Acknowledged, stamp(l.Since))

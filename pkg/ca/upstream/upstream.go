@@ -83,6 +83,9 @@ type InForce struct {
 	Acknowledged bool
 	// Held: something that has not expired chains to it.
 	Held bool
+	// WaitsFor says for people what keeps it from being Acknowledged; "" if nothing
+	// does.
+	WaitsFor string
 }
 
 // LeafSigner is a CA that can sign every leaf itself, for users who may not have

@@ -2047,8 +2047,11 @@ type Withdrawal struct {
 	NotRevoked string `protobuf:"bytes,21,opt,name=not_revoked,json=notRevoked,proto3" json:"not_revoked,omitempty"`
 	// From began to when the CA knew that the last proxy so far goes by the lists.
 	RevocationEffect *durationpb.Duration `protobuf:"bytes,22,opt,name=revocation_effect,json=revocationEffect,proto3" json:"revocation_effect,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Intermediates, which still live, of CAs below that it has taken the right to the
+	// next one from: what was signed is not taken back by this.
+	Below         []*AuthorityBelow `protobuf:"bytes,23,rep,name=below,proto3" json:"below,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Withdrawal) Reset() {
@@ -2231,6 +2234,13 @@ func (x *Withdrawal) GetNotRevoked() string {
 func (x *Withdrawal) GetRevocationEffect() *durationpb.Duration {
 	if x != nil {
 		return x.RevocationEffect
+	}
+	return nil
+}
+
+func (x *Withdrawal) GetBelow() []*AuthorityBelow {
+	if x != nil {
+		return x.Below
 	}
 	return nil
 }
@@ -2453,8 +2463,12 @@ func (x *Authority) GetCertificate() []byte {
 }
 
 type ListAuthoritiesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Authorities   []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Authorities []*Authority           `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	// Intermediates of CAs below this one, of which something may live.
+	Below []*AuthorityBelow `protobuf:"bytes,2,rep,name=below,proto3" json:"below,omitempty"`
+	// Why these are not known now; empty if they are.
+	BelowUnknown  string `protobuf:"bytes,3,opt,name=below_unknown,json=belowUnknown,proto3" json:"below_unknown,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2496,6 +2510,117 @@ func (x *ListAuthoritiesResponse) GetAuthorities() []*Authority {
 	return nil
 }
 
+func (x *ListAuthoritiesResponse) GetBelow() []*AuthorityBelow {
+	if x != nil {
+		return x.Below
+	}
+	return nil
+}
+
+func (x *ListAuthoritiesResponse) GetBelowUnknown() string {
+	if x != nil {
+		return x.BelowUnknown
+	}
+	return ""
+}
+
+// AuthorityBelow is an intermediate of a CA below.
+type AuthorityBelow struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// SPIFFE ID of the CA below.
+	SpiffeId string `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// Id of the root that it chains to, and whether that is the one that signs now:
+	// if not, the CA below has yet to ask for its next one.
+	Root      string                 `protobuf:"bytes,3,opt,name=root,proto3" json:"root,omitempty"`
+	Current   bool                   `protobuf:"varint,4,opt,name=current,proto3" json:"current,omitempty"`
+	NotAfter  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Connected bool                   `protobuf:"varint,6,opt,name=connected,proto3" json:"connected,omitempty"`
+	// It has an entry. If not, it gets no other intermediate.
+	Entry         bool `protobuf:"varint,7,opt,name=entry,proto3" json:"entry,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthorityBelow) Reset() {
+	*x = AuthorityBelow{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityBelow) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityBelow) ProtoMessage() {}
+
+func (x *AuthorityBelow) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityBelow.ProtoReflect.Descriptor instead.
+func (*AuthorityBelow) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *AuthorityBelow) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AuthorityBelow) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *AuthorityBelow) GetRoot() string {
+	if x != nil {
+		return x.Root
+	}
+	return ""
+}
+
+func (x *AuthorityBelow) GetCurrent() bool {
+	if x != nil {
+		return x.Current
+	}
+	return false
+}
+
+func (x *AuthorityBelow) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *AuthorityBelow) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *AuthorityBelow) GetEntry() bool {
+	if x != nil {
+		return x.Entry
+	}
+	return false
+}
+
 type RotateIntermediateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Within        *durationpb.Duration   `protobuf:"bytes,1,opt,name=within,proto3" json:"within,omitempty"`
@@ -2505,7 +2630,7 @@ type RotateIntermediateRequest struct {
 
 func (x *RotateIntermediateRequest) Reset() {
 	*x = RotateIntermediateRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2642,7 @@ func (x *RotateIntermediateRequest) String() string {
 func (*RotateIntermediateRequest) ProtoMessage() {}
 
 func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2655,7 @@ func (x *RotateIntermediateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateRequest.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RotateIntermediateRequest) GetWithin() *durationpb.Duration {
@@ -2549,7 +2674,7 @@ type RotateIntermediateResponse struct {
 
 func (x *RotateIntermediateResponse) Reset() {
 	*x = RotateIntermediateResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2686,7 @@ func (x *RotateIntermediateResponse) String() string {
 func (*RotateIntermediateResponse) ProtoMessage() {}
 
 func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2699,7 @@ func (x *RotateIntermediateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateIntermediateResponse.ProtoReflect.Descriptor instead.
 func (*RotateIntermediateResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RotateIntermediateResponse) GetAuthority() *Authority {
@@ -2592,7 +2717,7 @@ type GetRotationRequest struct {
 
 func (x *GetRotationRequest) Reset() {
 	*x = GetRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2604,7 +2729,7 @@ func (x *GetRotationRequest) String() string {
 func (*GetRotationRequest) ProtoMessage() {}
 
 func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2617,7 +2742,7 @@ func (x *GetRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationRequest.ProtoReflect.Descriptor instead.
 func (*GetRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 type GetRotationResponse struct {
@@ -2629,7 +2754,7 @@ type GetRotationResponse struct {
 
 func (x *GetRotationResponse) Reset() {
 	*x = GetRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2766,7 @@ func (x *GetRotationResponse) String() string {
 func (*GetRotationResponse) ProtoMessage() {}
 
 func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2779,7 @@ func (x *GetRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRotationResponse.ProtoReflect.Descriptor instead.
 func (*GetRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *GetRotationResponse) GetRotation() *Rotation {
@@ -2680,7 +2805,7 @@ type ChangeRotationRequest struct {
 
 func (x *ChangeRotationRequest) Reset() {
 	*x = ChangeRotationRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2692,7 +2817,7 @@ func (x *ChangeRotationRequest) String() string {
 func (*ChangeRotationRequest) ProtoMessage() {}
 
 func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2705,7 +2830,7 @@ func (x *ChangeRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationRequest.ProtoReflect.Descriptor instead.
 func (*ChangeRotationRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ChangeRotationRequest) GetVerb() string {
@@ -2740,7 +2865,7 @@ type ChangeRotationResponse struct {
 
 func (x *ChangeRotationResponse) Reset() {
 	*x = ChangeRotationResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2752,7 +2877,7 @@ func (x *ChangeRotationResponse) String() string {
 func (*ChangeRotationResponse) ProtoMessage() {}
 
 func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2765,7 +2890,7 @@ func (x *ChangeRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeRotationResponse.ProtoReflect.Descriptor instead.
 func (*ChangeRotationResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ChangeRotationResponse) GetRotation() *Rotation {
@@ -2799,7 +2924,7 @@ type RootChange struct {
 
 func (x *RootChange) Reset() {
 	*x = RootChange{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2936,7 @@ func (x *RootChange) String() string {
 func (*RootChange) ProtoMessage() {}
 
 func (x *RootChange) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +2949,7 @@ func (x *RootChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootChange.ProtoReflect.Descriptor instead.
 func (*RootChange) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RootChange) GetId() string {
@@ -2877,7 +3002,7 @@ type ListRootChangesRequest struct {
 
 func (x *ListRootChangesRequest) Reset() {
 	*x = ListRootChangesRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2889,7 +3014,7 @@ func (x *ListRootChangesRequest) String() string {
 func (*ListRootChangesRequest) ProtoMessage() {}
 
 func (x *ListRootChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2902,7 +3027,7 @@ func (x *ListRootChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRootChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListRootChangesRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 type ListRootChangesResponse struct {
@@ -2915,7 +3040,7 @@ type ListRootChangesResponse struct {
 
 func (x *ListRootChangesResponse) Reset() {
 	*x = ListRootChangesResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2927,7 +3052,7 @@ func (x *ListRootChangesResponse) String() string {
 func (*ListRootChangesResponse) ProtoMessage() {}
 
 func (x *ListRootChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2940,7 +3065,7 @@ func (x *ListRootChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRootChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListRootChangesResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListRootChangesResponse) GetChanges() []*RootChange {
@@ -2959,7 +3084,7 @@ type ApproveRootChangeRequest struct {
 
 func (x *ApproveRootChangeRequest) Reset() {
 	*x = ApproveRootChangeRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3096,7 @@ func (x *ApproveRootChangeRequest) String() string {
 func (*ApproveRootChangeRequest) ProtoMessage() {}
 
 func (x *ApproveRootChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3109,7 @@ func (x *ApproveRootChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRootChangeRequest.ProtoReflect.Descriptor instead.
 func (*ApproveRootChangeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ApproveRootChangeRequest) GetId() string {
@@ -3005,7 +3130,7 @@ type ApproveRootChangeResponse struct {
 
 func (x *ApproveRootChangeResponse) Reset() {
 	*x = ApproveRootChangeResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3017,7 +3142,7 @@ func (x *ApproveRootChangeResponse) String() string {
 func (*ApproveRootChangeResponse) ProtoMessage() {}
 
 func (x *ApproveRootChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3030,7 +3155,7 @@ func (x *ApproveRootChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApproveRootChangeResponse.ProtoReflect.Descriptor instead.
 func (*ApproveRootChangeResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ApproveRootChangeResponse) GetChange() *RootChange {
@@ -3056,7 +3181,7 @@ type RejectRootChangeRequest struct {
 
 func (x *RejectRootChangeRequest) Reset() {
 	*x = RejectRootChangeRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3193,7 @@ func (x *RejectRootChangeRequest) String() string {
 func (*RejectRootChangeRequest) ProtoMessage() {}
 
 func (x *RejectRootChangeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3206,7 @@ func (x *RejectRootChangeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RejectRootChangeRequest.ProtoReflect.Descriptor instead.
 func (*RejectRootChangeRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RejectRootChangeRequest) GetId() string {
@@ -3100,7 +3225,7 @@ type RejectRootChangeResponse struct {
 
 func (x *RejectRootChangeResponse) Reset() {
 	*x = RejectRootChangeResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3237,7 @@ func (x *RejectRootChangeResponse) String() string {
 func (*RejectRootChangeResponse) ProtoMessage() {}
 
 func (x *RejectRootChangeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3250,7 @@ func (x *RejectRootChangeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RejectRootChangeResponse.ProtoReflect.Descriptor instead.
 func (*RejectRootChangeResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RejectRootChangeResponse) GetChange() *RootChange {
@@ -3157,7 +3282,7 @@ type Rotation struct {
 
 func (x *Rotation) Reset() {
 	*x = Rotation{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3169,7 +3294,7 @@ func (x *Rotation) String() string {
 func (*Rotation) ProtoMessage() {}
 
 func (x *Rotation) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3182,7 +3307,7 @@ func (x *Rotation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rotation.ProtoReflect.Descriptor instead.
 func (*Rotation) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Rotation) GetRoots() []*Root {
@@ -3265,14 +3390,17 @@ type Root struct {
 	// X.509-SVIDs in use that chain to it, on the nodes that say so.
 	Svids uint32 `protobuf:"varint,8,opt,name=svids,proto3" json:"svids,omitempty"`
 	// Until when something lives that chains to it; absent if nothing does.
-	LiveUntil     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=live_until,json=liveUntil,proto3" json:"live_until,omitempty"`
+	LiveUntil *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=live_until,json=liveUntil,proto3" json:"live_until,omitempty"`
+	// Who still has something that chains to it, if it signs no more: CAs below this one
+	// first, at most 100.
+	Holders       []*RootHolder `protobuf:"bytes,10,rep,name=holders,proto3" json:"holders,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3284,7 +3412,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3297,7 +3425,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Root) GetId() string {
@@ -3363,6 +3491,102 @@ func (x *Root) GetLiveUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Root) GetHolders() []*RootHolder {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+// RootHolder keeps a root that signs no more in the trust bundle.
+type RootHolder struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	NodeId string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	// It is a CA below this one; node_id is its SPIFFE ID.
+	Below     bool `protobuf:"varint,2,opt,name=below,proto3" json:"below,omitempty"`
+	Connected bool `protobuf:"varint,3,opt,name=connected,proto3" json:"connected,omitempty"`
+	// What it holds is known: svids on a node, 1 for an intermediate of a CA below.
+	Counted bool   `protobuf:"varint,4,opt,name=counted,proto3" json:"counted,omitempty"`
+	Svids   uint32 `protobuf:"varint,5,opt,name=svids,proto3" json:"svids,omitempty"`
+	// Until when what it holds may live: the end of a node's own X.509-SVID, or of the
+	// last intermediate of a CA below.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootHolder) Reset() {
+	*x = RootHolder{}
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootHolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootHolder) ProtoMessage() {}
+
+func (x *RootHolder) ProtoReflect() protoreflect.Message {
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootHolder.ProtoReflect.Descriptor instead.
+func (*RootHolder) Descriptor() ([]byte, []int) {
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *RootHolder) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *RootHolder) GetBelow() bool {
+	if x != nil {
+		return x.Below
+	}
+	return false
+}
+
+func (x *RootHolder) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *RootHolder) GetCounted() bool {
+	if x != nil {
+		return x.Counted
+	}
+	return false
+}
+
+func (x *RootHolder) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
+func (x *RootHolder) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 // Laggard is who has not acknowledged the bundle in force, or a withdrawal.
 type Laggard struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -3374,14 +3598,18 @@ type Laggard struct {
 	Acknowledged uint64 `protobuf:"varint,4,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	Connected    bool   `protobuf:"varint,5,opt,name=connected,proto3" json:"connected,omitempty"`
 	// If it is not connected: until when it is waited for.
-	WaitedUntil   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=waited_until,json=waitedUntil,proto3" json:"waited_until,omitempty"`
+	WaitedUntil *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=waited_until,json=waitedUntil,proto3" json:"waited_until,omitempty"`
+	// It is a CA below this one; node_id is its SPIFFE ID.
+	Below bool `protobuf:"varint,7,opt,name=below,proto3" json:"below,omitempty"`
+	// What such a CA says that it waits for.
+	WaitsFor      string `protobuf:"bytes,8,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Laggard) Reset() {
 	*x = Laggard{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3393,7 +3621,7 @@ func (x *Laggard) String() string {
 func (*Laggard) ProtoMessage() {}
 
 func (x *Laggard) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3406,7 +3634,7 @@ func (x *Laggard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Laggard.ProtoReflect.Descriptor instead.
 func (*Laggard) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Laggard) GetNodeId() string {
@@ -3451,6 +3679,20 @@ func (x *Laggard) GetWaitedUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Laggard) GetBelow() bool {
+	if x != nil {
+		return x.Below
+	}
+	return false
+}
+
+func (x *Laggard) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
 type RenewSVIDsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Within        *durationpb.Duration   `protobuf:"bytes,1,opt,name=within,proto3" json:"within,omitempty"`
@@ -3460,7 +3702,7 @@ type RenewSVIDsRequest struct {
 
 func (x *RenewSVIDsRequest) Reset() {
 	*x = RenewSVIDsRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3472,7 +3714,7 @@ func (x *RenewSVIDsRequest) String() string {
 func (*RenewSVIDsRequest) ProtoMessage() {}
 
 func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3485,7 +3727,7 @@ func (x *RenewSVIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsRequest.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RenewSVIDsRequest) GetWithin() *durationpb.Duration {
@@ -3504,7 +3746,7 @@ type RenewSVIDsResponse struct {
 
 func (x *RenewSVIDsResponse) Reset() {
 	*x = RenewSVIDsResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3758,7 @@ func (x *RenewSVIDsResponse) String() string {
 func (*RenewSVIDsResponse) ProtoMessage() {}
 
 func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3771,7 @@ func (x *RenewSVIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewSVIDsResponse.ProtoReflect.Descriptor instead.
 func (*RenewSVIDsResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RenewSVIDsResponse) GetNodes() uint32 {
@@ -3547,7 +3789,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3559,7 +3801,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3572,7 +3814,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{60}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 type GetStatusResponse struct {
@@ -3598,7 +3840,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3610,7 +3852,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3623,7 +3865,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{61}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *GetStatusResponse) GetTrustDomain() string {
@@ -3738,7 +3980,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3750,7 +3992,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3763,7 +4005,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{62}
+	return file_proto_admin_v1_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *Condition) GetName() string {
@@ -3807,7 +4049,7 @@ type ApplyEntriesResponse_Change struct {
 
 func (x *ApplyEntriesResponse_Change) Reset() {
 	*x = ApplyEntriesResponse_Change{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3819,7 +4061,7 @@ func (x *ApplyEntriesResponse_Change) String() string {
 func (*ApplyEntriesResponse_Change) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse_Change) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3881,7 +4123,7 @@ type ExplainResponse_Verdict struct {
 
 func (x *ExplainResponse_Verdict) Reset() {
 	*x = ExplainResponse_Verdict{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3893,7 +4135,7 @@ func (x *ExplainResponse_Verdict) String() string {
 func (*ExplainResponse_Verdict) ProtoMessage() {}
 
 func (x *ExplainResponse_Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3972,7 +4214,7 @@ type ListTokensResponse_Token struct {
 
 func (x *ListTokensResponse_Token) Reset() {
 	*x = ListTokensResponse_Token{}
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3984,7 +4226,7 @@ func (x *ListTokensResponse_Token) String() string {
 func (*ListTokensResponse_Token) ProtoMessage() {}
 
 func (x *ListTokensResponse_Token) ProtoReflect() protoreflect.Message {
-	mi := &file_proto_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_proto_admin_v1_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4203,7 +4445,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x16ListWithdrawalsRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"X\n" +
 	"\x17ListWithdrawalsResponse\x12=\n" +
-	"\vwithdrawals\x18\x01 \x03(\v2\x1b.meshid.admin.v1.WithdrawalR\vwithdrawals\"\xd5\x06\n" +
+	"\vwithdrawals\x18\x01 \x03(\v2\x1b.meshid.admin.v1.WithdrawalR\vwithdrawals\"\x8c\a\n" +
 	"\n" +
 	"Withdrawal\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
@@ -4230,7 +4472,8 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x19revocation_nodes_in_force\x18\x14 \x01(\rR\x16revocationNodesInForce\x12\x1f\n" +
 	"\vnot_revoked\x18\x15 \x01(\tR\n" +
 	"notRevoked\x12F\n" +
-	"\x11revocation_effect\x18\x16 \x01(\v2\x19.google.protobuf.DurationR\x10revocationEffect\"\x12\n" +
+	"\x11revocation_effect\x18\x16 \x01(\v2\x19.google.protobuf.DurationR\x10revocationEffect\x125\n" +
+	"\x05below\x18\x17 \x03(\v2\x1f.meshid.admin.v1.AuthorityBelowR\x05below\"\x12\n" +
 	"\x10GetBundleRequest\"h\n" +
 	"\x11GetBundleResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
@@ -4244,9 +4487,19 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12 \n" +
-	"\vcertificate\x18\x06 \x01(\fR\vcertificate\"W\n" +
+	"\vcertificate\x18\x06 \x01(\fR\vcertificate\"\xb3\x01\n" +
 	"\x17ListAuthoritiesResponse\x12<\n" +
-	"\vauthorities\x18\x01 \x03(\v2\x1a.meshid.admin.v1.AuthorityR\vauthorities\"N\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x1a.meshid.admin.v1.AuthorityR\vauthorities\x125\n" +
+	"\x05below\x18\x02 \x03(\v2\x1f.meshid.admin.v1.AuthorityBelowR\x05below\x12#\n" +
+	"\rbelow_unknown\x18\x03 \x01(\tR\fbelowUnknown\"\xd8\x01\n" +
+	"\x0eAuthorityBelow\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x12\n" +
+	"\x04root\x18\x03 \x01(\tR\x04root\x12\x18\n" +
+	"\acurrent\x18\x04 \x01(\bR\acurrent\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1c\n" +
+	"\tconnected\x18\x06 \x01(\bR\tconnected\x12\x14\n" +
+	"\x05entry\x18\a \x01(\bR\x05entry\"N\n" +
 	"\x19RotateIntermediateRequest\x121\n" +
 	"\x06within\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06within\"V\n" +
 	"\x1aRotateIntermediateResponse\x128\n" +
@@ -4291,7 +4544,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\rnodes_waiting\x18\x06 \x01(\rR\fnodesWaiting\x12\x18\n" +
 	"\aproxies\x18\a \x01(\rR\aproxies\x121\n" +
 	"\x14proxies_acknowledged\x18\b \x01(\rR\x13proxiesAcknowledged\x124\n" +
-	"\blaggards\x18\t \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\xbe\x02\n" +
+	"\blaggards\x18\t \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\xf5\x02\n" +
 	"\x04Root\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x120\n" +
@@ -4302,14 +4555,26 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\bupstream\x18\a \x01(\bR\bupstream\x12\x14\n" +
 	"\x05svids\x18\b \x01(\rR\x05svids\x129\n" +
 	"\n" +
-	"live_until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tliveUntil\"\xe9\x01\n" +
+	"live_until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tliveUntil\x125\n" +
+	"\aholders\x18\n" +
+	" \x03(\v2\x1b.meshid.admin.v1.RootHolderR\aholders\"\xbb\x01\n" +
+	"\n" +
+	"RootHolder\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +
+	"\x05below\x18\x02 \x01(\bR\x05below\x12\x1c\n" +
+	"\tconnected\x18\x03 \x01(\bR\tconnected\x12\x18\n" +
+	"\acounted\x18\x04 \x01(\bR\acounted\x12\x14\n" +
+	"\x05svids\x18\x05 \x01(\rR\x05svids\x120\n" +
+	"\x05until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x9c\x02\n" +
 	"\aLaggard\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x120\n" +
 	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\"\n" +
 	"\facknowledged\x18\x04 \x01(\x04R\facknowledged\x12\x1c\n" +
 	"\tconnected\x18\x05 \x01(\bR\tconnected\x12=\n" +
-	"\fwaited_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vwaitedUntil\"F\n" +
+	"\fwaited_until\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vwaitedUntil\x12\x14\n" +
+	"\x05below\x18\a \x01(\bR\x05below\x12\x1b\n" +
+	"\twaits_for\x18\b \x01(\tR\bwaitsFor\"F\n" +
 	"\x11RenewSVIDsRequest\x121\n" +
 	"\x06within\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\x06within\"*\n" +
 	"\x12RenewSVIDsResponse\x12\x14\n" +
@@ -4382,7 +4647,7 @@ func file_proto_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_proto_admin_v1_admin_proto_rawDescData
 }
 
-var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
+var file_proto_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 70)
 var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ConfirmClockRequest)(nil),         // 0: meshid.admin.v1.ConfirmClockRequest
 	(*ConfirmClockResponse)(nil),        // 1: meshid.admin.v1.ConfirmClockResponse
@@ -4426,160 +4691,167 @@ var file_proto_admin_v1_admin_proto_goTypes = []any{
 	(*ListAuthoritiesRequest)(nil),      // 39: meshid.admin.v1.ListAuthoritiesRequest
 	(*Authority)(nil),                   // 40: meshid.admin.v1.Authority
 	(*ListAuthoritiesResponse)(nil),     // 41: meshid.admin.v1.ListAuthoritiesResponse
-	(*RotateIntermediateRequest)(nil),   // 42: meshid.admin.v1.RotateIntermediateRequest
-	(*RotateIntermediateResponse)(nil),  // 43: meshid.admin.v1.RotateIntermediateResponse
-	(*GetRotationRequest)(nil),          // 44: meshid.admin.v1.GetRotationRequest
-	(*GetRotationResponse)(nil),         // 45: meshid.admin.v1.GetRotationResponse
-	(*ChangeRotationRequest)(nil),       // 46: meshid.admin.v1.ChangeRotationRequest
-	(*ChangeRotationResponse)(nil),      // 47: meshid.admin.v1.ChangeRotationResponse
-	(*RootChange)(nil),                  // 48: meshid.admin.v1.RootChange
-	(*ListRootChangesRequest)(nil),      // 49: meshid.admin.v1.ListRootChangesRequest
-	(*ListRootChangesResponse)(nil),     // 50: meshid.admin.v1.ListRootChangesResponse
-	(*ApproveRootChangeRequest)(nil),    // 51: meshid.admin.v1.ApproveRootChangeRequest
-	(*ApproveRootChangeResponse)(nil),   // 52: meshid.admin.v1.ApproveRootChangeResponse
-	(*RejectRootChangeRequest)(nil),     // 53: meshid.admin.v1.RejectRootChangeRequest
-	(*RejectRootChangeResponse)(nil),    // 54: meshid.admin.v1.RejectRootChangeResponse
-	(*Rotation)(nil),                    // 55: meshid.admin.v1.Rotation
-	(*Root)(nil),                        // 56: meshid.admin.v1.Root
-	(*Laggard)(nil),                     // 57: meshid.admin.v1.Laggard
-	(*RenewSVIDsRequest)(nil),           // 58: meshid.admin.v1.RenewSVIDsRequest
-	(*RenewSVIDsResponse)(nil),          // 59: meshid.admin.v1.RenewSVIDsResponse
-	(*GetStatusRequest)(nil),            // 60: meshid.admin.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),           // 61: meshid.admin.v1.GetStatusResponse
-	(*Condition)(nil),                   // 62: meshid.admin.v1.Condition
-	(*ApplyEntriesResponse_Change)(nil), // 63: meshid.admin.v1.ApplyEntriesResponse.Change
-	(*ExplainResponse_Verdict)(nil),     // 64: meshid.admin.v1.ExplainResponse.Verdict
-	nil,                                 // 65: meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	(*ListTokensResponse_Token)(nil),    // 66: meshid.admin.v1.ListTokensResponse.Token
-	nil,                                 // 67: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	(*timestamppb.Timestamp)(nil),       // 68: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),         // 69: google.protobuf.Duration
-	(*v1.Entry)(nil),                    // 70: meshid.entry.v1.Entry
-	(*v11.Node)(nil),                    // 71: meshid.attributes.v1.Node
-	(*v11.Workload)(nil),                // 72: meshid.attributes.v1.Workload
+	(*AuthorityBelow)(nil),              // 42: meshid.admin.v1.AuthorityBelow
+	(*RotateIntermediateRequest)(nil),   // 43: meshid.admin.v1.RotateIntermediateRequest
+	(*RotateIntermediateResponse)(nil),  // 44: meshid.admin.v1.RotateIntermediateResponse
+	(*GetRotationRequest)(nil),          // 45: meshid.admin.v1.GetRotationRequest
+	(*GetRotationResponse)(nil),         // 46: meshid.admin.v1.GetRotationResponse
+	(*ChangeRotationRequest)(nil),       // 47: meshid.admin.v1.ChangeRotationRequest
+	(*ChangeRotationResponse)(nil),      // 48: meshid.admin.v1.ChangeRotationResponse
+	(*RootChange)(nil),                  // 49: meshid.admin.v1.RootChange
+	(*ListRootChangesRequest)(nil),      // 50: meshid.admin.v1.ListRootChangesRequest
+	(*ListRootChangesResponse)(nil),     // 51: meshid.admin.v1.ListRootChangesResponse
+	(*ApproveRootChangeRequest)(nil),    // 52: meshid.admin.v1.ApproveRootChangeRequest
+	(*ApproveRootChangeResponse)(nil),   // 53: meshid.admin.v1.ApproveRootChangeResponse
+	(*RejectRootChangeRequest)(nil),     // 54: meshid.admin.v1.RejectRootChangeRequest
+	(*RejectRootChangeResponse)(nil),    // 55: meshid.admin.v1.RejectRootChangeResponse
+	(*Rotation)(nil),                    // 56: meshid.admin.v1.Rotation
+	(*Root)(nil),                        // 57: meshid.admin.v1.Root
+	(*RootHolder)(nil),                  // 58: meshid.admin.v1.RootHolder
+	(*Laggard)(nil),                     // 59: meshid.admin.v1.Laggard
+	(*RenewSVIDsRequest)(nil),           // 60: meshid.admin.v1.RenewSVIDsRequest
+	(*RenewSVIDsResponse)(nil),          // 61: meshid.admin.v1.RenewSVIDsResponse
+	(*GetStatusRequest)(nil),            // 62: meshid.admin.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),           // 63: meshid.admin.v1.GetStatusResponse
+	(*Condition)(nil),                   // 64: meshid.admin.v1.Condition
+	(*ApplyEntriesResponse_Change)(nil), // 65: meshid.admin.v1.ApplyEntriesResponse.Change
+	(*ExplainResponse_Verdict)(nil),     // 66: meshid.admin.v1.ExplainResponse.Verdict
+	nil,                                 // 67: meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	(*ListTokensResponse_Token)(nil),    // 68: meshid.admin.v1.ListTokensResponse.Token
+	nil,                                 // 69: meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	(*timestamppb.Timestamp)(nil),       // 70: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),         // 71: google.protobuf.Duration
+	(*v1.Entry)(nil),                    // 72: meshid.entry.v1.Entry
+	(*v11.Node)(nil),                    // 73: meshid.attributes.v1.Node
+	(*v11.Workload)(nil),                // 74: meshid.attributes.v1.Workload
 }
 var file_proto_admin_v1_admin_proto_depIdxs = []int32{
-	68, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
-	69, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
-	70, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
-	63, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	70, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	71, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	72, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	64, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	71, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	72, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	69, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	65, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	68, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	66, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	71, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	68, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	68, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	69, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	70, // 0: meshid.admin.v1.ConfirmClockResponse.time:type_name -> google.protobuf.Timestamp
+	71, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
+	72, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
+	65, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
+	72, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	73, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	74, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	66, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	73, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	74, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	71, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	67, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	70, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	68, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	73, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	70, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	70, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	71, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
 	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	68, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
+	70, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
 	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 21: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
 	27, // 22: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
 	36, // 23: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
-	68, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
-	68, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
-	69, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
-	69, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
-	69, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
-	57, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
-	69, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
-	68, // 31: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	68, // 32: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	40, // 33: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	69, // 34: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	40, // 35: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	55, // 36: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	55, // 37: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	48, // 38: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
-	46, // 39: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
-	68, // 40: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
-	68, // 41: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
-	48, // 42: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
-	48, // 43: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	55, // 44: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	48, // 45: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	56, // 46: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	57, // 47: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	68, // 48: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	68, // 49: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	68, // 50: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	68, // 51: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	68, // 52: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	69, // 53: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	68, // 54: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	62, // 55: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	69, // 56: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	68, // 57: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	70, // 58: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	70, // 59: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	68, // 60: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	67, // 61: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 62: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 63: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 64: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 65: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 66: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 67: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 68: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 69: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 70: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 71: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 72: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 73: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 74: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 75: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 76: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 77: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
-	37, // 78: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	39, // 79: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	42, // 80: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	44, // 81: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	46, // 82: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	49, // 83: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
-	51, // 84: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
-	53, // 85: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
-	58, // 86: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 87: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	60, // 88: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 89: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 90: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 91: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 92: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 93: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 94: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 95: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 96: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 97: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 98: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 99: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 100: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 101: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 102: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 103: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 104: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
-	38, // 105: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	41, // 106: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	43, // 107: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	45, // 108: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	47, // 109: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	50, // 110: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
-	52, // 111: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
-	54, // 112: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
-	59, // 113: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 114: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	61, // 115: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	89, // [89:116] is the sub-list for method output_type
-	62, // [62:89] is the sub-list for method input_type
-	62, // [62:62] is the sub-list for extension type_name
-	62, // [62:62] is the sub-list for extension extendee
-	0,  // [0:62] is the sub-list for field type_name
+	70, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
+	70, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
+	71, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
+	71, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
+	71, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
+	59, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
+	71, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
+	42, // 31: meshid.admin.v1.Withdrawal.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 32: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	70, // 33: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	40, // 34: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	42, // 35: meshid.admin.v1.ListAuthoritiesResponse.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 36: meshid.admin.v1.AuthorityBelow.not_after:type_name -> google.protobuf.Timestamp
+	71, // 37: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	40, // 38: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	56, // 39: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	56, // 40: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 41: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
+	47, // 42: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
+	70, // 43: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
+	70, // 44: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
+	49, // 45: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
+	49, // 46: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	56, // 47: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 48: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	57, // 49: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	59, // 50: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	70, // 51: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	70, // 52: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	70, // 53: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	58, // 54: meshid.admin.v1.Root.holders:type_name -> meshid.admin.v1.RootHolder
+	70, // 55: meshid.admin.v1.RootHolder.until:type_name -> google.protobuf.Timestamp
+	70, // 56: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	70, // 57: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	71, // 58: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	70, // 59: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	64, // 60: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	71, // 61: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	70, // 62: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	72, // 63: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	72, // 64: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	70, // 65: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	69, // 66: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 67: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 68: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 69: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 70: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 71: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 72: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 73: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 74: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 75: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 76: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 77: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 78: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 79: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 80: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 81: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 82: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 83: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 84: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	43, // 85: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	45, // 86: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	47, // 87: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	50, // 88: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
+	52, // 89: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
+	54, // 90: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
+	60, // 91: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 92: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	62, // 93: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 94: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 95: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 96: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 97: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 98: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 99: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 100: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 101: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 102: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 103: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 104: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 105: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 106: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 107: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 108: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 109: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 110: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 111: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	44, // 112: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	46, // 113: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	48, // 114: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	51, // 115: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
+	53, // 116: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
+	55, // 117: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
+	61, // 118: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 119: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	63, // 120: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	94, // [94:121] is the sub-list for method output_type
+	67, // [67:94] is the sub-list for method input_type
+	67, // [67:67] is the sub-list for extension type_name
+	67, // [67:67] is the sub-list for extension extendee
+	0,  // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }
@@ -4599,7 +4871,7 @@ func file_proto_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proto_admin_v1_admin_proto_rawDesc), len(file_proto_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   68,
+			NumMessages:   70,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

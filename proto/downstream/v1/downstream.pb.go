@@ -197,7 +197,10 @@ type FollowRequest struct {
 	Acknowledged uint64 `protobuf:"varint,1,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
 	// Lower-case hexadecimal key identifiers of the roots that something below chains
 	// to; at most 16.
-	Held          []string `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	Held []string `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	// What is waited for below until all of the last Roots are acknowledged, for people;
+	// empty for nothing. At most 2,200 bytes.
+	WaitsFor      string `protobuf:"bytes,3,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -246,6 +249,13 @@ func (x *FollowRequest) GetHeld() []string {
 	return nil
 }
 
+func (x *FollowRequest) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
 var File_proto_downstream_v1_downstream_proto protoreflect.FileDescriptor
 
 const file_proto_downstream_v1_downstream_proto_rawDesc = "" +
@@ -259,10 +269,11 @@ const file_proto_downstream_v1_downstream_proto_rawDesc = "" +
 	"\x05roots\x18\x02 \x01(\v2\x1b.meshid.downstream.v1.RootsR\x05roots\"9\n" +
 	"\x05Roots\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x14\n" +
-	"\x05roots\x18\x02 \x03(\fR\x05roots\"G\n" +
+	"\x05roots\x18\x02 \x03(\fR\x05roots\"d\n" +
 	"\rFollowRequest\x12\"\n" +
 	"\facknowledged\x18\x01 \x01(\x04R\facknowledged\x12\x12\n" +
-	"\x04held\x18\x02 \x03(\tR\x04held2\xb2\x01\n" +
+	"\x04held\x18\x02 \x03(\tR\x04held\x12\x1b\n" +
+	"\twaits_for\x18\x03 \x01(\tR\bwaitsFor2\xb2\x01\n" +
 	"\x11DownstreamService\x12M\n" +
 	"\x04Mint\x12!.meshid.downstream.v1.MintRequest\x1a\".meshid.downstream.v1.MintResponse\x12N\n" +
 	"\x06Follow\x12#.meshid.downstream.v1.FollowRequest\x1a\x1b.meshid.downstream.v1.Roots(\x010\x01B;Z9github.com/meshid/meshid/proto/downstream/v1;downstreamv1b\x06proto3"

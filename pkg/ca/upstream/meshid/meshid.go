@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,6 +25,13 @@ import (
 
 // serverPath is that of a CA's own SPIFFE ID.
 const serverPath = "/meshid/ca"
+
+// What a mesh waits for is told in so many bytes, and that alone is news once in
+// waitsEvery.
+const (
+	maxWaitsFor = 512
+	waitsEvery  = time.Second
+)
 
 // Config says where the CA above listens, and who this one is there: workload_api, or
 // certificate, key and bundle.
@@ -55,6 +63,7 @@ type CA struct {
 
 	mu           sync.Mutex // guards what follows
 	acknowledged map[[sha256.Size]byte]bool
+	waits        map[[sha256.Size]byte]string
 	held         []string
 }
 
@@ -100,11 +109,10 @@ func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 func (s *CA) InForce(roots []upstream.InForce) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.acknowledged, s.held = make(map[[sha256.Size]byte]bool), nil
+	s.acknowledged, s.waits, s.held = make(map[[sha256.Size]byte]bool), make(map[[sha256.Size]byte]string), nil
 	for _, r := range roots {
-		if r.Acknowledged {
-			s.acknowledged[sha256.Sum256(r.Root.Raw)] = true
-		}
+		sum := sha256.Sum256(r.Root.Raw)
+		s.acknowledged[sum], s.waits[sum] = r.Acknowledged, r.WaitsFor
 		if id := hex.EncodeToString(r.Root.SubjectKeyId); r.Held && id != "" {
 			s.held = append(s.held, id)
 		}
@@ -127,8 +135,15 @@ func (s *CA) says(last *downstreamv1.Roots, roots []*x509.Certificate, now time.
 	m := &downstreamv1.FollowRequest{Acknowledged: last.GetSequence(), Held: s.held}
 	for _, r := range roots {
 		// What has expired is not taken into a bundle.
-		if !s.acknowledged[sha256.Sum256(r.Raw)] && now.Before(r.NotAfter) {
-			m.Acknowledged = 0
+		sum := sha256.Sum256(r.Raw)
+		if s.acknowledged[sum] || !now.Before(r.NotAfter) {
+			continue
+		}
+		m.Acknowledged = 0
+		if waits, known := s.waits[sum]; known {
+			m.WaitsFor = strings.ToValidUTF8(waits[:min(len(waits), maxWaitsFor)], "")
+		} else {
+			m.WaitsFor = "its own trust bundle, which has not got root " + hex.EncodeToString(r.SubjectKeyId)
 		}
 	}
 	return m
@@ -182,6 +197,8 @@ func (s *CA) follow(ctx context.Context, changed func([]*x509.Certificate) error
 	var last *downstreamv1.Roots
 	var roots []*x509.Certificate
 	var said *downstreamv1.FollowRequest
+	var saidAt time.Time
+	var again <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
@@ -189,6 +206,8 @@ func (s *CA) follow(ctx context.Context, changed func([]*x509.Certificate) error
 		case <-renew.C:
 			return errRenew
 		case <-s.wake:
+		case <-again:
+			again = nil
 		case r := <-from:
 			if r.err != nil {
 				return s.mesh.Failed(ctx, "Follow", r.err)
@@ -207,12 +226,18 @@ func (s *CA) follow(ctx context.Context, changed func([]*x509.Certificate) error
 		if last == nil {
 			continue
 		}
-		if m := s.says(last, roots, time.Now()); m != nil && !proto.Equal(m, said) {
-			if err := stream.Send(m); err != nil {
-				// Why it has ended is said by what is received.
-				continue
+		m := s.says(last, roots, time.Now())
+		switch {
+		case m == nil || proto.Equal(m, said):
+		case m.GetAcknowledged() == said.GetAcknowledged() && slices.Equal(m.GetHeld(), said.GetHeld()) && time.Since(saidAt) < waitsEvery:
+			if again == nil {
+				again = time.After(waitsEvery)
 			}
-			said = m
+		default:
+			// Why a stream has ended is said by what is received.
+			if err := stream.Send(m); err == nil {
+				said, saidAt = m, time.Now()
+			}
 		}
 	}
 }

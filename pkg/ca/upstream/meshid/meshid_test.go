@@ -135,23 +135,30 @@ func TestAcknowledges(t *testing.T) {
 			return nil
 		})
 	}()
-	said := func(acknowledged uint64, held int) {
+	said := func(acknowledged uint64, held int) (waits string) {
 		t.Helper()
 		select {
 		case m := <-f.said:
 			if m.GetAcknowledged() != acknowledged || len(m.GetHeld()) != held {
 				t.Errorf("said %v, want %d acknowledged and %d held", m, acknowledged, held)
 			}
+			return m.GetWaitsFor()
 		case <-ctx.Done():
 			t.Fatal("nothing was said")
 		}
+		return ""
 	}
 	ca.InForce([]upstream.InForce{{Root: old.Root, Acknowledged: true, Held: true}})
 	f.send <- &downstreamv1.Roots{Sequence: 3, Roots: raw([]*x509.Certificate{old.Root})}
 	said(3, 1)
 	f.send <- &downstreamv1.Roots{Sequence: 4, Roots: raw([]*x509.Certificate{old.Root, next.Root})}
-	said(0, 1)
-	ca.InForce([]upstream.InForce{{Root: old.Root, Acknowledged: true, Held: true}, {Root: next.Root}})
+	if got := said(0, 1); !strings.Contains(got, "has not got root") {
+		t.Errorf("it waits for %q", got)
+	}
+	ca.InForce([]upstream.InForce{{Root: old.Root, Acknowledged: true, Held: true}, {Root: next.Root, WaitsFor: strings.Repeat("ü", maxWaitsFor)}})
+	if got := said(0, 1); len(got) == 0 || len(got) > maxWaitsFor || strings.Trim(got, "ü") != "" {
+		t.Errorf("it waits for %q", got)
+	}
 	ca.InForce([]upstream.InForce{{Root: old.Root, Acknowledged: true, Held: true}, {Root: next.Root, Acknowledged: true, Held: true}})
 	said(4, 2)
 	if first, second := <-seen, <-seen; first != 1 || second != 2 {
