@@ -99,17 +99,7 @@ func configDump(ctx context.Context, address string) ([]byte, error) {
 	} else {
 		address = host
 	}
-	client := &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, network, address)
-		},
-		DisableKeepAlives: true,
-	}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+host+"/config_dump", nil)
-	if err != nil {
-		return nil, fmt.Errorf("--admin %q: %w", address, err)
-	}
-	answer, err := client.Do(request)
+	answer, err := get(ctx, network, address, "http://"+host+"/config_dump")
 	if err != nil {
 		return nil, fmt.Errorf("reach Envoy's admin endpoint at %s: %w\n  Its address stands in the bootstrap, in admin.address", address, err)
 	}
@@ -122,6 +112,22 @@ func configDump(ctx context.Context, address string) ([]byte, error) {
 		return nil, fmt.Errorf("read /config_dump of %s: %w", address, err)
 	}
 	return document, nil
+}
+
+// get asks whoever listens at an address, whatever host the URL names. The caller closes
+// the answer's body.
+func get(ctx context.Context, network, address, url string) (*http.Response, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		},
+		DisableKeepAlives: true,
+	}}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	return client.Do(request)
 }
 
 func writeEnvoyReport(w io.Writer, format string, r *envoycheck.Report) error {

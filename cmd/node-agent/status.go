@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -62,17 +61,7 @@ func newStatusCommand() *cobra.Command {
 func getStatus(ctx context.Context, socket string) (*agent.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	client := &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-		DisableKeepAlives: true,
-	}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := client.Do(request)
+	answer, err := get(ctx, "unix", socket, "http://agent/status")
 	if err != nil {
 		return nil, fmt.Errorf("reach the agent at %s: %w\n  Is `node-agent run` running, and is this its admin_socket? Only root and the agent's user may use it", socket, err)
 	}
