@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -285,7 +283,7 @@ func changeRoot(cmd *cobra.Command, c *clientFlags, verb, format string, wait bo
 		}
 		return say(cmd, format, r)
 	}
-	p := &rotationProgress{w: w, json: format == "json", terminal: isTerminal(w), begun: time.Now(), old: activeRoot(before), gone: verb == "taint"}
+	p := &rotationProgress{changes: newChanges(w, format), begun: time.Now(), old: activeRoot(before), gone: verb == "taint"}
 	ticker := time.NewTicker(pollEvery)
 	defer ticker.Stop()
 	for {
@@ -327,28 +325,16 @@ func activeRoot(r *adminv1.Rotation) string {
 	return signs.GetId()
 }
 
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	if !ok {
-		return false
-	}
-	st, err := f.Stat()
-	return err == nil && st.Mode()&os.ModeCharDevice != 0
-}
-
-// rotationProgress shows how a rotation goes: one line that changes on a terminal, a line
-// for each change elsewhere, or a JSON object for each.
+// rotationProgress shows how a rotation goes.
 type rotationProgress struct {
-	w              io.Writer
-	json, terminal bool
-	begun          time.Time
+	changes
+	begun time.Time
 	// old is the root that is replaced; gone has the end wait until it has left.
 	old  string
 	gone bool
 
 	total, renewed uint32
 	renewing       time.Time
-	last           string
 }
 
 // undone says whether the old root signs on, with nobody to follow it.
@@ -447,16 +433,7 @@ func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, 
 	text := e.text(p.terminal)
 	// Times and rates alone are no news, but for a terminal.
 	key := fmt.Sprint(e.Phase, e.BundleSequence, e.Proxies, e.ProxiesAcknowledged, e.SVIDs, e.SVIDsRenewed, len(e.Laggards), len(e.Holders), e.Stalled, e.Paused, belowIn(r))
-	switch {
-	case p.terminal && !p.json:
-		_, err = fmt.Fprintf(p.w, "\r\x1b[K%s", text)
-	case key == p.last:
-	case p.json:
-		err = json.NewEncoder(p.w).Encode(e)
-	default:
-		_, err = fmt.Fprintln(p.w, text)
-	}
-	p.last = key
+	err = p.changes.show(key, text, func() ([]byte, error) { return json.Marshal(e) })
 	if !over || err != nil {
 		return over, err
 	}
@@ -474,13 +451,6 @@ func (p *rotationProgress) show(now time.Time, r *adminv1.Rotation) (over bool, 
 		}
 	}
 	return true, nil
-}
-
-// end leaves the line that changes.
-func (p *rotationProgress) end() {
-	if p.terminal && !p.json {
-		fmt.Fprintln(p.w)
-	}
 }
 
 const barWidth = 20

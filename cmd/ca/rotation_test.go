@@ -1,7 +1,6 @@
 package main
 
 import (
-	"io"
 	"strings"
 	"testing"
 	"time"
@@ -47,7 +46,7 @@ func TestRotationUndone(t *testing.T) {
 		{[]string{"a active", "b retiring"}, true},
 		{[]string{"a tainted"}, true},
 	} {
-		if got := (&rotationProgress{w: io.Discard, old: "a"}).undone(rotationOf(tc.roots...)); got != tc.want {
+		if got := (&rotationProgress{old: "a"}).undone(rotationOf(tc.roots...)); got != tc.want {
 			t.Errorf("%v: undone is %v", tc.roots, got)
 		}
 	}
@@ -55,7 +54,7 @@ func TestRotationUndone(t *testing.T) {
 
 func TestRotationProgress_Paused(t *testing.T) {
 	var out strings.Builder
-	p := &rotationProgress{w: &out, old: "a"}
+	p := &rotationProgress{changes: changes{w: &out}, old: "a"}
 	r := rotationOf("a active", "b prepared")
 	for _, paused := range []bool{false, true, true} {
 		r.Paused = paused
@@ -73,7 +72,7 @@ func TestRotationProgress_Paused(t *testing.T) {
 func TestRotationProgress_Below(t *testing.T) {
 	const id = "spiffe://example.org/ca/below"
 	var out strings.Builder
-	p := &rotationProgress{w: &out, old: "a"}
+	p := &rotationProgress{changes: changes{w: &out}, old: "a"}
 	r := rotationOf("a active", "b prepared")
 	r.Nodes, r.NodesWaiting = 1, 1
 	show := func(want bool) string {

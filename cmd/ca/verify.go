@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -10,8 +9,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync/atomic"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/mod/sumdb/note"
@@ -302,50 +299,4 @@ func writeReport(w io.Writer, r tree.Report, withTree bool, dir string) error {
 		fmt.Fprintf(w, "%d entry bundles of archived records are not there\n", r.BundlesAbsent)
 	}
 	return nil
-}
-
-// progress tells a person at a terminal how far long work has come.
-type progress struct {
-	records atomic.Int64
-	done    chan struct{}
-	stopped chan struct{}
-}
-
-// newProgress begins to tell, if w is a terminal.
-func newProgress(ctx context.Context, w io.Writer) *progress {
-	p := &progress{done: make(chan struct{}), stopped: make(chan struct{})}
-	f, ok := w.(*os.File)
-	if ok {
-		st, err := f.Stat()
-		ok = err == nil && st.Mode()&os.ModeCharDevice != 0
-	}
-	if !ok {
-		close(p.stopped)
-		return p
-	}
-	go func() {
-		defer close(p.stopped)
-		ticker := time.NewTicker(time.Second)
-		defer ticker.Stop()
-		for start := time.Now(); ; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-p.done:
-				fmt.Fprint(w, "\r\x1b[K")
-				return
-			case <-ticker.C:
-				n := p.records.Load()
-				fmt.Fprintf(w, "\r\x1b[K%d records, %.0f a second", n, float64(n)/time.Since(start).Seconds())
-			}
-		}
-	}()
-	return p
-}
-
-func (p *progress) add(n int) { p.records.Add(int64(n)) }
-
-func (p *progress) stop() {
-	close(p.done)
-	<-p.stopped
 }

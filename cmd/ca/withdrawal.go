@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"time"
@@ -164,7 +162,7 @@ func (f *waitFlags) follow(cmd *cobra.Command, c *clientFlags, id string) error 
 	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), f.timeout)
 	defer cancel()
-	p := &withdrawalProgress{w: cmd.OutOrStdout(), json: format == "json", terminal: isTerminal(cmd.OutOrStdout())}
+	p := &withdrawalProgress{newChanges(cmd.OutOrStdout(), format)}
 	ticker := time.NewTicker(followEvery)
 	defer ticker.Stop()
 	var last *adminv1.Withdrawal
@@ -202,13 +200,8 @@ func laggardLines(w *adminv1.Withdrawal) string {
 	return b.String()
 }
 
-// withdrawalProgress shows how a withdrawal goes: one line that changes on a terminal, a
-// line for each change elsewhere, or a JSON object for each.
-type withdrawalProgress struct {
-	w              io.Writer
-	json, terminal bool
-	last           string
-}
+// withdrawalProgress shows how a withdrawal goes.
+type withdrawalProgress struct{ changes }
 
 // awayAfter is for how long a node that is not connected is waited for.
 const awayAfter = 2 * time.Second
@@ -227,20 +220,7 @@ func (p *withdrawalProgress) show(w *adminv1.Withdrawal) (over bool, err error) 
 	away := w.GetState() == "pending" && onlyAway(w)
 	over = w.GetState() != "pending" || away
 	text := withdrawalText(w)
-	key := w.GetState() + text
-	switch {
-	case key == p.last:
-	case p.json:
-		var line []byte
-		if line, err = cli.MarshalJSON(w); err == nil {
-			err = json.NewEncoder(p.w).Encode(json.RawMessage(line))
-		}
-	case p.terminal:
-		_, err = fmt.Fprintf(p.w, "\r\x1b[K%s", text)
-	default:
-		_, err = fmt.Fprintln(p.w, text)
-	}
-	p.last = key
+	err = p.changes.show(w.GetState()+text, text, func() ([]byte, error) { return cli.MarshalJSON(w) })
 	if !over || err != nil {
 		return over, err
 	}
@@ -265,13 +245,6 @@ func (p *withdrawalProgress) show(w *adminv1.Withdrawal) (over bool, err error) 
 		}
 	}
 	return true, nil
-}
-
-// end leaves the line that changes.
-func (p *withdrawalProgress) end() {
-	if p.terminal && !p.json && p.last != "" {
-		fmt.Fprintln(p.w)
-	}
 }
 
 func withdrawalText(w *adminv1.Withdrawal) string {

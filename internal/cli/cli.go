@@ -264,12 +264,18 @@ const (
 
 // Paint colours text if w is a terminal and NO_COLOR is not set.
 func Paint(w io.Writer, colour, text string) string {
-	f, ok := w.(*os.File)
-	if !ok || os.Getenv("NO_COLOR") != "" {
-		return text
-	}
-	if st, err := f.Stat(); err != nil || st.Mode()&os.ModeCharDevice == 0 {
+	if !Terminal(w) || os.Getenv("NO_COLOR") != "" {
 		return text
 	}
 	return colour + text + reset
+}
+
+// Terminal says whether a person reads what is written to w.
+func Terminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	st, err := f.Stat()
+	return err == nil && st.Mode()&os.ModeCharDevice != 0
 }

@@ -3,7 +3,6 @@ package cli
 import (
 	"fmt"
 	"io"
-	"os"
 	"time"
 )
 
@@ -14,11 +13,7 @@ const progressInterval = 200 * time.Millisecond
 // one that takes the line away. On what is no terminal, nothing is shown. It may be
 // used by one goroutine.
 func Progress(w io.Writer, what string) (show func(done, all uint64), end func()) {
-	f, ok := w.(*os.File)
-	if !ok {
-		return func(uint64, uint64) {}, func() {}
-	}
-	if st, err := f.Stat(); err != nil || st.Mode()&os.ModeCharDevice == 0 {
+	if !Terminal(w) {
 		return func(uint64, uint64) {}, func() {}
 	}
 	began := time.Now()
