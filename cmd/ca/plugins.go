@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -101,9 +102,33 @@ func openUpstream[Config any, CA upstream.CA](open func(Config) (CA, error)) fun
 	}
 }
 
+// use is what the upstream CA is wanted for. A pin that fits nothing is no reason not
+// to start: with the root that it has, a CA goes on.
+func (v *validated) use() upstream.Use {
+	return upstream.Use{
+		TrustDomain: v.trustDomain, Leaves: v.Upstream.Leaves, KeyType: v.intermediateKey.Algorithm(),
+		Lives: map[string]time.Duration{"svid.default_ttl": v.SVID.DefaultTTL.Or(0), "svid.node_ttl": v.SVID.NodeTTL.Or(0)},
+	}
+}
+
+// checkUpstreamCA says what of the settings for an upstream CA can never work.
+func checkUpstreamCA(v *validated) error {
+	above, err := openUpstreamCA(v, slog.New(slog.DiscardHandler))
+	if err != nil || above == nil {
+		return err
+	}
+	use := v.use()
+	use.Pins = v.pins
+	if err := upstream.CheckUse(above.CA, use); err != nil {
+		return v.file.Errorf("upstream."+above.Kind, "upstream %s: %v", above.Kind, err)
+	}
+	return nil
+}
+
 // openUpstreamCA returns the upstream CA that is configured, nil if none is. One
 // that holds more than memory is an io.Closer.
-func openUpstreamCA(u upstreamSettings, pins [][32]byte, logger *slog.Logger) (*ca.Upstream, error) {
+func openUpstreamCA(v *validated, logger *slog.Logger) (*ca.Upstream, error) {
+	u, pins := v.Upstream, v.pins
 	var found *ca.Upstream
 	var names []string
 	for _, kind := range upstreamKinds(u, logger) {
@@ -121,8 +146,8 @@ func openUpstreamCA(u upstreamSettings, pins [][32]byte, logger *slog.Logger) (*
 		if err != nil {
 			return nil, kind.section.Errorf("", "upstream %s: %v", kind.name, err)
 		}
-		if _, ok := opened.(upstream.LeafSigner); u.Leaves && !ok {
-			return nil, kind.section.Errorf("", "upstream: %s signs intermediates only: remove leaves", kind.name)
+		if err := upstream.CheckUse(opened, v.use()); err != nil {
+			return nil, kind.section.Errorf("", "upstream %s: %v", kind.name, err)
 		}
 		found = &ca.Upstream{CA: opened, Kind: kind.name, Leaves: u.Leaves, Pins: pins}
 	}

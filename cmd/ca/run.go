@@ -85,7 +85,7 @@ func newCheckCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if _, err := openUpstreamCA(v.Upstream, v.pins, slog.New(slog.DiscardHandler)); err != nil {
+			if err := checkUpstreamCA(v); err != nil {
 				return err
 			}
 			if _, err := exportTargets(v, slog.New(slog.DiscardHandler)); err != nil {
@@ -189,7 +189,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		return err
 	}
 
-	above, err := openUpstreamCA(v.Upstream, v.pins, logger)
+	above, err := openUpstreamCA(v, logger)
 	if err != nil {
 		return err
 	}

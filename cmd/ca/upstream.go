@@ -75,7 +75,7 @@ anybody, but it is in the upstream CA's records. The exit code is 1 if a check f
 			if err != nil {
 				return err
 			}
-			above, err := openUpstreamCA(v.Upstream, v.pins, logger)
+			above, err := openUpstreamCA(v, logger)
 			if err != nil {
 				return err
 			}

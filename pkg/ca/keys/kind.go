@@ -2,6 +2,7 @@ package keys
 
 import (
 	"crypto"
+	"crypto/x509"
 	"fmt"
 	"slices"
 	"strings"
@@ -49,6 +50,20 @@ func ParseKind(text string) (Kind, error) {
 	}
 	slices.Sort(names)
 	return "", fmt.Errorf("%.40q is not a kind of key; write one of %s", text, strings.Join(names, ", "))
+}
+
+// Algorithm is that of the kind's keys, as crypto/x509 calls it.
+func (k Kind) Algorithm() x509.PublicKeyAlgorithm {
+	switch kinds[k].kty {
+	case "EC":
+		return x509.ECDSA
+	case "RSA":
+		return x509.RSA
+	case "OKP":
+		return x509.Ed25519
+	default:
+		return x509.UnknownPublicKeyAlgorithm
+	}
 }
 
 // Generate makes a key of the kind in memory.

@@ -76,6 +76,27 @@ func (m *Mesh) Check() error {
 	return err
 }
 
+// CheckUse says whether this is known to be a member of another trust domain.
+func (m *Mesh) CheckUse(u Use) error {
+	name, id := "spiffe_id", spiffeid.ID{}
+	if m.WorkloadAPI == "" {
+		svid, _, err := m.read()
+		if err != nil {
+			return err
+		}
+		name, id = "certificate", svid.ID
+	} else if m.SPIFFEID != "" {
+		var err error
+		if id, err = spiffeid.FromString(m.SPIFFEID); err != nil {
+			return fmt.Errorf("spiffe_id: %w", err)
+		}
+	}
+	if !id.IsZero() && id.TrustDomain() != u.TrustDomain {
+		return fmt.Errorf("%s: %s is of the trust domain %s, and trust_domain is %s: only a CA of the same one can be above this one", name, id, id.TrustDomain().Name(), u.TrustDomain.Name())
+	}
+	return nil
+}
+
 // read reads the identity from its files.
 func (m *Mesh) read() (*x509svid.SVID, x509bundle.Source, error) {
 	certificates, err := ReadFile(m.Certificate)

@@ -88,6 +88,13 @@ func New(c Config) (*CA, error) {
 	if !strings.HasPrefix(s.template, "arn:") {
 		s.template = "arn:" + s.arn.partition + ":acm-pca:::template/" + s.template
 	}
+	// Those that the API knows for CAs below a CA are all called so.
+	if !strings.Contains(s.template, "SubordinateCACertificate") {
+		return nil, fmt.Errorf("template: %.200q is not one for the certificates of CAs; write %s, or another with SubordinateCACertificate in its name", c.Template, DefaultTemplate)
+	}
+	if !strings.HasPrefix(s.template, "arn:"+s.arn.partition+":") {
+		return nil, fmt.Errorf("template: %.200q is of another partition than the CA, which is in %s; write its name alone", c.Template, s.arn.partition)
+	}
 	if s.endpoint == "" {
 		suffix := "amazonaws.com"
 		if s.arn.partition == "aws-cn" {

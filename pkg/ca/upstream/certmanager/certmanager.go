@@ -129,6 +129,18 @@ func New(c Config, logger *slog.Logger) (*CA, error) {
 // Capabilities returns none: limits are those of the CA behind the issuer.
 func (*CA) Capabilities() upstream.Capabilities { return upstream.Capabilities{} }
 
+// CheckUse implements upstream.UseChecker.
+func (s *CA) CheckUse(u upstream.Use) error {
+	if s.config.Roots == "" {
+		return nil
+	}
+	roots, err := upstream.ReadCertificates(s.config.Roots)
+	if err != nil {
+		return fmt.Errorf("roots: %w", err)
+	}
+	return u.CheckRoots("roots", roots)
+}
+
 // request is a CertificateRequest.
 type request struct {
 	kube.Object

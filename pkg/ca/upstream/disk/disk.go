@@ -66,6 +66,19 @@ func New(c Config) (*CA, error) {
 // Capabilities returns none: what can be signed is in the certificate.
 func (*CA) Capabilities() upstream.Capabilities { return upstream.Capabilities{} }
 
+// CheckUse implements upstream.UseChecker.
+func (d *CA) CheckUse(u upstream.Use) error {
+	now, err := d.load(time.Now())
+	if err != nil {
+		return err
+	}
+	name := "certificate"
+	if d.config.Roots != "" {
+		name = "roots"
+	}
+	return u.CheckRoots(name, now.roots)
+}
+
 // issuer is what the files hold.
 type issuer struct {
 	chain []*x509.Certificate // begins with the issuer; no root, unless the issuer is one

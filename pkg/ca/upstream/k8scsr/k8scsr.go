@@ -145,6 +145,9 @@ func (c *Config) check() error {
 	if strings.HasPrefix(c.Signer, "kubernetes.io/") {
 		return fmt.Errorf("signer: %s is one of Kubernetes' own, which sign for the API server and for kubelets only: name another", c.Signer)
 	}
+	if name, ok := strings.CutPrefix(c.Signer, "issuers.cert-manager.io/"); ok && !strings.Contains(name, ".") {
+		return fmt.Errorf("signer: %s names no namespace: write issuers.cert-manager.io/NAMESPACE.%s, or clusterissuers.cert-manager.io/%[2]s", c.Signer, name)
+	}
 	if c.Context != "" && c.Kubeconfig == "" {
 		return errors.New("context: is one of a kubeconfig: write kubeconfig")
 	}
@@ -186,6 +189,18 @@ func (r *Roots) check() error {
 // Capabilities returns the limits of the API.
 func (*CA) Capabilities() upstream.Capabilities {
 	return upstream.Capabilities{MinTTL: minLife, MaxTTL: math.MaxInt32 * time.Second, TTLGranularity: time.Second, LeafRate: leafRate}
+}
+
+// CheckUse implements upstream.UseChecker.
+func (s *CA) CheckUse(u upstream.Use) error {
+	if s.config.Roots.File == "" {
+		return nil
+	}
+	roots, err := upstream.ReadCertificates(s.config.Roots.File)
+	if err != nil {
+		return fmt.Errorf("roots.file: %w", err)
+	}
+	return u.CheckRoots("roots.file", roots)
 }
 
 // request is a CertificateSigningRequest.

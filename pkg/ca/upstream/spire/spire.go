@@ -59,6 +59,9 @@ func (*CA) Capabilities() upstream.Capabilities {
 	return upstream.Capabilities{TTLGranularity: time.Second}
 }
 
+// CheckUse implements upstream.UseChecker.
+func (s *CA) CheckUse(u upstream.Use) error { return s.mesh.CheckUse(u) }
+
 // Mint has an intermediate signed.
 func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
 	conn, _, err := s.mesh.Dial(ctx)

@@ -176,6 +176,16 @@ func (*CA) Capabilities() upstream.Capabilities {
 	return upstream.Capabilities{TTLGranularity: time.Second}
 }
 
+// CheckUse implements upstream.UseChecker.
+func (v *CA) CheckUse(u upstream.Use) error {
+	if u.Leaves && v.config.Role == "" {
+		return errNoRole
+	}
+	return nil
+}
+
+var errNoRole = errors.New("role: is not set, and leaves is: write the name of the role in the mount that signs X.509-SVIDs")
+
 // connection is to the server, with what the files hold now.
 type connection struct {
 	client *http.Client
@@ -260,7 +270,7 @@ func (v *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 // SignLeaf has an X.509-SVID signed by the role, which takes the names from the CSR.
 func (v *CA) SignLeaf(ctx context.Context, r *upstream.Request) (*upstream.Minted, error) {
 	if v.config.Role == "" {
-		return nil, fmt.Errorf("%w: role is not set: write the name of the role in the mount that signs X.509-SVIDs", upstream.ErrDenied)
+		return nil, fmt.Errorf("%w: %w", upstream.ErrDenied, errNoRole)
 	}
 	path := v.config.Mount + "/sign/" + v.config.Role
 	if v.config.Issuer != "" {
