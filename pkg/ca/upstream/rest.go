@@ -12,10 +12,12 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -50,7 +52,7 @@ func (e *StatusError) Error() string {
 
 // Call sends in as JSON, or nothing if it is nil, and decodes the answer into out,
 // if that is not nil. Errors are as those of CA.Mint; they wrap a *StatusError if
-// there was an answer.
+// there was an answer, and Stale says whether there was none for the connection's sake.
 func (c *REST) Call(ctx context.Context, method, address string, header http.Header, in, out any) error {
 	var body io.Reader
 	if in != nil {
@@ -68,22 +70,28 @@ func (c *REST) Call(ctx context.Context, method, address string, header http.Hea
 		r.Header.Set("Content-Type", "application/json")
 	}
 	maps.Copy(r.Header, header)
+	var reused atomic.Bool
+	r = r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(got httptrace.GotConnInfo) { reused.Store(got.Reused) }}))
+	lost := func(doing string, err error) error {
+		if ctx.Err() != nil {
+			return fmt.Errorf("%w: %s %s: %w", ErrUnavailable, doing, c.Name, context.Cause(ctx))
+		}
+		if reused.Load() {
+			err = fmt.Errorf("%w: %w", errStale, err)
+		}
+		return fmt.Errorf("%w: %s %s: %w", ErrUnavailable, doing, c.Name, err)
+	}
 	client := *c.Client
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	answer, err := client.Do(r)
 	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return fmt.Errorf("%w: ask %s: %w", ErrUnavailable, c.Name, err)
+		return lost("ask", err)
 	}
 	defer func() { _ = answer.Body.Close() }() // it was read
 	data, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
 	switch {
-	case err != nil && ctx.Err() != nil:
-		return fmt.Errorf("%w: read the answer of %s: %w", ErrUnavailable, c.Name, context.Cause(ctx))
 	case err != nil:
-		return fmt.Errorf("%w: read the answer of %s: %w", ErrUnavailable, c.Name, err)
+		return lost("read the answer of", err)
 	case len(data) > maxAnswer:
 		return fmt.Errorf("the answer of %s has more than %d bytes", c.Name, maxAnswer)
 	case answer.StatusCode/100 != 2:
@@ -135,21 +143,11 @@ func retryAfter(value string, now time.Time) time.Duration {
 // server's certificate must be issued by a CA in the PEM file serverCA, or by one of
 // the system's if serverCA is empty. done ends its connections.
 func Client(serverCA string, pair *tls.Certificate) (client *http.Client, done func(), err error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if serverCA != "" {
-		trusted, err := ReadCertificates(serverCA)
-		if err != nil {
-			return nil, nil, fmt.Errorf("server_ca: %w", err)
-		}
-		t.RootCAs = x509.NewCertPool()
-		for _, c := range trusted {
-			t.RootCAs.AddCert(c)
-		}
+	trusted, err := readServerCA(serverCA)
+	if err != nil {
+		return nil, nil, err
 	}
-	if pair != nil {
-		t.Certificates = []tls.Certificate{*pair}
-	}
-	transport := &http.Transport{TLSClientConfig: t, Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 1 << 16}
+	transport := newTransport(trusted, pair)
 	return &http.Client{Transport: transport}, transport.CloseIdleConnections, nil
 }
 

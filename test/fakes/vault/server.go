@@ -23,6 +23,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +43,8 @@ type Server struct {
 	serverKey  *ecdsa.PrivateKey
 	serviceKey *ecdsa.PrivateKey // signs service account tokens
 	listener   *httptest.Server
+
+	connections atomic.Int64
 
 	mu        sync.Mutex // guards what follows
 	authority *upstreamtest.Authority
@@ -79,6 +82,11 @@ func New(t testing.TB, a *upstreamtest.Authority, b upstreamtest.Behaviour) *Ser
 	certificate, ca := s.certificate()
 	listener.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}, MinVersion: tls.VersionTLS12, ClientAuth: tls.RequestClientCert}
 	listener.Config.ErrorLog = nil
+	listener.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			s.connections.Add(1)
+		}
+	}
 	listener.StartTLS()
 	t.Cleanup(listener.Close)
 	s.URL, s.CA, s.listener = listener.URL, upstreamtest.PEM(ca), listener
@@ -101,6 +109,12 @@ func (s *Server) certificate() (tls.Certificate, *x509.Certificate) {
 
 // Close takes the server away.
 func (s *Server) Close() { s.listener.Close() }
+
+// Connections returns how many there have been.
+func (s *Server) Connections() int { return int(s.connections.Load()) }
+
+// CloseConnections closes those that are open.
+func (s *Server) CloseConnections() { s.listener.CloseClientConnections() }
 
 // Seal seals the server, or unseals it.
 func (s *Server) Seal(sealed bool) { s.set(func() { s.sealed = sealed }) }

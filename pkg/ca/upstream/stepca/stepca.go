@@ -5,7 +5,8 @@
 //
 // A request for an intermediate:
 //
-//  1. the root is fetched by its fingerprint, and from then on authenticates the server
+//  1. the root is fetched by its fingerprint, once, and from then on authenticates the
+//     server
 //  2. a token for this one CSR is signed, which lives for minutes
 //  3. /1.0/sign is called, then /roots
 package stepca
@@ -27,6 +28,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/meshid/meshid/pkg/ca/upstream"
@@ -65,6 +67,8 @@ type CA struct {
 	config Config
 	base   *url.URL
 	pin    []byte
+	root   atomic.Pointer[x509.Certificate] // the one that has the fingerprint, once it was shown
+	kept   upstream.Connections
 }
 
 // New checks the settings and reads the key once.
@@ -104,27 +108,25 @@ func said(body []byte) string {
 	return e.Message
 }
 
-// client trusts root, or nobody in particular if that is nil.
-func client(root *x509.Certificate) (c *upstream.REST, done func()) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if root == nil {
-		t.InsecureSkipVerify = true // what comes is compared with the fingerprint
-	} else {
-		t.RootCAs = x509.NewCertPool()
-		t.RootCAs.AddCert(root)
-	}
-	transport := &http.Transport{TLSClientConfig: t, Proxy: http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 1 << 16}
-	return &upstream.REST{Client: &http.Client{Transport: transport}, Name: "step-ca", Said: said}, transport.CloseIdleConnections
+func rest(client *http.Client) *upstream.REST {
+	return &upstream.REST{Client: client, Name: "step-ca", Said: said}
 }
 
-// fetchRoot has the server show the root that has the fingerprint.
+// fetchRoot has the server show the root that has the fingerprint, once: no other one
+// ever has it.
 func (s *CA) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
-	rest, done := client(nil)
-	defer done()
+	if root := s.root.Load(); root != nil {
+		return root, nil
+	}
+	transport := &http.Transport{
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}, //nolint:gosec // what comes is compared with the fingerprint
+		Proxy:           http.ProxyFromEnvironment, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 1 << 16,
+	}
+	defer transport.CloseIdleConnections()
 	var answer struct {
 		CA string `json:"ca"`
 	}
-	if err := rest.Call(ctx, http.MethodGet, s.base.JoinPath("root", hex.EncodeToString(s.pin)).String(), nil, nil, &answer); err != nil {
+	if err := rest(&http.Client{Transport: transport}).Call(ctx, http.MethodGet, s.base.JoinPath("root", hex.EncodeToString(s.pin)).String(), nil, nil, &answer); err != nil {
 		if errors.Is(err, upstream.ErrDenied) {
 			return nil, fmt.Errorf("%w: compare root_sha256 with `step certificate fingerprint` of its root", err)
 		}
@@ -138,6 +140,7 @@ func (s *CA) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 		return nil, fmt.Errorf("%w: the root that step-ca shows has SHA-256 %s, not that of root_sha256: this is another CA, or somebody in between",
 			upstream.ErrDenied, hex.EncodeToString(sum[:]))
 	}
+	s.root.Store(all[0])
 	return all[0], nil
 }
 
@@ -147,6 +150,28 @@ func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 	if err != nil {
 		return nil, err
 	}
+	rest := rest(s.kept.For([]*x509.Certificate{root}, nil))
+	m, err := s.sign(ctx, rest, r)
+	if upstream.Stale(err) { // with another token: the first one may have been used
+		m, err = s.sign(ctx, rest, r)
+	}
+	if err != nil {
+		return nil, err
+	}
+	var roots struct {
+		Certificates []string `json:"crts"`
+	}
+	if err := rest.Call(ctx, http.MethodGet, s.base.JoinPath("roots").String(), nil, nil, &roots); err != nil {
+		return nil, err
+	}
+	if m.Roots, err = upstream.ParseChain(upstream.MaxRoots, roots.Certificates...); err != nil {
+		return nil, fmt.Errorf("the roots from step-ca: %w", err)
+	}
+	return m, nil
+}
+
+// sign has something signed. The answer is without the roots.
+func (s *CA) sign(ctx context.Context, rest *upstream.REST, r *upstream.Request) (*upstream.Minted, error) {
 	now := time.Now()
 	token, notAfter, err := s.token(r, now)
 	if err != nil {
@@ -160,8 +185,6 @@ func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 		}
 		ttl = left
 	}
-	rest, done := client(root)
-	defer done()
 	var signed struct {
 		Chain []string `json:"certChain"`
 	}
@@ -176,15 +199,6 @@ func (s *CA) Mint(ctx context.Context, r *upstream.Request) (*upstream.Minted, e
 	m := &upstream.Minted{}
 	if m.Chain, err = upstream.ParseChain(2*upstream.MaxChain, signed.Chain...); err != nil {
 		return nil, fmt.Errorf("the chain from step-ca: %w", err)
-	}
-	var roots struct {
-		Certificates []string `json:"crts"`
-	}
-	if err := rest.Call(ctx, http.MethodGet, s.base.JoinPath("roots").String(), nil, nil, &roots); err != nil {
-		return nil, err
-	}
-	if m.Roots, err = upstream.ParseChain(upstream.MaxRoots, roots.Certificates...); err != nil {
-		return nil, fmt.Errorf("the roots from step-ca: %w", err)
 	}
 	return m, nil
 }

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -38,6 +39,9 @@ type fake struct {
 	used  map[string]bool
 	roots []*x509.Certificate
 	url   string
+
+	server      *httptest.Server
+	connections atomic.Int64
 }
 
 // startFake returns it with the configuration of a client.
@@ -60,9 +64,14 @@ func startFake(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority
 	s := httptest.NewUnstartedServer(f)
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: private}}, MinVersion: tls.VersionTLS12}
 	s.Config.ErrorLog = nil
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			f.connections.Add(1)
+		}
+	}
 	s.StartTLS()
 	t.Cleanup(s.Close)
-	f.url = s.URL
+	f.url, f.server = s.URL, s
 	jwk, err := json.Marshal(f.key)
 	if err != nil {
 		t.Fatal(err)
@@ -220,6 +229,29 @@ func TestConformance(t *testing.T) {
 }
 
 // A server that shows another root than the pinned one gets no token.
+// What is signed one after the other goes over one connection, and another one if the
+// server has closed that.
+func TestConnections(t *testing.T) {
+	a := upstreamtest.NewAuthority(t, upstreamtest.Good)
+	f, c := startFake(t, upstreamtest.Good, a)
+	ca, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		if _, err := upstreamtest.Mint(t.Context(), t, ca); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := f.connections.Load(); n != 2 {
+		t.Errorf("%d connections, want one for the root that has the fingerprint, and one", n)
+	}
+	f.server.CloseClientConnections()
+	if _, err := upstreamtest.Mint(t.Context(), t, ca); err != nil {
+		t.Errorf("after the server has closed the connections: %v", err)
+	}
+}
+
 func TestPin(t *testing.T) {
 	_, c := startFake(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	c.RootSHA256 = strings.Repeat("00:", 31) + "00"

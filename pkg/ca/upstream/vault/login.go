@@ -179,6 +179,13 @@ func (v *CA) current(ctx context.Context, c *connection, refused int) (l lease, 
 
 // loginLocked replaces the token. The session is held.
 func (v *CA) loginLocked(ctx context.Context, c *connection) error {
+	// What can be used once is not sent over a connection that the server may be about
+	// to close.
+	c, done, err := c.alone()
+	if err != nil {
+		return err
+	}
+	defer done()
 	l, err := v.method.login(ctx, v, c)
 	if err != nil {
 		v.session.lease = lease{}

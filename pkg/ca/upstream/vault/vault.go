@@ -115,6 +115,7 @@ type CA struct {
 	base    *url.URL
 	method  method
 	session session
+	kept    upstream.Connections
 }
 
 // segments is the form of the path of a mount or namespace.
@@ -162,11 +163,9 @@ func New(c Config) (*CA, error) {
 	if _, err := v.extraRoots(); err != nil {
 		return nil, err
 	}
-	conn, err := v.connect()
-	if err != nil {
+	if _, err := v.connect(); err != nil {
 		return nil, err
 	}
-	conn.done()
 	return v, nil
 }
 
@@ -186,10 +185,11 @@ func (v *CA) CheckUse(u upstream.Use) error {
 
 var errNoRole = errors.New("role: is not set, and leaves is: write the name of the role in the mount that signs X.509-SVIDs")
 
-// connection is to the server, with what the files hold now.
+// connection is to the server, with what the files hold now: over connections that are
+// kept, or over one of its own.
 type connection struct {
 	client *http.Client
-	done   func()
+	alone  func() (c *connection, done func(), err error)
 }
 
 func (v *CA) connect() (*connection, error) {
@@ -201,11 +201,14 @@ func (v *CA) connect() (*connection, error) {
 		}
 		pair = &read
 	}
-	client, done, err := upstream.Client(v.config.ServerCA, pair)
+	client, err := v.kept.Client(v.config.ServerCA, pair)
 	if err != nil {
 		return nil, err
 	}
-	return &connection{client: client, done: done}, nil
+	return &connection{client: client, alone: func() (*connection, func(), error) {
+		client, done, err := upstream.Client(v.config.ServerCA, pair)
+		return &connection{client: client}, done, err
+	}}, nil
 }
 
 // call is one call of the API below /v1; what is in secrets is taken out of what
@@ -288,7 +291,6 @@ func (v *CA) sign(ctx context.Context, path string, r *upstream.Request, paramet
 	if err != nil {
 		return nil, err
 	}
-	defer conn.done()
 	parameters["csr"] = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: r.CSR}))
 	parameters["format"] = "pem"
 	parameters["ttl"] = strconv.FormatInt(int64(r.TTL/time.Second), 10) + "s"
@@ -300,7 +302,11 @@ func (v *CA) sign(ctx context.Context, path string, r *upstream.Request, paramet
 		} `json:"data"`
 	}
 	err = v.withToken(ctx, conn, func(token string) error {
-		return advise(v.call(ctx, conn, http.MethodPost, path, token, parameters, &signed), path)
+		err := v.call(ctx, conn, http.MethodPost, path, token, parameters, &signed)
+		if upstream.Stale(err) { // a second certificate for the same key and names harms nobody
+			err = v.call(ctx, conn, http.MethodPost, path, token, parameters, &signed)
+		}
+		return advise(err, path)
 	})
 	if err != nil {
 		return nil, err
@@ -410,7 +416,6 @@ func (v *CA) look(ctx context.Context) (roots []*x509.Certificate, next time.Dur
 	if err != nil {
 		return nil, 0, err
 	}
-	defer conn.done()
 	short, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	if roots, err = v.roots(short, conn); err != nil {

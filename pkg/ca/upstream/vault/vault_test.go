@@ -254,11 +254,43 @@ func TestLeaves(t *testing.T) {
 		return open(t, c)
 	}})
 	c.Role = ""
-	if _, err := upstreamtest.SignLeaf(minute(t), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "role is not set") {
+	if _, err := upstreamtest.SignLeaf(minute(t), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "role: is not set") {
 		t.Errorf("without a role: %v", err)
 	}
 	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) {
 		t.Errorf("an intermediate with the right for leaves: %v", err)
+	}
+}
+
+// Leaves share a connection, which is replaced when the server has closed it, and when
+// the CA that issues the server's certificate is another one.
+func TestLeaves_Connections(t *testing.T) {
+	p := good(t)
+	c := p.config(t, "approle.yaml")
+	c.Role = "meshid"
+	p.operate(t, "vault policy write meshid leaves.hcl")
+	ca := open(t, c)
+	sign := func() error {
+		_, err := upstreamtest.SignLeaf(minute(t), t, ca)
+		return err
+	}
+	before := p.Connections()
+	for range 20 {
+		if err := sign(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := p.Connections() - before; n != 2 {
+		t.Errorf("%d connections for a login and 20 leaves, want one each for the login and for all leaves", n)
+	}
+	p.CloseConnections()
+	if err := sign(); err != nil {
+		t.Errorf("after the server has closed the connections: %v", err)
+	}
+	other := good(t)
+	write(t, c.ServerCA, other.CA)
+	if err := sign(); !errors.Is(err, upstream.ErrUnavailable) || !strings.Contains(err.Error(), "unknown authority") {
+		t.Errorf("with another CA in server_ca: %v", err)
 	}
 }
 
