@@ -118,3 +118,38 @@ func crashRound(t *testing.T, dir string, lines int, acknowledged map[string]str
 		t.Errorf("the process ended by itself: %v", err)
 	}
 }
+
+// TestPanicEndsTheProcess has the writer panic: a caller that recovers from its own
+// panics, as servers do, must not go on.
+func TestPanicEndsTheProcess(t *testing.T) {
+	t.Parallel()
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Dir = t.TempDir()
+	cmd.Env = append(os.Environ(), panicking+"=1")
+	out, err := cmd.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "panic: write to ledger: the disk is haunted") || strings.Contains(string(out), "went on") {
+		t.Errorf("the process ended with %v, and said:\n%s", err, out)
+	}
+}
+
+// panicking is set in the process whose writer is to panic, in its working directory.
+const panicking = "MESHID_TEST_LEDGER_PANIC"
+
+func panicMain(out io.Writer) {
+	defer func() {
+		fmt.Fprintln(out, "went on after", recover())
+	}()
+	d := &faultyDisk{}
+	j, err := Open("ledger", Options{disk: d})
+	if err != nil {
+		panic(err)
+	}
+	d.set(func(op string, _ int) (int, error) {
+		if op == "datasync" {
+			panic("the disk is haunted")
+		}
+		return 0, nil
+	}, nil)
+	_, err = j.Append(context.Background(), testDraft("x"))
+	fmt.Fprintln(out, "went on with", err)
+}

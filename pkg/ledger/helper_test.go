@@ -24,6 +24,10 @@ func TestMain(m *testing.M) {
 		crashMain(dir, os.Stdout) // until it is killed
 		return
 	}
+	if os.Getenv(panicking) != "" {
+		panicMain(os.Stdout)
+		return
+	}
 	m.Run()
 }
 

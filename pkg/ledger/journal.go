@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 
@@ -26,9 +27,10 @@ import (
 //  5. announce hands the records to the tails, settle tells those who wait, and
 //     Append makes Durables.
 //
-// Steps 3 to 5 are the work of one goroutine, so the next batch is what arrived
-// while the disk was busy with the one before: many callers share an fdatasync,
-// and one alone waits for nothing but its own.
+// Steps 3 to 5 are the work of one of those who wait, who has the turn. The next
+// batch is what arrived while the disk was busy with the one before: many callers
+// share an fdatasync, and one alone waits for nothing but its own, and for no
+// other goroutine.
 
 const (
 	defaultSegmentBytes = 64 << 20
@@ -52,7 +54,7 @@ type Options struct {
 	Logger *slog.Logger
 	// OnState, if it is not nil, is called when records can no longer be written,
 	// with the error (which wraps ErrFull or ErrFailed), and with nil when they
-	// can be again. It is called by the writing goroutine: it must return quickly.
+	// can be again. It is called by who writes: it must return quickly.
 	OnState func(err error)
 
 	disk disk // nil except in tests
@@ -69,12 +71,13 @@ type Journal struct {
 	head    atomic.Pointer[Head] // of what is durable
 
 	queue   chan *request
+	turn    chan struct{} // capacity 1: full while somebody writes
 	closing chan struct{} // closed by Close
 	broken  chan struct{} // closed after a final failure
-	stopped chan struct{} // closed when run has ended
+	stopped chan struct{} // closed when Close has written what waited
 
-	writer   *writer // owned by run
-	state    error   // as last told to OnState; owned by run
+	writer   *writer // of who has the turn
+	state    error   // as last told to OnState; likewise
 	closed   sync.Once
 	closeErr error // written before stopped is closed
 
@@ -152,19 +155,20 @@ func Open(dir string, o Options) (_ *Journal, err error) {
 	j := &Journal{
 		dir: dir, options: o, metrics: m, lock: lock, name: w.journal, writer: w,
 		queue:   queue,
+		turn:    make(chan struct{}, 1),
 		closing: make(chan struct{}),
 		broken:  make(chan struct{}),
 		stopped: make(chan struct{}),
 	}
 	j.head.Store(&Head{Size: w.next, Link: w.link})
-	go j.run()
 	return j, nil
 }
 
 // Append records the drafts, in this order and one directly behind the other, and
 // returns them, in this order, when they are durable. If there is an error,
 // nothing is released, and the records may be in the journal or not: ErrFull and
-// ErrRecord (nothing was written), ErrFailed, ErrClosed, or the context's error.
+// ErrRecord (nothing was written), ErrFailed, ErrClosed, or the context's error,
+// for which a call that has the turn waits until the disk has answered.
 // The drafts may be appended again after ErrFull.
 func (j *Journal) Append(ctx context.Context, drafts ...*Draft) ([]*Durable, error) {
 	if len(drafts) == 0 {
@@ -191,37 +195,46 @@ func (j *Journal) Append(ctx context.Context, drafts ...*Draft) ([]*Durable, err
 	return durables, nil
 }
 
-// submit hands r to the writer and waits until it is durable: it returns nil in
-// no other case.
+// submit puts r into the queue and waits until it is durable: it returns nil in
+// no other case. While nobody writes, who waits writes.
 func (j *Journal) submit(ctx context.Context, r *request) error {
 	if err := j.refusal(ctx); err != nil {
 		return err
 	}
+	queue, closing := j.queue, j.closing // nil once r is in the queue: what is there before Close is still written
 	select {
-	case j.queue <- r:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-j.closing:
-		return ErrClosed
-	}
-	select {
-	case <-r.done:
-		return r.err
-	case <-ctx.Done():
-		if r.state.CompareAndSwap(waiting, withdrawn) {
-			return context.Cause(ctx)
-		}
-	case <-j.stopped:
-	}
-	select { // what has happened already counts
-	case <-r.done:
-		return r.err
+	case queue <- r: // before the turn is taken: the batch has it
+		queue, closing = nil, nil
 	default:
 	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+	for {
+		select {
+		case <-r.done:
+			return r.err
+		case queue <- r:
+			queue, closing = nil, nil
+			continue
+		case j.turn <- struct{}{}:
+			j.write()
+			continue
+		case <-closing:
+			return ErrClosed
+		case <-ctx.Done():
+			if queue != nil || r.state.CompareAndSwap(waiting, withdrawn) {
+				return context.Cause(ctx)
+			}
+		case <-j.stopped:
+		}
+		select { // what has happened already counts
+		case <-r.done:
+			return r.err
+		default:
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return ErrClosed // it came after the last batch
 	}
-	return ErrClosed // it came after the last batch
 }
 
 // refusal is why nothing more is taken, if so.
@@ -237,23 +250,22 @@ func (j *Journal) refusal(ctx context.Context) error {
 	}
 }
 
-// run is the writing goroutine.
-func (j *Journal) run() {
-	defer close(j.stopped)
-	for {
-		select {
-		case r := <-j.queue:
-			j.commit(r)
-			continue
-		case <-j.closing:
+// write writes one batch, if something waits. Who calls it has the turn, which write
+// gives up.
+func (j *Journal) write() {
+	defer func() {
+		if p := recover(); p != nil {
+			// What is on the disk is unknown, and no caller that answers its own
+			// panics may go on from here.
+			go panic(fmt.Sprintf("write to ledger: %v\n%s", p, debug.Stack()))
+			select {}
 		}
-		select {
-		case r := <-j.queue: // what came before Close is still written
-			j.commit(r)
-		default:
-			j.closeErr = errors.Join(j.writer.close(j.Failed() != nil), j.lock.Release())
-			return
-		}
+		<-j.turn
+	}()
+	select {
+	case r := <-j.queue:
+		j.commit(r)
+	default:
 	}
 }
 
@@ -371,8 +383,15 @@ func (j *Journal) HeadAt(size uint64) (Head, error) { return HeadAt(j.dir, size)
 // Close takes no further records, writes those that wait, and gives up the lock.
 // It may be called again, and then returns the same.
 func (j *Journal) Close() error {
-	j.closed.Do(func() { close(j.closing) })
-	<-j.stopped
+	j.closed.Do(func() {
+		close(j.closing)
+		j.turn <- struct{}{} // for good
+		for len(j.queue) > 0 {
+			j.commit(<-j.queue)
+		}
+		j.closeErr = errors.Join(j.writer.close(j.Failed() != nil), j.lock.Release())
+		close(j.stopped)
+	})
 	return j.closeErr
 }
 
