@@ -209,7 +209,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		return errors.Join(fmt.Errorf("admin_socket: %w", err), socket.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { memory.Tend(ctx, memory.Calm, logger); return nil })
+	group.Go(func() error { memory.Tend(ctx, memory.Calm, 0, logger); return nil })
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })

@@ -22,26 +22,49 @@ import (
 // Calm is how long nothing was collected when a burst is over.
 const Calm = 5 * time.Second
 
+// burst is how many collections without calm between them are more than a start is made of.
+const burst = 20
+
 // Tend gives memory back to the machine once nothing was collected for calm after the
 // start, and after each burst of work, until ctx ends. It polls nothing: it is woken by
 // the collector.
-func Tend(ctx context.Context, calm time.Duration, log *slog.Logger) {
+//
+// During a burst the collector lets room bytes be allocated before it begins again, also
+// where the heap that it keeps is smaller: a program that keeps little would otherwise
+// spend its time on collecting. With 0, and where the operator has set GOGC, it does as
+// ever.
+func Tend(ctx context.Context, calm time.Duration, room uint64, log *slog.Logger) {
 	collected := make(chan struct{}, 1)
 	tellCollections(ctx, collected)
 	timer := time.NewTimer(calm)
 	defer timer.Stop()
+	usual := read("/gc/gogc:percent")
+	if os.Getenv("GOGC") != "" {
+		room = 0
+	}
+	percent := usual
+	set := func(to uint64) {
+		if to != percent {
+			percent = to
+			debug.SetGCPercent(int(to)) //nolint:gosec // G115: room, in percent of what is at least a page
+		}
+	}
 	for given := uint64(0); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-collected:
 			timer.Reset(calm)
+			if room > 0 && collections() > given+burst {
+				live := max(read("/gc/heap/live:bytes"), 1<<20)
+				set(max(usual, room*100/live))
+			}
 		case <-timer.C:
-			// Those that were forced, our own too, are not counted. One alone
-			// is no burst: the runtime collects every two minutes whatever
-			// happens.
+			// One collection alone is no burst: the runtime collects every two
+			// minutes whatever happens.
 			if n := collections(); n > given+1 {
 				given = n
+				set(usual)
 				debug.FreeOSMemory()
 				if err := unmapFile(); err != nil {
 					log.DebugContext(ctx, "pages of the program's file stay in memory", "err", err)
@@ -66,9 +89,13 @@ func tellCollections(ctx context.Context, collected chan<- struct{}) {
 	}, struct{}{})
 }
 
-// collections counts the garbage collections that the runtime began by itself.
-func collections() uint64 {
-	s := []metrics.Sample{{Name: "/gc/cycles/automatic:gc-cycles"}}
+// collections counts the garbage collections that the runtime began by itself: those
+// that were forced, our own too, are not counted.
+func collections() uint64 { return read("/gc/cycles/automatic:gc-cycles") }
+
+// read reads one of the runtime's metrics, a number.
+func read(name string) uint64 {
+	s := []metrics.Sample{{Name: name}}
 	metrics.Read(s)
 	return s[0].Value.Uint64()
 }

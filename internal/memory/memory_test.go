@@ -15,7 +15,7 @@ func TestTend(t *testing.T) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		Tend(ctx, time.Millisecond, slog.New(slog.DiscardHandler))
+		Tend(ctx, time.Millisecond, 0, slog.New(slog.DiscardHandler))
 	}()
 	defer func() {
 		cancel()
@@ -46,6 +46,53 @@ func TestTend(t *testing.T) {
 		}
 	}
 	runtime.KeepAlive(kept)
+}
+
+// In a burst the collector begins later, and as ever when it is over; where the
+// operator has said when, as he said.
+func TestTendRoom(t *testing.T) {
+	for _, row := range []struct {
+		name, gogc string
+		raised     bool
+	}{{"by default", "", true}, {"the operator's word", "100", false}} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Setenv("GOGC", row.gogc)
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				Tend(ctx, 100*time.Millisecond, 256<<20, slog.New(slog.DiscardHandler))
+			}()
+			defer func() {
+				cancel()
+				<-ended
+			}()
+			usual := read("/gc/gogc:percent")
+			var kept []byte
+			raised := false
+			began := collections()
+			for deadline := time.Now().Add(time.Minute); !raised && time.Now().Before(deadline); {
+				for range 64 {
+					kept = make([]byte, 1<<20)
+				}
+				raised = read("/gc/gogc:percent") > usual
+				if !row.raised && collections() > began+10*burst {
+					break
+				}
+			}
+			if raised != row.raised {
+				t.Fatalf("the collector begins later in a burst: %v, want %v", raised, row.raised)
+			}
+			poll := time.NewTicker(time.Millisecond)
+			defer poll.Stop()
+			for deadline := time.Now().Add(time.Minute); read("/gc/gogc:percent") != usual; <-poll.C {
+				if time.Now().After(deadline) {
+					t.Fatal("after the burst the collector still begins later")
+				}
+			}
+			runtime.KeepAlive(kept)
+		})
+	}
 }
 
 // What the program's file takes is given back, and the program goes on.
