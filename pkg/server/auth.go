@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -244,7 +245,20 @@ func newRequestID() string {
 	return hex.EncodeToString(b[:])
 }
 
+// growStack makes the goroutine's stack as large as a call needs it. Each call has a
+// goroutine of its own, whose stack would be copied three times on the way down.
+//
+//go:noinline
+func growStack() {
+	var frame [callStack]byte
+	runtime.KeepAlive(&frame)
+}
+
+// callStack is somewhat less than the stack of an Issue, in bytes.
+const callStack = 12 << 10
+
 func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
+	growStack()
 	c, err := s.authorize(ctx, info.FullMethod)
 	defer func() { err = s.finish(ctx, c, info.FullMethod, recover(), err) }()
 	if err != nil {
