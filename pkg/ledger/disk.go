@@ -55,7 +55,7 @@ func (osDisk) open(path string) (file, error) {
 	return osFile{f}, nil
 }
 
-func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
+func (osDisk) rename(from, to string) error { return os.Rename(from, to) } //nolint:gosec // G703: within the folder that the operator has named
 func (osDisk) remove(path string) error     { return os.Remove(path) }
 func (osDisk) syncDir(dir string) error     { return durable.SyncDir(dir) }
 
