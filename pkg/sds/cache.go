@@ -3,13 +3,13 @@ package sds
 import (
 	"crypto/sha256"
 	"errors"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 	"weak"
 
+	"github.com/meshid/meshid/internal/weakmap"
 	"github.com/meshid/meshid/pkg/identity"
 )
 
@@ -19,8 +19,8 @@ const maxCombined = 64
 // cache encodes each SVID and each bundle once. It holds them weakly: what the
 // agent has dropped is gone from here as well, keys included.
 type cache struct {
-	svids   weakMap[identity.SVID, leafEntry]
-	bundles weakMap[identity.Bundle, bundleEntry]
+	svids   weakmap.Map[identity.SVID, leafEntry]
+	bundles weakmap.Map[identity.Bundle, bundleEntry]
 
 	mu         sync.Mutex                       // guards what follows
 	combined   map[[sha256.Size]byte]*secret    // secrets of several bundles
@@ -47,7 +47,7 @@ type leafEntry struct {
 // leaf returns an SVID's secret, checked as of now against the bundle that the
 // same caller is given.
 func (c *cache) leaf(s *identity.SVID, b *identity.Bundle, now time.Time) (*secret, *withheldError) {
-	e := c.svids.get(s)
+	e := c.svids.Get(s)
 	e.once.Do(func() {
 		if e.refusal = checkLeaf(s); e.refusal != nil {
 			return
@@ -93,7 +93,7 @@ type bundleEntry struct {
 }
 
 func (c *cache) bundle(b *identity.Bundle) *bundleEntry {
-	e := c.bundles.get(b)
+	e := c.bundles.Get(b)
 	e.once.Do(func() {
 		var err error
 		if e.domain, err = newTrustDomain(b); err == nil {
@@ -160,40 +160,4 @@ func (c *cache) all(s *identity.Snapshot) (*secret, *withheldError) {
 	}
 	c.combined[key] = made
 	return made, nil
-}
-
-// weakMap has a V for each *K for as long as something else holds the *K. The zero
-// value is empty.
-type weakMap[K, V any] struct {
-	mu sync.Mutex // guards m
-	m  map[weak.Pointer[K]]*V
-}
-
-// get returns k's value, a new zero one at first.
-func (w *weakMap[K, V]) get(k *K) *V {
-	key := weak.Make(k)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if v := w.m[key]; v != nil {
-		return v
-	}
-	if w.m == nil {
-		w.m = make(map[weak.Pointer[K]]*V)
-	}
-	v := new(V)
-	w.m[key] = v
-	runtime.AddCleanup(k, w.drop, key)
-	return v
-}
-
-func (w *weakMap[K, V]) drop(key weak.Pointer[K]) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.m, key)
-}
-
-func (w *weakMap[K, V]) len() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return len(w.m)
 }

@@ -267,11 +267,11 @@ func TestV_I5_CacheForgets(t *testing.T) {
 	}
 	keptSecret, _ := c.leaf(kept, b, time.Now())
 	// Cleanups run in a goroutine of the runtime some time after a collection.
-	for deadline := time.Now().Add(10 * time.Second); c.svids.len() > 1 && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(10 * time.Second); c.svids.Len() > 1 && time.Now().Before(deadline); {
 		runtime.GC()
 		runtime.Gosched()
 	}
-	if n := c.svids.len(); n != 1 {
+	if n := c.svids.Len(); n != 1 {
 		t.Errorf("%d entries for one SVID", n)
 	}
 	if again, _ := c.leaf(kept, b, time.Now()); again != keptSecret {

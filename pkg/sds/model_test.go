@@ -336,7 +336,7 @@ func (m *model) settle() {
 				continue
 			}
 			for _, v := range s.SVIDs {
-				if e := m.server.cache.svids.get(v); e.secret != nil && e.secret.version == version {
+				if e := m.server.cache.svids.Get(v); e.secret != nil && e.secret.version == version {
 					m.t.Fatalf("%q still has an identity that was withdrawn", name)
 				}
 			}

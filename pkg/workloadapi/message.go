@@ -5,14 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"runtime"
 	"slices"
 	"sync"
-	"weak"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/meshid/meshid/internal/weakmap"
 	"github.com/meshid/meshid/pkg/identity"
 )
 
@@ -23,8 +22,8 @@ const maxHint = 1024
 // holds them weakly: what the agent has dropped is gone from here as well, keys
 // included. The zero value is empty.
 type cache struct {
-	svids   weakMap[identity.SVID, encodedSVID]
-	bundles weakMap[identity.Bundle, encodedBundle]
+	svids   weakmap.Map[identity.SVID, encodedSVID]
+	bundles weakmap.Map[identity.Bundle, encodedBundle]
 }
 
 type encodedSVID struct {
@@ -40,7 +39,7 @@ type encodedBundle struct {
 }
 
 func (c *cache) svid(s *identity.SVID) *encodedSVID {
-	e := c.svids.get(s)
+	e := c.svids.Get(s)
 	e.once.Do(func() {
 		if len(s.Chain) == 0 || slices.Contains(s.Chain, nil) || s.Key == nil {
 			e.err = fmt.Errorf("encode SVID of %s: certificate or key is missing", s.ID)
@@ -72,7 +71,7 @@ func (c *cache) bundle(b *identity.Bundle) ([]byte, error) {
 	if b == nil {
 		return nil, errors.New("encode trust bundle: there is none")
 	}
-	e := c.bundles.get(b)
+	e := c.bundles.Get(b)
 	e.once.Do(func() {
 		// A leaf in it would vouch for itself.
 		notCA := func(c *x509.Certificate) bool { return c == nil || !c.BasicConstraintsValid || !c.IsCA }
@@ -165,34 +164,4 @@ func (c *cache) federated(s *identity.Snapshot) map[string][]byte {
 		}
 	}
 	return bundles
-}
-
-// weakMap has a V for each *K for as long as something else holds the *K. The zero
-// value is empty.
-type weakMap[K, V any] struct {
-	mu sync.Mutex // guards m
-	m  map[weak.Pointer[K]]*V
-}
-
-// get returns k's value, a new zero one at first.
-func (w *weakMap[K, V]) get(k *K) *V {
-	key := weak.Make(k)
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if v := w.m[key]; v != nil {
-		return v
-	}
-	if w.m == nil {
-		w.m = make(map[weak.Pointer[K]]*V)
-	}
-	v := new(V)
-	w.m[key] = v
-	runtime.AddCleanup(k, w.drop, key)
-	return v
-}
-
-func (w *weakMap[K, V]) drop(key weak.Pointer[K]) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.m, key)
 }

@@ -54,8 +54,8 @@ var arrows = []struct {
 	{"pkg/attest", []string{"pkg/identity", "pkg/attest/peer", "proto/attributes/v1", "proto/node/v1"}},
 	{"pkg/ca", []string{"pkg/ledger", "pkg/ca/keys", "pkg/ca/rotation", "pkg/ca/upstream", "proto/ledger/v1", "internal/*"}},
 	{"pkg/agent/cache", []string{"pkg/identity", "proto/**"}},
-	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer"}},
-	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer"}},
+	{"pkg/sds", []string{"pkg/identity", "pkg/attest/peer", "internal/weakmap"}},
+	{"pkg/workloadapi", []string{"pkg/identity", "pkg/attest/peer", "internal/weakmap"}},
 	{"pkg/csi", []string{"pkg/attest/peer", "proto/csi/v1", "proto/kubelet/v1", "internal/*"}},
 	// Level 3.
 	{"pkg/audit", []string{"pkg/identity", "pkg/ledger", "proto/**"}},
