@@ -27,6 +27,7 @@
 package sds
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -64,6 +65,7 @@ const (
 	maxRequestBytes    = 512 << 10
 	maxHeaderBytes     = 16 << 10
 	maxStreamsPerConn  = 100
+	maxNames           = 2048 // further ones are treated as if they did not exist
 	handshakeTimeout   = 5 * time.Second
 	firstRequestWithin = 10 * time.Second
 	heldAfter          = 30 * time.Second
@@ -92,9 +94,6 @@ type Options struct {
 	// MaxStreams bounds the open streams, 10,000 by default, and MaxStreamsPerUID
 	// those of one user, 4,000 by default: nobody can lock the others out.
 	MaxStreams, MaxStreamsPerUID int
-	// MaxNames bounds the names on one stream, 2,048 by default. Further names are
-	// treated as if they did not exist; the stream stays.
-	MaxNames int
 }
 
 // Server serves secrets. All methods may be called concurrently.
@@ -104,7 +103,6 @@ type Server struct {
 	metrics *metrics
 	cache   *cache
 	report  func(condition, problem string)
-	names   int
 	closing chan struct{}  // closed by Close
 	running sync.WaitGroup // handlers; Add only under mu while not closed
 
@@ -140,20 +138,12 @@ func New(src Source, o Options) (*Server, error) {
 		metrics:          m,
 		cache:            newCache(),
 		report:           o.Report,
-		names:            orDefault(o.MaxNames, 2048),
 		closing:          make(chan struct{}),
-		maxStreams:       orDefault(o.MaxStreams, 10_000),
-		maxStreamsPerUID: orDefault(o.MaxStreamsPerUID, 4_000),
+		maxStreams:       cmp.Or(o.MaxStreams, 10_000),
+		maxStreamsPerUID: cmp.Or(o.MaxStreamsPerUID, 4_000),
 		live:             make(map[*stream]struct{}),
 		perUID:           make(map[uint32]int),
 	}, nil
-}
-
-func orDefault(n, d int) int {
-	if n <= 0 {
-		return d
-	}
-	return n
 }
 
 // Register adds the services to r, which must have been made with ServerOptions

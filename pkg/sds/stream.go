@@ -109,7 +109,7 @@ func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func
 	st = &stream{
 		server: s, protocol: p, grpc: g, call: call, peer: caller, watch: watch,
 		ended:    make(chan struct{}),
-		session:  newSession(p.delta(), s.names),
+		session:  newSession(p.delta(), maxNames),
 		silentAt: time.Now().Add(firstRequestWithin),
 	}
 	s.metrics.streams[p].Inc()
@@ -472,7 +472,7 @@ func (s *Server) fetch(ctx context.Context, r *discoveryv3.DiscoveryRequest) (*d
 	}
 	defer watch.Close()
 
-	session := newSession(false, s.names)
+	session := newSession(false, maxNames)
 	session.request(&request{names: r.GetResourceNames()})
 	for {
 		now, snapshot := time.Now(), watch.Snapshot()

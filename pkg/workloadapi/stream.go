@@ -85,7 +85,7 @@ func stream[M any](s *Server, g grpc.ServerStreamingServer[M], keys bool, sent f
 	}
 	defer watch.Close()
 
-	timer := time.NewTimer(s.patience)
+	timer := time.NewTimer(patience)
 	defer timer.Stop()
 	begun := time.Now()
 	var last *M

@@ -9,7 +9,7 @@
 //   - Every message is complete, in the snapshot's stable order: the first SVID
 //     is the default identity.
 //   - While it is not known yet what the caller is, the call is held, for
-//     Options.Patience; then it ends with Unavailable and the client comes back.
+//     ten seconds; then it ends with Unavailable and the client comes back.
 //   - A caller without an identity gets PermissionDenied, at once or after
 //     Options.DenyAfter, also in the middle of a stream when its last identity
 //     was taken.
@@ -27,6 +27,7 @@
 package workloadapi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -45,6 +46,9 @@ import (
 	"github.com/meshid/meshid/pkg/identity"
 )
 
+// patience is how long a call is held while it is not known what the caller is.
+const patience = 10 * time.Second
+
 // Source gives what one process may have.
 type Source interface {
 	// Subscribe is called once for each call, with the process at the other end
@@ -60,9 +64,6 @@ type Source interface {
 type Options struct {
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
-	// Patience is how long a call is held while it is not known what the caller
-	// is, 10 seconds by default.
-	Patience time.Duration
 	// DenyAfter is how long a new call of a process without an identity is held
 	// before it is told so, in case that an entry for it is just being made: it
 	// is then served in milliseconds, where a client that was refused comes back
@@ -82,7 +83,6 @@ type Server struct {
 	log       *slog.Logger
 	metrics   *metrics
 	cache     cache
-	patience  time.Duration
 	denyAfter time.Duration
 	closing   chan struct{}  // closed by Close
 	running   sync.WaitGroup // calls; Add only under mu while not closed
@@ -104,9 +104,6 @@ func New(src Source, o Options) (*Server, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	if o.Patience <= 0 {
-		o.Patience = 10 * time.Second
-	}
 	m, err := newMetrics(o.Registerer)
 	if err != nil {
 		return nil, err
@@ -115,20 +112,12 @@ func New(src Source, o Options) (*Server, error) {
 		source:           src,
 		log:              o.Logger,
 		metrics:          m,
-		patience:         o.Patience,
 		denyAfter:        max(o.DenyAfter, 0),
 		closing:          make(chan struct{}),
-		maxStreams:       orDefault(o.MaxStreams, 10_000),
-		maxStreamsPerUID: orDefault(o.MaxStreamsPerUID, 4_000),
+		maxStreams:       cmp.Or(o.MaxStreams, 10_000),
+		maxStreamsPerUID: cmp.Or(o.MaxStreamsPerUID, 4_000),
 		perUID:           make(map[uint32]int),
 	}, nil
-}
-
-func orDefault(n, d int) int {
-	if n <= 0 {
-		return d
-	}
-	return n
 }
 
 // Register adds the service to r, which must have been made with ServerOptions and

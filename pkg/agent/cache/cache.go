@@ -27,6 +27,20 @@ import (
 // ErrFull is returned when a bound of Config does not allow one more.
 var ErrFull = errors.New("agent is at its limit")
 
+const (
+	// linger is how long an instance that the runtime has not announced is kept
+	// after its last stream, so that a stream that is opened again is answered
+	// at once.
+	linger = 5 * time.Second
+	// restoreWindow is how long restored SVIDs wait for their instance to
+	// attest itself again.
+	restoreWindow = 2 * time.Minute
+	// retryMin and retryMax bound the wait after the first failure and after many.
+	retryMin, retryMax = 200 * time.Millisecond, 10 * time.Second
+	// refusedMax is the longest wait after a refusal that names no time.
+	refusedMax = 5 * time.Minute
+)
+
 // Config bounds a cache. The zero value of each field means its default.
 type Config struct {
 	// MaxInstances bounds the workload instances (default 10,000).
@@ -36,19 +50,6 @@ type Config struct {
 	// MaxWorkloads bounds the different sets of attributes of one instance
 	// (default 64).
 	MaxWorkloads int
-	// Linger is how long an instance that the runtime has not announced is kept
-	// after its last stream, so that a stream that is opened again is answered
-	// at once (default 5 s).
-	Linger time.Duration
-	// RestoreWindow is how long restored SVIDs wait for their instance to
-	// attest itself again (default 2 min).
-	RestoreWindow time.Duration
-	// RetryMin and RetryMax bound the wait after the first failure and after
-	// many (defaults 200 ms and 10 s).
-	RetryMin, RetryMax time.Duration
-	// RefusedMax is the longest wait after a refusal that names no time
-	// (default 5 min).
-	RefusedMax time.Duration
 	// Random returns a number in [0, 1) for each wait that is to be jittered;
 	// nil means always 0.5.
 	Random func() float64
@@ -58,11 +59,6 @@ func (c Config) withDefaults() Config {
 	c.MaxInstances = cmp.Or(c.MaxInstances, 10_000)
 	c.MaxIdentities = cmp.Or(c.MaxIdentities, 50_000)
 	c.MaxWorkloads = cmp.Or(c.MaxWorkloads, 64)
-	c.Linger = cmp.Or(c.Linger, 5*time.Second)
-	c.RestoreWindow = cmp.Or(c.RestoreWindow, 2*time.Minute)
-	c.RetryMin = cmp.Or(c.RetryMin, 200*time.Millisecond)
-	c.RetryMax = cmp.Or(c.RetryMax, 10*time.Second)
-	c.RefusedMax = cmp.Or(c.RefusedMax, 5*time.Minute)
 	if c.Random == nil {
 		c.Random = func() float64 { return 0.5 }
 	}

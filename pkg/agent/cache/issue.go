@@ -219,7 +219,7 @@ func (c *Cache) Refused(now time.Time, request uint64, reason string, retryAfter
 	}
 	s.transport = false
 	random := c.config.Random()
-	wait := time.Duration(float64(c.config.RefusedMax) * (0.5 + random/2))
+	wait := time.Duration(float64(refusedMax) * (0.5 + random/2))
 	if retryAfter >= 0 {
 		// Never sooner than said, and never all at once.
 		wait = max(retryAfter+time.Duration(float64(retryAfter)*random/4), c.delay(s.failures+1))
@@ -257,15 +257,15 @@ func (c *Cache) Resume(now time.Time) {
 // delay is full jitter below a bound that doubles with each failure, but never
 // nothing.
 func (c *Cache) delay(failures int) time.Duration {
-	bound := c.config.RetryMin
+	bound := retryMin
 	for range min(failures, 64) - 1 {
-		if bound >= c.config.RetryMax/2 {
-			bound = c.config.RetryMax
+		if bound >= retryMax/2 {
+			bound = retryMax
 			break
 		}
 		bound *= 2
 	}
-	return max(time.Duration(float64(bound)*c.config.Random()), c.config.RetryMin/4)
+	return max(time.Duration(float64(bound)*c.config.Random()), retryMin/4)
 }
 
 // retry plans another attempt.

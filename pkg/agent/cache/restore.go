@@ -33,7 +33,7 @@ func (c *Cache) Restore(now time.Time, records []Restored) {
 		}
 	}
 	if len(c.restored) > 0 {
-		c.until = now.Add(c.config.RestoreWindow)
+		c.until = now.Add(restoreWindow)
 	}
 }
 

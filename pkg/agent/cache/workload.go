@@ -48,7 +48,7 @@ func (c *Cache) hold(now time.Time, w *workload) {
 	case len(w.watches) > 0 || (w.instance.present && w.generation == w.instance.generation):
 		c.timers.set(w, time.Time{})
 	case !w.armed():
-		c.timers.set(w, now.Add(c.config.Linger))
+		c.timers.set(w, now.Add(linger))
 	}
 }
 
