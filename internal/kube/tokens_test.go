@@ -1,7 +1,6 @@
 package kube
 
 import (
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -20,7 +19,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -507,106 +505,6 @@ func TestReviewerCalls(t *testing.T) {
 	if _, err := r.Verify(t.Context(), i.token(t, nil), "meshid"); !errors.Is(err, ErrDenied) || errors.Is(err, ErrToken) || !strings.Contains(err.Error(), "system:auth-delegator") {
 		t.Errorf("without the right: %v", err)
 	}
-}
-
-// scripted is a TokenVerifier that says what it is told to.
-type scripted struct {
-	calls  atomic.Int32
-	answer func(ctx context.Context, token string) (*TokenIdentity, error)
-}
-
-func (s *scripted) Verify(ctx context.Context, token, _ string) (*TokenIdentity, error) {
-	s.calls.Add(1)
-	return s.answer(ctx, token)
-}
-
-func TestVerdicts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		away := errors.New("away")
-		s := &scripted{answer: func(_ context.Context, token string) (*TokenIdentity, error) {
-			switch token {
-			case "bad":
-				return nil, refuse("bad")
-			case "away":
-				return nil, away
-			case "short":
-				return &TokenIdentity{ExpiresAt: time.Now().Add(time.Second)}, nil
-			}
-			time.Sleep(time.Second)
-			return &TokenIdentity{ID: token, ExpiresAt: time.Now().Add(time.Hour)}, nil
-		}}
-		v := NewVerdicts(s, 10, time.Minute)
-		asked := func(want int32, token string, is error) {
-			t.Helper()
-			before := s.calls.Load()
-			if _, err := v.Verify(t.Context(), token, "a"); !errors.Is(err, is) {
-				t.Errorf("%s: error %v", token, err)
-			}
-			if n := s.calls.Load() - before; n != want {
-				t.Errorf("%s: asked %d times, want %d", token, n, want)
-			}
-		}
-		var wg sync.WaitGroup
-		for range 20 {
-			wg.Go(func() {
-				if id, err := v.Verify(t.Context(), "good", "a"); err != nil || id.ID != "good" {
-					t.Errorf("identity %v, error %v", id, err)
-				}
-			})
-		}
-		wg.Wait()
-		if n := s.calls.Load(); n != 1 {
-			t.Errorf("asked %d times", n)
-		}
-		asked(0, "good", nil)
-		asked(1, "bad", ErrToken)
-		asked(0, "bad", ErrToken)
-		asked(1, "away", away)
-		asked(1, "away", away)
-		asked(1, "short", nil)
-		time.Sleep(time.Second)
-		asked(1, "short", nil)
-		if _, err := v.Verify(t.Context(), "good", "b"); err != nil || s.calls.Load() != 7 {
-			t.Errorf("a verdict for one audience counts for another: %d calls, error %v", s.calls.Load(), err)
-		}
-		time.Sleep(time.Minute)
-		asked(1, "good", nil)
-		asked(1, "bad", ErrToken)
-
-		// It stays small, whatever is asked.
-		for n := range 100 {
-			asked(1, fmt.Sprint("x", n), nil)
-			asked(1, "away", away)
-		}
-		if len(v.known) > 10 || len(v.inOrder) > 10 {
-			t.Errorf("%d verdicts are remembered, in %d places", len(v.known), len(v.inOrder))
-		}
-
-		// Who gives up takes nobody with him.
-		ctx, cancel := context.WithCancel(t.Context())
-		s.answer = func(ctx context.Context, token string) (*TokenIdentity, error) {
-			if token == "slow" && s.calls.Load() > 1000 {
-				return &TokenIdentity{ID: token, ExpiresAt: time.Now().Add(time.Hour)}, nil
-			}
-			s.calls.Store(1000)
-			<-ctx.Done()
-			return nil, ctx.Err()
-		}
-		wg.Go(func() {
-			if _, err := v.Verify(ctx, "slow", "a"); !errors.Is(err, context.Canceled) {
-				t.Error(err)
-			}
-		})
-		synctest.Wait()
-		wg.Go(func() {
-			if id, err := v.Verify(t.Context(), "slow", "a"); err != nil || id.ID != "slow" {
-				t.Errorf("identity %v, error %v", id, err)
-			}
-		})
-		synctest.Wait()
-		cancel()
-		wg.Wait()
-	})
 }
 
 func FuzzClaims(f *testing.F) {
