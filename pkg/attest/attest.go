@@ -78,7 +78,6 @@ type Facts struct {
 // Ranks of instances, see Facts.
 const (
 	RankProcess   = 10 // uid, gid and executable
-	RankService   = 20 // a unit of the init system
 	RankContainer = 30
 )
 

@@ -427,9 +427,7 @@ func keys(t reflect.Type, depth int) []string {
 	return all
 }
 
-// Nearest returns the candidate that word is most likely a misspelling of, or "".
-func Nearest(word string, candidates []string) string { return nearest(word, candidates) }
-
+// nearest returns the candidate that word is most likely a misspelling of, or "".
 func nearest(word string, candidates []string) string {
 	best, distance := "", len(word)/2+1
 	slices.Sort(candidates)

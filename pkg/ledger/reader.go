@@ -32,11 +32,8 @@ type Reader struct {
 	buf []byte
 }
 
-// NewReader returns a Reader of the journal in dir.
-func NewReader(dir string) *Reader { return &Reader{dir: dir} }
-
 // Reader returns a Reader of the journal, whatever becomes of the journal.
-func (j *Journal) Reader() *Reader { return NewReader(j.dir) }
+func (j *Journal) Reader() *Reader { return &Reader{dir: j.dir} }
 
 // Close closes what is open.
 func (r *Reader) Close() error {

@@ -41,14 +41,6 @@ type Node struct {
 // Program is a program on a node. What is sent to it arrives there.
 type Program struct{ *local.Process }
 
-// Signal sends a signal.
-func (p Program) Signal(t testing.TB, s syscall.Signal) {
-	t.Helper()
-	if err := syscall.Kill(-p.PID(), s); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // Kill kills the program and waits for its end. It may have ended.
 func (p Program) Kill() {
 	_ = syscall.Kill(-p.PID(), syscall.SIGKILL)

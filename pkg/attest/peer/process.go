@@ -64,9 +64,6 @@ func OpenProcess(pid int) (*Process, error) {
 // Close releases the directory.
 func (p *Process) Close() error { return unix.Close(p.dir) }
 
-// PID returns the id under which the process was opened.
-func (p *Process) PID() int { return p.pid }
-
 // ReadFile returns the contents of one file of the directory, such as "cgroup".
 // Symbolic links and mounts on top of procfs are refused.
 func (p *Process) ReadFile(name string) ([]byte, error) {

@@ -34,12 +34,10 @@ const (
 // owner, group or world access.
 func File(dir string) Store { return newFile(dir, P256, "") }
 
-// EncryptedFile is like File, but each new key is of kind, and encrypted with the
-// passphrase that the file secret holds, which is read each time: PKCS#8 with
-// PBES2 (PBKDF2 with HMAC-SHA-256 and 600,000 iterations, AES-256-CBC), which
-// openssl reads too. Keys that are not encrypted can still be opened.
-func EncryptedFile(dir string, kind Kind, secret string) Store { return newFile(dir, kind, secret) }
-
+// newFile is File, but each new key is of kind, and encrypted with the passphrase that
+// the file secret holds, if that is not "", which is read each time: PKCS#8 with PBES2
+// (PBKDF2 with HMAC-SHA-256 and 600,000 iterations, AES-256-CBC), which openssl reads
+// too. Keys that are not encrypted can still be opened.
 func newFile(dir string, kind Kind, secret string) *file {
 	return &file{dir: dir, kind: kind, secret: secret, step: func(string) error { return nil }}
 }

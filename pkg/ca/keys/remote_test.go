@@ -353,7 +353,7 @@ func TestV_K6_EncryptedFile(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "keys")
 	secret := filepath.Join(t.TempDir(), "passphrase")
 	writePIN(t, secret, "correct horse battery\n")
-	store := EncryptedFile(dir, P256, secret)
+	store := newFile(dir, P256, secret)
 	made, ref, err := store.Create(t.Context(), "root-1")
 	if err != nil {
 		t.Fatal(err)

@@ -217,7 +217,7 @@ func TestV_J6_Rollback(t *testing.T) {
 				t.Errorf("verify: %v", err)
 			}
 			v.Known = []Checkpoint{now}
-			if _, err := v.Tree(t.Context(), filepath.Join(dir, "tree"), 0); strings.HasPrefix(name, "all") != errors.Is(err, ErrInconsistent) {
+			if _, _, err := v.tree(t.Context(), filepath.Join(dir, "tree"), 0); strings.HasPrefix(name, "all") != errors.Is(err, ErrInconsistent) {
 				t.Errorf("with the newer checkpoint: %v", err)
 			}
 			if halted := startOn(t, dir, e.options, 2); (halted != nil) != tc.sees {

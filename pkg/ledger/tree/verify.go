@@ -52,17 +52,10 @@ type Report struct {
 	Journal ledger.Report
 }
 
-// Tree verifies the tree in dir: its checkpoint, every tile, every entry bundle.
-// Of the bundles that belong to records below archived, any may be missing. The
-// error is that of the first file that is not what was signed, as a *DamageError;
-// or wraps ErrInconsistent or ErrSignature.
-func (v Verifier) Tree(ctx context.Context, dir string, archived uint64) (Report, error) {
-	r, _, err := v.tree(ctx, dir, archived)
-	return r, err
-}
-
-// Verify verifies the tree in dir, and that the journal has the same records and
-// not fewer.
+// Verify verifies the tree in dir, its checkpoint, every tile and every entry bundle,
+// and that the journal has the same records and not fewer. Of the bundles that belong
+// to archived records, any may be missing. The error is that of the first file that is
+// not what was signed, as a *DamageError; or wraps ErrInconsistent or ErrSignature.
 func (v Verifier) Verify(ctx context.Context, dir, journal string) (Report, error) {
 	archived, err := ledger.Archived(journal)
 	if err != nil {

@@ -23,15 +23,13 @@ type Server struct {
 	// Kubeconfig is the path of a kubeconfig for it.
 	Kubeconfig string
 
-	mu       sync.Mutex // guards what follows
-	version  int
-	objects  map[string]object // by collection, namespace and name
-	history  []event
-	changed  chan struct{} // closed when something of this changes
-	down     bool
-	frozen   bool
-	held     map[string]bool // collections of which nothing is said
-	requests int
+	mu      sync.Mutex // guards what follows
+	version int
+	objects map[string]object // by collection, namespace and name
+	history []event
+	changed chan struct{} // closed when something of this changes
+	down    bool
+	held    map[string]bool // collections of which nothing is said
 }
 
 type object struct {
@@ -118,23 +116,12 @@ func (s *Server) Delete(collection, namespace, name string) {
 // Down has the server answer 503, and end its watches; or come back.
 func (s *Server) Down(down bool) { s.change(func() { s.down = down }) }
 
-// Freeze has the server say nothing about what changes, as a network that stalls; or
-// say all of it.
-func (s *Server) Freeze(frozen bool) { s.change(func() { s.frozen = frozen }) }
-
 // Hold has the server say nothing about one collection, from now on.
 func (s *Server) Hold(collection string) { s.change(func() { s.held[collection] = true }) }
 
 // Forget has the server not remember what has changed: whoever was not there lists
 // again.
 func (s *Server) Forget() { s.change(func() { s.history = nil }) }
-
-// Requests returns how many requests there were.
-func (s *Server) Requests() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.requests
-}
 
 func keyOf(collection string, fields map[string]any) string {
 	m, _ := fields["metadata"].(map[string]any)
@@ -161,7 +148,6 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	collection := strings.TrimPrefix(r.URL.Path, "/api/v1/")
 	q := r.URL.Query()
 	s.mu.Lock()
-	s.requests++
 	down := s.down
 	s.mu.Unlock()
 	w.Header().Set("Content-Type", "application/json")
@@ -186,7 +172,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		case s.down:
 			s.mu.Unlock()
 			return
-		case s.frozen || s.held[collection]:
+		case s.held[collection]:
 		case seen < 0:
 			for _, o := range s.objects {
 				if o.collection == collection {

@@ -95,9 +95,6 @@ func (e *Engine) awaitReady(ctx context.Context) error {
 	}
 }
 
-// Private says whether the engine is one that StartPrivate started.
-func (e *Engine) Private() bool { return e.daemon != nil }
-
 // Close ends an engine that StartPrivate started, with all its containers, and
 // removes what it kept. It does nothing to an engine that is not ours.
 func (e *Engine) Close() error {

@@ -75,9 +75,6 @@ func KillLeftBehind(dir string) error {
 	return nil
 }
 
-// PID returns the process's number.
-func (p *Process) PID() int { return p.cmd.Process.Pid }
-
 // Ended is closed when the process has ended.
 func (p *Process) Ended() <-chan struct{} { return p.ended }
 
