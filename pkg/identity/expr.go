@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -181,6 +182,19 @@ func compileExpr(sc scope, source string, want *types.Type, at position) (*expr,
 	compiled.Store(key, p)
 	runtime.AddCleanup(x, func(key exprKey) { compiled.CompareAndDelete(key, p) }, key)
 	return x, nil
+}
+
+// CheckNodes returns what is wrong with a nodes rule that is to become a part of a larger
+// one: a text that only reads as a rule together with what stands around it, such as
+// "true) || (true", is none.
+func CheckNodes(rule string) error {
+	_, bad := compileExpr(scopeNode, rule, types.BoolType, position{1, 1})
+	var problems []error
+	for _, b := range bad {
+		b.Field = "nodes"
+		problems = append(problems, errors.New(b.String()))
+	}
+	return errors.Join(problems...)
 }
 
 // newExpr compiles an expression.

@@ -239,10 +239,15 @@ func (e *Entries) entry(o *registrationEntry) (_ *entryv1.Entry, problem string)
 		Name: e.name(o), SpiffeId: o.Spec.SpiffeID, Nodes: nodes, Workloads: o.Spec.Workloads,
 		DnsNames: o.Spec.DNSNames, Hint: o.Spec.Hint, AcceptWeak: o.Spec.AcceptWeak,
 	}
+	// Only what is a rule by itself stays within the parentheses.
+	if err := identity.CheckNodes(o.Spec.Nodes); o.Spec.Nodes != "" && err != nil {
+		entry.Workloads = "" // it is not put into force
+		return entry, err.Error()
+	}
 	if o.Spec.TTL != "" {
 		ttl, err := time.ParseDuration(o.Spec.TTL)
 		if err != nil {
-			entry.Workloads = "" // it is not put into force
+			entry.Workloads = ""
 			return entry, fmt.Sprintf("ttl: %q is not a duration; write it as 1h or 30m", o.Spec.TTL)
 		}
 		entry.Ttl = durationpb.New(ttl)
