@@ -285,6 +285,9 @@ type clusterSettings struct {
 	// A label (ca token create --label) of nodes that attest by another method than
 	// k8s_psat: a node that has it is one of this cluster, by the name that is its value.
 	NodeLabel string `yaml:"node_label" default:"none"`
+	// Namespaces of whose static pods nodes are believed, such as kube-system: a list. What
+	// the cluster says of such a pod, its node has written, with the labels that it likes.
+	StaticPods []string `yaml:"static_pods" default:"none"`
 	// Put the cluster's RegistrationEntry objects into force, for its own nodes.
 	Entries bool `yaml:"entries" default:"false"`
 	// Publish the trust bundle where the cluster's TrustBundle objects say.

@@ -114,7 +114,7 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 			bad(at+".pod_certificates.signer", "%v", err)
 		}
 		kept := keptCluster{client: client, settings: c}
-		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel}
+		followed := placement.Cluster{Name: c.Name, Policy: policy, NodeLabel: c.NodeLabel, StaticPods: c.StaticPods}
 		if policy != placement.Off || signer != "" {
 			pods, err := kube.NewPods(client, reg)
 			if err != nil {

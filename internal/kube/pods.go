@@ -44,7 +44,7 @@ type Pod struct {
 	ownerKind, ownerName, ownerUID  text
 	labels                          []label
 	containers                      []Container
-	finished                        bool
+	finished, static                bool
 	// Unix seconds: when it was made, and when its grace ends, if it is being deleted.
 	made, ends int64
 }
@@ -76,6 +76,11 @@ func (p *Pod) Namespace() string { return p.namespace.Value() }
 
 // ServiceAccount is its name; empty for a static pod.
 func (p *Pod) ServiceAccount() string { return p.serviceAccount.Value() }
+
+// Static says whether the cluster's object is a node's own word: a kubelet that runs a pod
+// from a file writes the object for it, with the namespace, name and labels that it likes.
+// It cannot write a service account into it, which all other pods have.
+func (p *Pod) Static() bool { return p.static }
 
 // Node is the name of the node that the pod is bound to; empty before that.
 func (p *Pod) Node() string { return p.node.Value() }
@@ -166,6 +171,7 @@ func newPod(o *podObject) *Pod {
 	if uid := m.Annotations[mirrorAnnotation]; uid != "" && controller.Kind == "Node" && controller.Name == o.Spec.NodeName && o.Spec.ServiceAccountName == "" {
 		p.StaticUID = uid
 	}
+	p.static = m.Annotations[mirrorAnnotation] != "" || o.Spec.ServiceAccountName == ""
 	if m.CreationTimestamp != nil {
 		p.made = m.CreationTimestamp.Unix()
 	}

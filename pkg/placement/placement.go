@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -50,6 +51,9 @@ type Cluster struct {
 	// NodeLabel is the label that an operator gives to nodes of this cluster that have not
 	// proven to be ones; its value is the node's name in the cluster. Empty for none.
 	NodeLabel string
+	// StaticPods are the namespaces of whose static pods nodes are believed: all that the
+	// cluster says of such a pod, its node has written.
+	StaticPods []string
 }
 
 // Config is what a Placement knows.
@@ -214,12 +218,17 @@ func (j *judge) place(w *attributesv1.Workload) server.Placed {
 		return refuted("pod %s is %s/%s with service account %q", uid, pod.Namespace(), pod.Name, pod.ServiceAccount())
 	case pod.Over(time.Now()):
 		return refuted("pod %s has ended", uid)
+	case pod.Static() && !slices.Contains(j.cluster.StaticPods, pod.Namespace()):
+		return refuted("pod %s/%s is a static pod, of which node %s could say anything: write static_pods: [%s] for the cluster if its nodes are to be believed",
+			pod.Namespace(), pod.Name, j.node, pod.Namespace())
 	case behind != nil && j.cluster.Policy == Strict:
 		return unknown("%v", behind)
 	case behind != nil:
 		return server.Placed{Verdict: server.PlacementClaimed, Workload: facts(w, pod), Why: behind.Error()}
 	case differs(pod, claimed) != "":
 		return unknown("pod %s %s", uid, differs(pod, claimed))
+	case pod.Static():
+		return server.Placed{Verdict: server.PlacementClaimed, Workload: facts(w, pod), Why: "it is a static pod, and its node's word"}
 	default:
 		return server.Placed{Verdict: server.PlacementVerified, Workload: facts(w, pod)}
 	}
@@ -260,12 +269,16 @@ func Facts(pod *kube.Pod) *attributesv1.Kubernetes {
 }
 
 // facts are those to judge a workload by: of its pod, what the API server says. The UID
-// stays the one that the node knows the pod by.
+// stays the one that the node knows the pod by. The image is the one that the pod asks
+// for, or unknown: a node can report any other.
 func facts(w *attributesv1.Workload, pod *kube.Pod) *attributesv1.Workload {
 	claimed, k := w.GetK8S(), Facts(pod)
 	k.PodUid = claimed.GetPodUid()
 	if c, ok := pod.Container(claimed.GetContainer()); ok {
-		k.Container, k.ContainerId, k.Image = claimed.GetContainer(), claimed.GetContainerId(), claimed.GetImage()
+		k.Container, k.ContainerId = claimed.GetContainer(), claimed.GetContainerId()
+		if claimed.GetImage() == c.Image() { // else it is a name that the node has reported, and its word alone
+			k.Image = c.Image()
+		}
 		k.ImageDigest = claimed.GetImageDigest() // until the node has reported it to the cluster
 		if c.ImageDigest() != "" && is(c, claimed) {
 			k.ImageDigest = c.ImageDigest()

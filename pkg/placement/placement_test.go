@@ -153,8 +153,8 @@ func TestV_E9_FactsAreTheClusters(t *testing.T) {
 			claim("a", func(k *attributesv1.Kubernetes) { k.Container, k.ContainerId, k.Image, k.ImageDigest = "", "", "", "" }),
 		},
 		"the runtime's name of the image": {
-			claim("a", func(k *attributesv1.Kubernetes) { k.Image = "full/app:1" }),
-			claim("a", func(k *attributesv1.Kubernetes) { k.Image = "full/app:1" }),
+			claim("a", func(k *attributesv1.Kubernetes) { k.Image = "full/app:1" }), // which the node itself has reported
+			claim("a", func(k *attributesv1.Kubernetes) { k.Image = "" }),
 		},
 		"without image": {
 			claim("a", func(k *attributesv1.Kubernetes) { k.Image, k.ImageDigest = "", "" }),
@@ -188,16 +188,21 @@ func TestV_E1_PodsOfOtherNodes(t *testing.T) {
 	api.Set("pods", strings.Replace(podText("done", "n1", ""), "Running", "Succeeded", 1))
 	api.Set("pods", podText("ending", "n1", `,"deletionTimestamp":"2999-01-01T00:00:00Z"`))
 	api.Set("pods", podText("lost", "n1", `,"deletionTimestamp":"2020-01-01T00:00:00Z"`))
-	api.Set("pods", `{"metadata":{"uid":"m","namespace":"kube-system","name":"static-n1","annotations":{"kubernetes.io/config.mirror":"hash"},
-		"ownerReferences":[{"kind":"Node","name":"n1","uid":"u-n1","controller":true}]},"spec":{"nodeName":"n1","containers":[{"name":"app","image":"r.internal/app:1"}]},"status":{"phase":"Running"}}`)
+	for _, namespace := range []string{"kube-system", "shop"} {
+		api.Set("pods", `{"metadata":{"uid":"m-`+namespace+`","namespace":"`+namespace+`","name":"static-n1","labels":{"app":"web"},
+			"annotations":{"kubernetes.io/config.mirror":"hash-`+namespace+`"},"ownerReferences":[{"kind":"Node","name":"n1","uid":"u-n1","controller":true}]},
+			"spec":{"nodeName":"n1","containers":[{"name":"app","image":"r.internal/app:1"}]},"status":{"phase":"Running"}}`)
+	}
 	pods := follow(t, api, "prod")
 	current(t, pods)
-	p := newPlacement(t, Config{Clusters: []Cluster{{Name: "prod", Pods: pods, Policy: Seen}, {Name: "trusted", Policy: Off}}, Wait: time.Millisecond})
+	p := newPlacement(t, Config{Clusters: []Cluster{{Name: "prod", Pods: pods, Policy: Seen, StaticPods: []string{"kube-system"}}, {Name: "trusted", Policy: Off}}, Wait: time.Millisecond})
 	set := func(change func(*attributesv1.Kubernetes)) *attributesv1.Workload { return claim("a", change) }
 	n1 := nodeOf("prod", "n1", "u-n1")
-	static := claim("hash", func(k *attributesv1.Kubernetes) {
-		k.Namespace, k.PodName, k.ServiceAccount = "kube-system", "static-n1", ""
-	})
+	static := func(namespace, uid string) *attributesv1.Workload {
+		return claim(uid, func(k *attributesv1.Kubernetes) {
+			k.Namespace, k.PodName, k.ServiceAccount = namespace, "static-n1", ""
+		})
+	}
 	for name, test := range map[string]struct {
 		node    *attributesv1.Node
 		w       *attributesv1.Workload
@@ -220,8 +225,10 @@ func TestV_E1_PodsOfOtherNodes(t *testing.T) {
 		"other name":                {n1, set(func(k *attributesv1.Kubernetes) { k.PodName = "b" }), refused, "is shop/a"},
 		"other container":           {n1, set(func(k *attributesv1.Kubernetes) { k.Container = "debug" }), later, "container debug"},
 		"other id":                  {n1, set(func(k *attributesv1.Kubernetes) { k.ContainerId = "c-b" }), later, "for its container app"},
-		"static":                    {n1, static, verified, ""},
-		"static, another node":      {nodeOf("prod", "n2", "u-n2"), static, later, "has no pod hash"},
+		"static":                    {n1, static("kube-system", "hash-kube-system"), believed, "its node's word"},
+		"static, another node":      {nodeOf("prod", "n2", "u-n2"), static("kube-system", "hash-kube-system"), later, "has no pod hash"},
+		"static, among others'":     {n1, static("shop", "hash-shop"), refused, "static_pods: [shop]"},
+		"static, by its other UID":  {n1, static("shop", "m-shop"), refused, "static_pods: [shop]"},
 		"its node was made again":   {nodeOf("prod", "n1", "u-old"), claim("a"), refused, "another one by now"},
 		"its node was never there":  {nodeOf("prod", "n9", "u-n9"), claim("a"), later, "has no node n9"},
 		"no UID of its node":        {nodeOf("prod", "n1", ""), claim("a"), verified, ""},
