@@ -38,6 +38,14 @@ type Owner struct {
 	Controller bool `json:"controller,omitempty"`
 }
 
+// Condition is one of those by which an object's status says what has become of it.
+type Condition struct {
+	Type    string `json:"type"`
+	Status  string `json:"status"` // "True", "False" or "Unknown"
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+}
+
 // SameSpec says whether two states of an object differ at most in what its controllers
 // write into its status.
 func (m *Meta) SameSpec(o *Meta) bool {

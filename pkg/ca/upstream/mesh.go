@@ -162,10 +162,7 @@ func (m *Mesh) Dial(ctx context.Context) (conn *grpc.ClientConn, until time.Time
 // Failed gives an error of a call its kind, as those of CA.Mint are.
 func (m *Mesh) Failed(ctx context.Context, call string, err error) error {
 	s := status.Convert(err)
-	text := s.Message()
-	if len(text) > maxSaid {
-		text = strings.ToValidUTF8(text[:maxSaid], "") + "…"
-	}
+	text := Cut(s.Message())
 	said := fmt.Errorf("%s of %s: %s: %q", call, m.Name, s.Code(), text)
 	switch {
 	case ctx.Err() != nil:

@@ -21,10 +21,8 @@ import (
 	"time"
 )
 
-const (
-	// maxAnswer bounds the body of an answer, and maxSaid what of an error is passed on.
-	maxAnswer, maxSaid = 1 << 20, 500
-)
+// maxAnswer bounds the body of an answer.
+const maxAnswer = 1 << 20
 
 // REST makes calls to CAs that speak JSON over HTTPS. It may be used concurrently.
 type REST struct {
@@ -111,10 +109,7 @@ func (c *REST) refused(answer *http.Response, body []byte) error {
 	if c.Said != nil {
 		text = c.Said(body)
 	}
-	if len(text) > maxSaid {
-		text = strings.ToValidUTF8(text[:maxSaid], "") + "…"
-	}
-	err := &StatusError{Code: answer.StatusCode, Said: text, name: c.Name, path: answer.Request.URL.Path}
+	err := &StatusError{Code: answer.StatusCode, Said: Cut(text), name: c.Name, path: answer.Request.URL.Path}
 	switch code := answer.StatusCode; {
 	case code == http.StatusTooManyRequests:
 		return &RateLimitError{RetryAfter: retryAfter(answer.Header.Get("Retry-After"), time.Now()), Err: err}

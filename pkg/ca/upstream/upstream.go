@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -170,3 +171,14 @@ func (e *RateLimitError) Error() string {
 
 // Unwrap returns the answer of the CA.
 func (e *RateLimitError) Unwrap() error { return e.Err }
+
+// maxSaid is how much of what a CA says is passed on in an error, in bytes.
+const maxSaid = 500
+
+// Cut bounds a text of a CA's that becomes part of an error.
+func Cut(text string) string {
+	if len(text) > maxSaid {
+		return strings.ToValidUTF8(text[:maxSaid], "") + "…"
+	}
+	return text
+}

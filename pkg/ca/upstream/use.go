@@ -79,3 +79,15 @@ func (u Use) CheckRoots(name string, roots []*x509.Certificate) error {
 	}
 	return nil
 }
+
+// CheckRootsFile is CheckRoots of the PEM file at path; there are none if that is "".
+func (u Use) CheckRootsFile(name, path string) error {
+	if path == "" {
+		return nil
+	}
+	roots, err := ReadCertificates(path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return u.CheckRoots(name, roots)
+}

@@ -4,6 +4,7 @@
 package kubeapi
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -53,21 +54,24 @@ func New(t testing.TB) *Server {
 	t.Cleanup(web.CloseClientConnections)
 	t.Cleanup(web.Close)
 	t.Cleanup(func() { s.Down(true) })
-	dir := t.TempDir()
-	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: web.Certificate().Raw})
-	if err := os.WriteFile(filepath.Join(dir, "ca.pem"), ca, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s.Kubeconfig = filepath.Join(dir, "kubeconfig")
-	if err := os.WriteFile(s.Kubeconfig, []byte(fmt.Sprintf(`apiVersion: v1
+	s.Kubeconfig = Kubeconfig(t, web)
+	return s
+}
+
+// Kubeconfig writes the kubeconfig of a server that speaks TLS, and returns its path.
+func Kubeconfig(t testing.TB, server *httptest.Server) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	text := fmt.Sprintf(`apiVersion: v1
 kind: Config
-clusters: [{name: fake, cluster: {server: %q, certificate-authority: ca.pem}}]
+clusters: [{name: fake, cluster: {server: %q, certificate-authority-data: %s}}]
 contexts: [{name: fake, context: {cluster: fake}}]
 current-context: fake
-`, web.URL)), 0o600); err != nil {
+`, server.URL, base64.StdEncoding.EncodeToString(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})))
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return path
 }
 
 // change makes a change that watches hear of.

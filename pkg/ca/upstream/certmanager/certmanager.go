@@ -44,8 +44,6 @@ const (
 	deleteTimeout = 10 * time.Second
 	// look is how often the state of the watch, which is in memory, is looked at.
 	look = time.Second
-	// maxMessage is how much of what an issuer says is passed on, in bytes.
-	maxMessage = 500
 )
 
 // Config says which issuer.
@@ -130,16 +128,7 @@ func New(c Config, logger *slog.Logger) (*CA, error) {
 func (*CA) Capabilities() upstream.Capabilities { return upstream.Capabilities{} }
 
 // CheckUse implements upstream.UseChecker.
-func (s *CA) CheckUse(u upstream.Use) error {
-	if s.config.Roots == "" {
-		return nil
-	}
-	roots, err := upstream.ReadCertificates(s.config.Roots)
-	if err != nil {
-		return fmt.Errorf("roots: %w", err)
-	}
-	return u.CheckRoots("roots", roots)
-}
+func (s *CA) CheckUse(u upstream.Use) error { return u.CheckRootsFile("roots", s.config.Roots) }
 
 // request is a CertificateRequest.
 type request struct {
@@ -163,16 +152,9 @@ type issuerRef struct {
 }
 
 type status struct {
-	Conditions  []condition `json:"conditions"`
-	Certificate []byte      `json:"certificate"` // PEM, with what is between it and the root
-	CA          []byte      `json:"ca"`          // PEM
-}
-
-type condition struct {
-	Type    string `json:"type"`
-	Status  string `json:"status"`
-	Reason  string `json:"reason"`
-	Message string `json:"message"`
+	Conditions  []kube.Condition `json:"conditions"`
+	Certificate []byte           `json:"certificate"` // PEM, with what is between it and the root
+	CA          []byte           `json:"ca"`          // PEM
 }
 
 // Mint has an intermediate signed.
@@ -288,7 +270,7 @@ func (r *request) waits() string {
 		return "not seen"
 	}
 	if c := find(r.Status.Conditions, "Ready"); c != nil {
-		return fmt.Sprintf("still %.100s: %q", c.Reason, cut(c.Message))
+		return fmt.Sprintf("still %.100s: %q", c.Reason, upstream.Cut(c.Message))
 	}
 	if find(r.Status.Conditions, "Approved") == nil {
 		return "approved by nobody: have cert-manager's approver, or a policy of approver-policy, approve it"
@@ -296,17 +278,17 @@ func (r *request) waits() string {
 	return "touched by no issuer: does it run, and has this one the name, kind and group that are configured?"
 }
 
-func find(all []condition, kind string) *condition {
-	if i := slices.IndexFunc(all, func(c condition) bool { return c.Type == kind }); i >= 0 {
+func find(all []kube.Condition, kind string) *kube.Condition {
+	if i := slices.IndexFunc(all, func(c kube.Condition) bool { return c.Type == kind }); i >= 0 {
 		return &all[i]
 	}
 	return nil
 }
 
 // outcome says whether a request is over, and why it is if nothing was issued.
-func outcome(all []condition) (issued bool, err error) {
+func outcome(all []kube.Condition) (issued bool, err error) {
 	for _, c := range all {
-		said := fmt.Sprintf("%.100s: %q", c.Reason, cut(c.Message))
+		said := fmt.Sprintf("%.100s: %q", c.Reason, upstream.Cut(c.Message))
 		switch {
 		case c.Type == "Denied" && c.Status == "True", c.Type == "Ready" && c.Status == "False" && c.Reason == "Denied":
 			return false, fmt.Errorf("%w: the request was denied in cert-manager: %s", upstream.ErrDenied, said)
@@ -319,13 +301,6 @@ func outcome(all []condition) (issued bool, err error) {
 		}
 	}
 	return issued, nil
-}
-
-func cut(text string) string {
-	if len(text) > maxMessage {
-		return text[:maxMessage] + "…"
-	}
-	return text
 }
 
 // read takes what was issued out of a status.

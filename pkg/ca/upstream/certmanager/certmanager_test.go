@@ -2,14 +2,12 @@ package certmanager
 
 import (
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,35 +15,20 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/ca/upstream"
 	"github.com/meshid/meshid/pkg/ca/upstream/upstreamtest"
+	"github.com/meshid/meshid/test/fakes/kubeapi"
 )
 
 // How it gets along with a real API server is in test/certmanager.
 
-// kubeconfig writes the kubeconfig of an API server that answers with handler.
+// kubeconfig is that of an API server that answers with handler.
 func kubeconfig(t *testing.T, handler http.HandlerFunc) string {
 	t.Helper()
 	server := httptest.NewTLSServer(handler)
 	t.Cleanup(server.Close)
-	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
-	path := filepath.Join(t.TempDir(), "kubeconfig")
-	text := fmt.Appendf(nil, `{"apiVersion":"v1","kind":"Config","current-context":"x","contexts":[{"name":"x","context":{"cluster":"x"}}],
-		"clusters":[{"name":"x","cluster":{"server":%q,"certificate-authority-data":%q}}]}`, server.URL, encode(t, ca))
-	if err := os.WriteFile(path, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-// encode is base64, as JSON has it.
-func encode(t *testing.T, data []byte) string {
-	t.Helper()
-	text, err := json.Marshal(data)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.Trim(string(text), `"`)
+	return kubeapi.Kubeconfig(t, server)
 }
 
 func open(t *testing.T, handler http.HandlerFunc) *CA {
@@ -117,26 +100,26 @@ func TestAbandoned(t *testing.T) {
 }
 
 func TestOutcome(t *testing.T) {
-	ready := func(status, reason string) condition {
-		return condition{Type: "Ready", Status: status, Reason: reason, Message: "why"}
+	ready := func(status, reason string) kube.Condition {
+		return kube.Condition{Type: "Ready", Status: status, Reason: reason, Message: "why"}
 	}
-	approved := condition{Type: "Approved", Status: "True", Reason: "cert-manager.io"}
+	approved := kube.Condition{Type: "Approved", Status: "True", Reason: "cert-manager.io"}
 	for _, c := range []struct {
 		name   string
-		all    []condition
+		all    []kube.Condition
 		issued bool
 		want   error
 	}{
 		{"new", nil, false, nil},
-		{"approved", []condition{approved}, false, nil},
-		{"pending", []condition{approved, ready("False", "Pending")}, false, nil},
-		{"unknown", []condition{ready("Unknown", "Pending")}, false, nil},
-		{"issued", []condition{approved, ready("True", "Issued")}, true, nil},
-		{"failed", []condition{approved, ready("False", "Failed")}, false, upstream.ErrUnavailable},
-		{"denied", []condition{{Type: "Denied", Status: "True"}, ready("False", "Denied")}, false, upstream.ErrDenied},
-		{"denied by an issuer", []condition{ready("False", "Denied")}, false, upstream.ErrDenied},
-		{"invalid", []condition{{Type: "InvalidRequest", Status: "True"}, ready("False", "Pending")}, false, upstream.ErrDenied},
-		{"issued after it was denied", []condition{ready("True", "Issued"), {Type: "Denied", Status: "True"}}, false, upstream.ErrDenied},
+		{"approved", []kube.Condition{approved}, false, nil},
+		{"pending", []kube.Condition{approved, ready("False", "Pending")}, false, nil},
+		{"unknown", []kube.Condition{ready("Unknown", "Pending")}, false, nil},
+		{"issued", []kube.Condition{approved, ready("True", "Issued")}, true, nil},
+		{"failed", []kube.Condition{approved, ready("False", "Failed")}, false, upstream.ErrUnavailable},
+		{"denied", []kube.Condition{{Type: "Denied", Status: "True"}, ready("False", "Denied")}, false, upstream.ErrDenied},
+		{"denied by an issuer", []kube.Condition{ready("False", "Denied")}, false, upstream.ErrDenied},
+		{"invalid", []kube.Condition{{Type: "InvalidRequest", Status: "True"}, ready("False", "Pending")}, false, upstream.ErrDenied},
+		{"issued after it was denied", []kube.Condition{ready("True", "Issued"), {Type: "Denied", Status: "True"}}, false, upstream.ErrDenied},
 	} {
 		issued, err := outcome(c.all)
 		if issued != c.issued || !errors.Is(err, c.want) {

@@ -34,8 +34,6 @@ const (
 	stopTimeout = 5 * time.Second
 	// maxMessage bounds a message of the process, and maxHeaders its metadata.
 	maxMessage, maxHeaders = 1 << 20, 1 << 14
-	// maxText bounds what of a message for people is passed on, in bytes.
-	maxText = 500
 	// healthy is how long a process has to run for its end not to count as one of
 	// several failures.
 	healthy = time.Minute
@@ -235,7 +233,7 @@ func explain(ctx context.Context, call string, err error, trailer metadata.MD) e
 	}
 	s := status.Convert(err)
 	text := s.Message()
-	said := fmt.Errorf("%s of the plug-in: %s: %q", call, s.Code(), cut(text))
+	said := fmt.Errorf("%s of the plug-in: %s: %q", call, s.Code(), upstream.Cut(text))
 	switch s.Code() { //nolint:exhaustive // the others are plain errors
 	case codes.PermissionDenied, codes.Unauthenticated, codes.InvalidArgument, codes.FailedPrecondition, codes.Unimplemented:
 		return fmt.Errorf("%w: %w", upstream.ErrDenied, said)
@@ -258,12 +256,4 @@ func explain(ctx context.Context, call string, err error, trailer metadata.MD) e
 		return unavailable(said)
 	}
 	return said
-}
-
-// cut bounds a text of others.
-func cut(text string) string {
-	if len(text) > maxText {
-		return strings.ToValidUTF8(text[:maxText], "") + "…"
-	}
-	return text
 }

@@ -50,8 +50,6 @@ const (
 	deleteTimeout = 10 * time.Second
 	// look is how often the state of the watch, which is in memory, is looked at.
 	look = time.Second
-	// maxMessage is how much of what a signer says is passed on, in bytes.
-	maxMessage = 500
 )
 
 // Config says which signer.
@@ -193,14 +191,7 @@ func (*CA) Capabilities() upstream.Capabilities {
 
 // CheckUse implements upstream.UseChecker.
 func (s *CA) CheckUse(u upstream.Use) error {
-	if s.config.Roots.File == "" {
-		return nil
-	}
-	roots, err := upstream.ReadCertificates(s.config.Roots.File)
-	if err != nil {
-		return fmt.Errorf("roots.file: %w", err)
-	}
-	return u.CheckRoots("roots.file", roots)
+	return u.CheckRootsFile("roots.file", s.config.Roots.File)
 }
 
 // request is a CertificateSigningRequest.
@@ -218,15 +209,8 @@ type spec struct {
 }
 
 type status struct {
-	Conditions  []condition `json:"conditions,omitempty"`
-	Certificate []byte      `json:"certificate,omitempty"` // PEM, with what is between it and the root
-}
-
-type condition struct {
-	Type    string `json:"type"`
-	Status  string `json:"status"`
-	Reason  string `json:"reason"`
-	Message string `json:"message"`
+	Conditions  []kube.Condition `json:"conditions,omitempty"`
+	Certificate []byte           `json:"certificate,omitempty"` // PEM, with what is between it and the root
 }
 
 // Mint has an intermediate signed.
@@ -308,8 +292,8 @@ func (s *CA) describe(r *upstream.Request, isCA bool, usages []string) *request 
 // who watches it.
 func (s *CA) approve(ctx context.Context, at kube.Path) error {
 	at.Subresource = "approval"
-	approved := condition{Type: "Approved", Status: "True", Reason: "MeshidApproves", Message: "the CA of the mesh approves its own requests (approve: true)"}
-	err := s.client.Merge(ctx, at, map[string]any{"status": map[string]any{"conditions": []condition{approved}}}, nil)
+	approved := kube.Condition{Type: "Approved", Status: "True", Reason: "MeshidApproves", Message: "the CA of the mesh approves its own requests (approve: true)"}
+	err := s.client.Merge(ctx, at, map[string]any{"status": map[string]any{"conditions": []kube.Condition{approved}}}, nil)
 	if err == nil || errors.Is(err, kube.ErrInvalid) || errors.Is(err, kube.ErrConflict) {
 		return nil
 	}
@@ -358,7 +342,7 @@ func (r *request) outcome() (issued []byte, err error) {
 		return nil, nil
 	}
 	for _, c := range r.Status.Conditions {
-		said := fmt.Sprintf("%.100s: %q", c.Reason, cut(c.Message))
+		said := fmt.Sprintf("%.100s: %q", c.Reason, upstream.Cut(c.Message))
 		switch {
 		case c.Status == "False":
 		case c.Type == "Denied":
@@ -380,18 +364,11 @@ func (r *request) waits() string {
 	switch {
 	case r == nil:
 		return "not seen"
-	case !slices.ContainsFunc(r.Status.Conditions, func(c condition) bool { return c.Type == "Approved" }):
+	case !slices.ContainsFunc(r.Status.Conditions, func(c kube.Condition) bool { return c.Type == "Approved" }):
 		return "approved by nobody: have an approver approve it, or set approve"
 	default:
 		return "approved, and signed by nobody: does the signer run, and has it the name that is configured?"
 	}
-}
-
-func cut(text string) string {
-	if len(text) > maxMessage {
-		return strings.ToValidUTF8(text[:maxMessage], "") + "…"
-	}
-	return text
 }
 
 // failed gives an error of the API server its kind.

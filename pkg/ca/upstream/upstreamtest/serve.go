@@ -10,8 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
-	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -76,16 +74,8 @@ func ServeMesh(t testing.TB, a *Authority, path string, register func(*grpc.Serv
 		})
 	}
 	t.Cleanup(end)
-	dir := t.TempDir()
-	write := func(name string, data []byte) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
 	certificate, key = a.SVID("/ca-below")
-	return l.Addr().String(), Member{write("svid.pem", certificate), write("key.pem", key), write("bundle.pem", PEM(a.Root))}, end
+	return l.Addr().String(), Member{File(t, "svid.pem", certificate), File(t, "key.pem", key), File(t, "bundle.pem", PEM(a.Root))}, end
 }
 
 // SVID returns an X.509-SVID that the root has issued, whatever is wrong with the
