@@ -3,7 +3,6 @@ package awspca
 import (
 	"errors"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -18,10 +17,7 @@ import (
 func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*fake.Server, Config) {
 	t.Helper()
 	s := fake.New(t, a, b)
-	path := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(path, s.CA, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	path := upstreamtest.File(t, "ca.pem", s.CA)
 	for name, value := range map[string]string{
 		"AWS_ACCESS_KEY_ID": fake.AccessKey, "AWS_SECRET_ACCESS_KEY": fake.SecretKey, "AWS_SESSION_TOKEN": "",
 		"AWS_CONFIG_FILE": os.DevNull, "AWS_SHARED_CREDENTIALS_FILE": os.DevNull, "AWS_EC2_METADATA_DISABLED": "true", "AWS_PROFILE": "",
@@ -31,20 +27,11 @@ func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*
 	return s, Config{CertificateAuthority: fake.ARN, Endpoint: s.URL, ServerCA: path}
 }
 
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
-}
-
 func TestConformance(t *testing.T) {
 	upstreamtest.Run(t, upstreamtest.Kind{
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			_, c := start(t, b, a)
-			return open(t, c)
+			return upstreamtest.Open(t, New, c)
 		},
 	})
 }
@@ -53,7 +40,7 @@ func TestConformance(t *testing.T) {
 func TestPermissions(t *testing.T) {
 	s, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	c.Endpoint += "/" // as people copy it
-	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); err != nil {
+	if _, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c)); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := s.Calls(), []string{"DescribeCertificateAuthority", "IssueCertificate", "GetCertificate", "GetCertificate"}; !slices.Equal(got, want) {
@@ -62,7 +49,7 @@ func TestPermissions(t *testing.T) {
 	for _, action := range fake.Actions {
 		s, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 		s.Allowed = slices.DeleteFunc(slices.Clone(fake.Actions), func(a string) bool { return a == action })
-		_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+		_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 		if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "acm-pca:"+action) {
 			t.Errorf("without %s: %v", action, err)
 		}
@@ -83,7 +70,7 @@ func TestCredentials(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, config := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 			t.Setenv(c.variable, c.value)
-			_, err := upstreamtest.Mint(t.Context(), t, open(t, config))
+			_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, config))
 			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v", err)
 			}
@@ -97,7 +84,7 @@ func TestCredentials(t *testing.T) {
 func TestCAThatIsNotActive(t *testing.T) {
 	s, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	s.Status = "DISABLED"
-	_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+	_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 	if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "DISABLED") {
 		t.Errorf("%v", err)
 	}

@@ -24,21 +24,10 @@ func files(t *testing.T, a *upstreamtest.Authority) Config {
 	t.Helper()
 	dir := t.TempDir()
 	c := Config{Certificate: filepath.Join(dir, "ca.pem"), Key: filepath.Join(dir, "ca-key.pem"), Roots: filepath.Join(dir, "roots.pem")}
-	write(t, c.Certificate, upstreamtest.PEM(a.Issuer))
-	write(t, c.Key, upstreamtest.KeyPEM(t, a.Key))
-	write(t, c.Roots, upstreamtest.PEM(a.Root))
+	upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(a.Issuer))
+	upstreamtest.Write(t, c.Key, upstreamtest.KeyPEM(t, a.Key))
+	upstreamtest.Write(t, c.Roots, upstreamtest.PEM(a.Root))
 	return c
-}
-
-// write replaces a file as operators should.
-func write(t *testing.T, path string, data []byte) {
-	t.Helper()
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		t.Fatal(err)
-	}
 }
 
 func remove(t *testing.T, path string) {
@@ -61,21 +50,21 @@ func TestConformance(t *testing.T) {
 			}
 			switch b { //nolint:exhaustive // the others are in the certificates already
 			case upstreamtest.WrongKey:
-				write(t, c.Key, upstreamtest.KeyPEM(t, other.Key))
+				upstreamtest.Write(t, c.Key, upstreamtest.KeyPEM(t, other.Key))
 			case upstreamtest.MissingChain:
-				write(t, c.Certificate, upstreamtest.PEM(a.Issuer, other.Issuer))
+				upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(a.Issuer, other.Issuer))
 			case upstreamtest.UnrelatedRoot:
-				write(t, c.Roots, upstreamtest.PEM(other.Root))
+				upstreamtest.Write(t, c.Roots, upstreamtest.PEM(other.Root))
 			case upstreamtest.NoRoot:
-				write(t, c.Roots, nil)
+				upstreamtest.Write(t, c.Roots, nil)
 			case upstreamtest.NotCA:
-				write(t, c.Certificate, upstreamtest.PEM(leafOf(t, a)))
+				upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(leafOf(t, a)))
 			case upstreamtest.LongChain:
-				write(t, c.Roots, bytes.Repeat(upstreamtest.PEM(a.Root), 1000))
+				upstreamtest.Write(t, c.Roots, bytes.Repeat(upstreamtest.PEM(a.Root), 1000))
 			case upstreamtest.HugeAnswer:
-				write(t, c.Certificate, bytes.Repeat([]byte("x"), 64<<20))
+				upstreamtest.Write(t, c.Certificate, bytes.Repeat([]byte("x"), 64<<20))
 			case upstreamtest.Garbage:
-				write(t, c.Certificate, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"))
+				upstreamtest.Write(t, c.Certificate, []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"))
 			case upstreamtest.Gone:
 				remove(t, c.Key)
 			case upstreamtest.Denied:
@@ -135,8 +124,8 @@ func TestRootAlone(t *testing.T) {
 	if _, err := New(c); err == nil || !strings.Contains(err.Error(), "set roots") {
 		t.Errorf("an intermediate without its root: %v", err)
 	}
-	write(t, c.Certificate, upstreamtest.PEM(a.Root))
-	write(t, c.Key, upstreamtest.KeyPEM(t, a.RootKey))
+	upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(a.Root))
+	upstreamtest.Write(t, c.Key, upstreamtest.KeyPEM(t, a.RootKey))
 	ca, err := New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -145,8 +134,8 @@ func TestRootAlone(t *testing.T) {
 		t.Errorf("chain of %d certificates to %q", len(v.Chain), v.Anchors[0].Subject)
 	}
 	// An intermediate between the two is given to verifiers.
-	write(t, c.Certificate, upstreamtest.PEM(a.Issuer, a.Root))
-	write(t, c.Key, upstreamtest.KeyPEM(t, a.Key))
+	upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(a.Issuer, a.Root))
+	upstreamtest.Write(t, c.Key, upstreamtest.KeyPEM(t, a.Key))
 	if v := mint(t, ca); len(v.Chain) != 2 || !v.Chain[1].Equal(a.Issuer) {
 		t.Errorf("chain of %d certificates", len(v.Chain))
 	}
@@ -173,14 +162,14 @@ func TestReplacedFiles(t *testing.T) {
 			t.Error("the first roots are not those in the file")
 		}
 		// Half of a replacement: nobody is told, and Mint says why.
-		write(t, c.Roots, upstreamtest.PEM(b.Root))
+		upstreamtest.Write(t, c.Roots, upstreamtest.PEM(b.Root))
 		time.Sleep(10 * lookEvery)
 		synctest.Wait()
 		if len(seen) != 0 {
 			t.Error("files that do not fit were taken")
 		}
-		write(t, c.Key, upstreamtest.KeyPEM(t, b.Key))
-		write(t, c.Certificate, upstreamtest.PEM(b.Issuer))
+		upstreamtest.Write(t, c.Key, upstreamtest.KeyPEM(t, b.Key))
+		upstreamtest.Write(t, c.Certificate, upstreamtest.PEM(b.Issuer))
 		if roots := <-seen; !roots[0].Equal(b.Root) {
 			t.Error("the new root was not seen")
 		}
@@ -202,17 +191,17 @@ func TestBadFiles(t *testing.T) {
 	}{
 		{"nothing set", "set certificate and key", func(_ *testing.T, c *Config) { *c = Config{} }},
 		{"no file", "no such file", func(_ *testing.T, c *Config) { c.Certificate += "x" }},
-		{"no PEM", "no PEM certificate", func(t *testing.T, c *Config) { write(t, c.Certificate, []byte("hello")) }},
+		{"no PEM", "no PEM certificate", func(t *testing.T, c *Config) { upstreamtest.Write(t, c.Certificate, []byte("hello")) }},
 		{"key as certificate", "only certificates belong there", func(_ *testing.T, c *Config) { c.Certificate = c.Key }},
 		{"certificate as key", "not a private key", func(_ *testing.T, c *Config) { c.Key = c.Certificate }},
 		{"encrypted", "the key is encrypted", func(t *testing.T, c *Config) {
-			write(t, c.Key, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"))
+			upstreamtest.Write(t, c.Key, []byte("-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"))
 		}},
 		{"malformed key", "malformed", func(t *testing.T, c *Config) {
-			write(t, c.Key, []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"))
+			upstreamtest.Write(t, c.Key, []byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"))
 		}},
 		{"two keys", "more than a key", func(t *testing.T, c *Config) {
-			write(t, c.Key, bytes.Repeat(upstreamtest.KeyPEM(t, good.Key), 2))
+			upstreamtest.Write(t, c.Key, bytes.Repeat(upstreamtest.KeyPEM(t, good.Key), 2))
 		}},
 		{"mode", "chmod", func(t *testing.T, c *Config) {
 			if err := os.Chmod(c.Key, 0o640); err != nil {
@@ -225,7 +214,7 @@ func TestBadFiles(t *testing.T) {
 		{"expired", "put its successor there", func(t *testing.T, c *Config) {
 			*c = files(t, upstreamtest.NewAuthority(t, upstreamtest.Expired))
 		}},
-		{"intermediate as root", "not self-signed", func(t *testing.T, c *Config) { write(t, c.Roots, upstreamtest.PEM(good.Issuer)) }},
+		{"intermediate as root", "not self-signed", func(t *testing.T, c *Config) { upstreamtest.Write(t, c.Roots, upstreamtest.PEM(good.Issuer)) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			config := files(t, good)
@@ -245,7 +234,7 @@ func TestKeyForms(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	write(t, c.Key, append([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), pemOf("EC PRIVATE KEY", sec1)...))
+	upstreamtest.Write(t, c.Key, append([]byte("-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n"), pemOf("EC PRIVATE KEY", sec1)...))
 	if _, err := New(c); err != nil {
 		t.Error(err)
 	}

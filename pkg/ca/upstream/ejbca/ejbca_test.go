@@ -27,17 +27,6 @@ type place struct {
 	config Config
 }
 
-func write(t *testing.T, path string, data []byte) string {
-	t.Helper()
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 var fence = regexp.MustCompile("(?ms)^```(\\w+)[^\\n]*\\n(.*?)^```$")
 
 func newPlace(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) *place {
@@ -78,19 +67,10 @@ func newPlace(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority)
 	}
 	certificate, key := p.ClientCertificate("meshid-ca-1", time.Hour)
 	p.config.URL = p.URL
-	p.config.ServerCA = write(t, filepath.Join(p.dir, p.config.ServerCA), p.CA)
-	p.config.Certificate = write(t, filepath.Join(p.dir, p.config.Certificate), certificate)
-	p.config.Key = write(t, filepath.Join(p.dir, p.config.Key), key)
+	p.config.ServerCA = upstreamtest.Write(t, filepath.Join(p.dir, p.config.ServerCA), p.CA)
+	p.config.Certificate = upstreamtest.Write(t, filepath.Join(p.dir, p.config.Certificate), certificate)
+	p.config.Key = upstreamtest.Write(t, filepath.Join(p.dir, p.config.Key), key)
 	return p
-}
-
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
 }
 
 func mint(t *testing.T, ca *CA) error {
@@ -120,7 +100,7 @@ func TestConformance(t *testing.T) {
 				case upstreamtest.Gone:
 					p.Close()
 				}
-				return open(t, p.config)
+				return upstreamtest.Open(t, New, p.config)
 			}})
 		})
 	}
@@ -153,7 +133,7 @@ func TestRefused(t *testing.T) {
 			if c.config != nil {
 				c.config(&p.config)
 			}
-			err := mint(t, open(t, p.config))
+			err := mint(t, upstreamtest.Open(t, New, p.config))
 			if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("got %v, want it to say %q", err, c.says)
 			}
@@ -164,15 +144,15 @@ func TestRefused(t *testing.T) {
 // The client certificate is read for each request.
 func TestClientCertificate(t *testing.T) {
 	p := good(t)
-	ca := open(t, p.config)
+	ca := upstreamtest.Open(t, New, p.config)
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
 	put := func(name string, life time.Duration) {
 		t.Helper()
 		certificate, key := p.ClientCertificate(name, life)
-		write(t, p.config.Certificate, certificate)
-		write(t, p.config.Key, key)
+		upstreamtest.Write(t, p.config.Certificate, certificate)
+		upstreamtest.Write(t, p.config.Key, key)
 	}
 	put("somebody", time.Hour)
 	if err := mint(t, ca); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "No admin authenticated") {
@@ -203,11 +183,11 @@ func TestClientCertificate(t *testing.T) {
 func TestRoots(t *testing.T) {
 	a := upstreamtest.NewAuthority(t, upstreamtest.NoRoot)
 	p := newPlace(t, upstreamtest.NoRoot, a)
-	if err := mint(t, open(t, p.config)); err == nil {
+	if err := mint(t, upstreamtest.Open(t, New, p.config)); err == nil {
 		t.Error("an answer without a root was accepted")
 	}
-	p.config.Roots = write(t, p.dir+"/roots.pem", upstreamtest.PEM(a.Root))
-	if err := mint(t, open(t, p.config)); err != nil {
+	p.config.Roots = upstreamtest.Write(t, p.dir+"/roots.pem", upstreamtest.PEM(a.Root))
+	if err := mint(t, upstreamtest.Open(t, New, p.config)); err != nil {
 		t.Error(err)
 	}
 }

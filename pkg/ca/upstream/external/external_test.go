@@ -373,10 +373,7 @@ func TestEnvironment(t *testing.T) {
 }
 
 func TestNew(t *testing.T) {
-	program := filepath.Join(t.TempDir(), "plug-in")
-	if err := os.WriteFile(program, []byte("#!/bin/sh\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	program := upstreamtest.File(t, "plug-in", []byte("#!/bin/sh\n"))
 	for _, c := range []struct {
 		name   string
 		config Config

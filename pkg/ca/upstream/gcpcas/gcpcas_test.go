@@ -17,22 +17,7 @@ import (
 func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*fake.Server, Config) {
 	t.Helper()
 	s := fake.New(t, a, b)
-	dir := t.TempDir()
-	for name, data := range map[string][]byte{"ca.pem": s.CA, "key.json": s.Key} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return s, Config{Pool: fake.Pool, Endpoint: s.URL, ServerCA: filepath.Join(dir, "ca.pem"), CredentialsFile: filepath.Join(dir, "key.json")}
-}
-
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
+	return s, Config{Pool: fake.Pool, Endpoint: s.URL, ServerCA: upstreamtest.File(t, "ca.pem", s.CA), CredentialsFile: upstreamtest.File(t, "key.json", s.Key)}
 }
 
 func TestConformance(t *testing.T) {
@@ -40,7 +25,7 @@ func TestConformance(t *testing.T) {
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			_, c := start(t, b, a)
 			c.CertificateAuthority = fake.Authority
-			return open(t, c)
+			return upstreamtest.Open(t, New, c)
 		},
 	})
 }
@@ -49,7 +34,7 @@ func TestPermissions(t *testing.T) {
 	for _, permission := range fake.Permissions {
 		s, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 		s.Granted = slices.DeleteFunc(slices.Clone(fake.Permissions), func(p string) bool { return p == permission })
-		_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+		_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 		if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), permission) {
 			t.Errorf("without %s: %v", permission, err)
 		}
@@ -60,12 +45,12 @@ func TestPermissions(t *testing.T) {
 func TestRefusals(t *testing.T) {
 	_, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	c.CertificateAuthority = "root-2"
-	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "root-2") {
+	if _, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "root-2") {
 		t.Errorf("%v", err)
 	}
 	server, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	server.ChangeKey()
-	_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+	_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 	if err == nil || !strings.Contains(err.Error(), "Invalid JWT Signature") {
 		t.Errorf("%v", err)
 	}

@@ -101,20 +101,11 @@ func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*
 	return f, Config{Address: address, Certificate: member.Certificate, Key: member.Key, Bundle: member.Bundle}
 }
 
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
-}
-
 func TestConformance(t *testing.T) {
 	upstreamtest.Run(t, upstreamtest.Kind{
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			_, c := start(t, b, a)
-			return open(t, c)
+			return upstreamtest.Open(t, New, c)
 		},
 	})
 }
@@ -124,7 +115,7 @@ func TestAcknowledges(t *testing.T) {
 	old, next := upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.NewAuthority(t, upstreamtest.Good)
 	f, c := start(t, upstreamtest.Good, old)
 	f.send = make(chan *downstreamv1.Roots)
-	ca := open(t, c)
+	ca := upstreamtest.Open(t, New, c)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	seen := make(chan int, 10)
@@ -175,7 +166,7 @@ func TestAcknowledges(t *testing.T) {
 func TestServerIsNoCA(t *testing.T) {
 	f := &fake{t: t, authority: upstreamtest.NewAuthority(t, upstreamtest.Good)}
 	address, member, _ := upstreamtest.ServeMesh(t, f.authority, "/workload", func(s *grpc.Server) { downstreamv1.RegisterDownstreamServiceServer(s, f) })
-	ca := open(t, Config{Address: address, Certificate: member.Certificate, Key: member.Key, Bundle: member.Bundle})
+	ca := upstreamtest.Open(t, New, Config{Address: address, Certificate: member.Certificate, Key: member.Key, Bundle: member.Bundle})
 	_, err := upstreamtest.Mint(t.Context(), t, ca)
 	if !errors.Is(err, upstream.ErrUnavailable) || !strings.Contains(err.Error(), "unexpected ID") {
 		t.Errorf("%v", err)

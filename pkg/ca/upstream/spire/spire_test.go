@@ -19,20 +19,11 @@ func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*
 	return s, Config{Address: s.Address, WorkloadAPI: s.WorkloadAPI, SPIFFEID: upstreamtest.TrustDomain.IDString() + fake.Downstream}
 }
 
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
-}
-
 func TestConformance(t *testing.T) {
 	upstreamtest.Run(t, upstreamtest.Kind{
 		Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
 			_, c := start(t, b, a)
-			return open(t, c)
+			return upstreamtest.Open(t, New, c)
 		},
 	})
 }
@@ -45,7 +36,7 @@ func TestPrepared(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	enough := errors.New("enough")
-	err := open(t, c).WatchRoots(ctx, func(roots []*x509.Certificate) error {
+	err := upstreamtest.Open(t, New, c).WatchRoots(ctx, func(roots []*x509.Certificate) error {
 		switch {
 		case len(roots) == 1 && roots[0].Equal(a.Root):
 			s.Prepare(next)
@@ -59,7 +50,7 @@ func TestPrepared(t *testing.T) {
 	if !errors.Is(err, enough) {
 		t.Error(err)
 	}
-	v, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+	v, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 	if err != nil || len(v.Roots) != 2 || len(v.Anchors) != 1 {
 		t.Errorf("%v %v", v, err)
 	}
@@ -69,12 +60,12 @@ func TestPrepared(t *testing.T) {
 func TestIdentity(t *testing.T) {
 	_, c := start(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
 	c.SPIFFEID = ""
-	_, err := upstreamtest.Mint(t.Context(), t, open(t, c))
+	_, err := upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 	if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "authorization denied") {
 		t.Errorf("%v", err)
 	}
 	c.SPIFFEID = "spiffe://example.org/none"
-	_, err = upstreamtest.Mint(t.Context(), t, open(t, c))
+	_, err = upstreamtest.Mint(t.Context(), t, upstreamtest.Open(t, New, c))
 	if !errors.Is(err, upstream.ErrUnavailable) || !strings.Contains(err.Error(), "spiffe://example.org/ca-below") {
 		t.Errorf("%v", err)
 	}
@@ -82,7 +73,7 @@ func TestIdentity(t *testing.T) {
 	c.WorkloadAPI = "unix:///nowhere/agent.sock"
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	if err := open(t, c).WatchRoots(ctx, func([]*x509.Certificate) error { return nil }); !errors.Is(err, upstream.ErrUnavailable) {
+	if err := upstreamtest.Open(t, New, c).WatchRoots(ctx, func([]*x509.Certificate) error { return nil }); !errors.Is(err, upstream.ErrUnavailable) {
 		t.Errorf("%v", err)
 	}
 }

@@ -16,8 +16,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -76,10 +74,7 @@ func startFake(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "provisioner.json")
-	if err := os.WriteFile(path, jwk, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	path := upstreamtest.File(t, "provisioner.json", jwk)
 	if b == upstreamtest.Gone {
 		s.Close()
 	}
@@ -267,10 +262,7 @@ func TestPin(t *testing.T) {
 
 func TestNew(t *testing.T) {
 	_, good := startFake(t, upstreamtest.Good, upstreamtest.NewAuthority(t, upstreamtest.Good))
-	empty := filepath.Join(t.TempDir(), "empty")
-	if err := os.WriteFile(empty, []byte("{}"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	empty := upstreamtest.File(t, "empty", []byte("{}"))
 	for _, c := range []struct {
 		name   string
 		change func(*Config)

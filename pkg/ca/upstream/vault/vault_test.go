@@ -44,17 +44,6 @@ type place struct {
 	page string
 }
 
-func write(t *testing.T, path string, data []byte) string {
-	t.Helper()
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 func read(t *testing.T, path string) string {
 	t.Helper()
 	data, err := os.ReadFile(path)
@@ -71,16 +60,16 @@ func newPlace(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority)
 	t.Helper()
 	p := &place{Server: fake.New(t, a, b), dir: t.TempDir()}
 	p.page = read(t, filepath.Join(require.Repository(), "docs/upstream/vault.md"))
-	write(t, p.dir+"/server-ca.pem", p.CA)
+	upstreamtest.Write(t, p.dir+"/server-ca.pem", p.CA)
 	certificate, key, ca := p.ClientCertificate("ca-1")
-	write(t, p.dir+"/client.pem", certificate)
-	write(t, p.dir+"/client-key.pem", key)
-	write(t, p.dir+"/machines-ca.pem", ca)
-	write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "meshid-ca", "vault")+"\n"))
+	upstreamtest.Write(t, p.dir+"/client.pem", certificate)
+	upstreamtest.Write(t, p.dir+"/client-key.pem", key)
+	upstreamtest.Write(t, p.dir+"/machines-ca.pem", ca)
+	upstreamtest.Write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "meshid-ca", "vault")+"\n"))
 	p.operate(t, "vault secrets enable pki")
 	for _, m := range fence.FindAllStringSubmatch(p.page, -1) {
 		if name, ok := strings.CutPrefix(strings.TrimSpace(m[2]), "file="); ok && m[1] != "yaml" {
-			write(t, filepath.Join(p.dir, name), []byte(m[3]))
+			upstreamtest.Write(t, filepath.Join(p.dir, name), []byte(m[3]))
 		}
 		if m[1] == "sh" {
 			p.operate(t, m[3])
@@ -115,7 +104,7 @@ func (p *place) operate(t *testing.T, script string) string {
 			t.Fatalf("%s: %v", line, err)
 		}
 		if redirected {
-			write(t, filepath.Join(p.dir, file), out.Bytes())
+			upstreamtest.Write(t, filepath.Join(p.dir, file), out.Bytes())
 		} else {
 			printed.Write(out.Bytes())
 		}
@@ -145,15 +134,6 @@ func (p *place) config(t *testing.T, name string) Config {
 	return file.Upstream.Vault
 }
 
-func open(t *testing.T, c Config) *CA {
-	t.Helper()
-	ca, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca
-}
-
 // minute bounds what is waited for.
 func minute(t *testing.T) context.Context {
 	t.Helper()
@@ -177,7 +157,7 @@ func good(t *testing.T) *place {
 func TestPage(t *testing.T) {
 	p := good(t)
 	again := &place{Server: fake.New(t, upstreamtest.NewAuthority(t, upstreamtest.Good), upstreamtest.Good), dir: p.dir}
-	write(t, p.dir+"/server-ca.pem", again.CA)
+	upstreamtest.Write(t, p.dir+"/server-ca.pem", again.CA)
 	script := asOperator + "=1\nexport " + asOperator + "\n" + `vault() { "$VAULT_PROGRAM" "$@"; }` + "\nvault secrets enable pki\n"
 	for _, m := range fence.FindAllStringSubmatch(p.page, -1) {
 		if m[1] == "sh" {
@@ -197,9 +177,31 @@ func TestPage(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	again.page = p.page
-	if err := mint(t, open(t, again.config(t, "approle.yaml"))); err != nil {
+	if err := mint(t, upstreamtest.Open(t, New, again.config(t, "approle.yaml"))); err != nil {
 		t.Error(err)
 	}
+}
+
+// kind is this one, behind p and with c, when the operator has allowed what policy says.
+func (p *place) kind(c Config, policy string) upstreamtest.Kind {
+	return upstreamtest.Kind{Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
+		t.Helper()
+		p.Become(a, upstreamtest.Good)
+		p.operate(t, "vault policy write meshid "+policy)
+		switch b { //nolint:exhaustive // the others are answers
+		case upstreamtest.Denied:
+			upstreamtest.Write(t, p.dir+"/other.hcl", []byte(`path "pki/cert/*" { capabilities = ["read"] }`))
+			p.operate(t, "vault policy write meshid other.hcl")
+		case upstreamtest.Gone:
+			gone := good(t)
+			gone.Close()
+			c := c
+			c.URL, c.ServerCA = gone.URL, gone.dir+"/server-ca.pem"
+			return upstreamtest.Open(t, New, c)
+		}
+		p.Become(a, b)
+		return upstreamtest.Open(t, New, c)
+	}}
 }
 
 // TestConformance is with each method, set up as the page says.
@@ -207,25 +209,7 @@ func TestConformance(t *testing.T) {
 	for _, name := range []string{"ca.yaml", "approle.yaml", "kubernetes.yaml", "certificate.yaml"} {
 		t.Run(name, func(t *testing.T) {
 			p := good(t)
-			c := p.config(t, name)
-			write(t, p.dir+"/other.hcl", []byte(`path "pki/cert/*" { capabilities = ["read"] }`))
-			upstreamtest.Run(t, upstreamtest.Kind{Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
-				t.Helper()
-				p.Become(a, upstreamtest.Good)
-				p.operate(t, "vault policy write meshid meshid.hcl")
-				switch b { //nolint:exhaustive // the others are answers
-				case upstreamtest.Denied:
-					p.operate(t, "vault policy write meshid other.hcl")
-				case upstreamtest.Gone:
-					gone := good(t)
-					gone.Close()
-					c := c
-					c.URL, c.ServerCA = gone.URL, gone.dir+"/server-ca.pem"
-					return open(t, c)
-				}
-				p.Become(a, b)
-				return open(t, c)
-			}})
+			upstreamtest.Run(t, p.kind(p.config(t, name), "meshid.hcl"))
 		})
 	}
 }
@@ -235,29 +219,12 @@ func TestLeaves(t *testing.T) {
 	p := good(t)
 	c := p.config(t, "approle.yaml")
 	c.Role = "meshid"
-	write(t, p.dir+"/other.hcl", []byte(`path "pki/cert/*" { capabilities = ["read"] }`))
-	upstreamtest.RunLeaves(t, upstreamtest.Kind{Start: func(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) upstream.CA {
-		t.Helper()
-		p.Become(a, upstreamtest.Good)
-		p.operate(t, "vault policy write meshid leaves.hcl")
-		switch b { //nolint:exhaustive // the others are answers
-		case upstreamtest.Denied:
-			p.operate(t, "vault policy write meshid other.hcl")
-		case upstreamtest.Gone:
-			gone := good(t)
-			gone.Close()
-			c := c
-			c.URL, c.ServerCA = gone.URL, gone.dir+"/server-ca.pem"
-			return open(t, c)
-		}
-		p.Become(a, b)
-		return open(t, c)
-	}})
+	upstreamtest.RunLeaves(t, p.kind(c, "leaves.hcl"))
 	c.Role = ""
-	if _, err := upstreamtest.SignLeaf(minute(t), t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "role: is not set") {
+	if _, err := upstreamtest.SignLeaf(minute(t), t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "role: is not set") {
 		t.Errorf("without a role: %v", err)
 	}
-	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) {
+	if err := mint(t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) {
 		t.Errorf("an intermediate with the right for leaves: %v", err)
 	}
 }
@@ -269,7 +236,7 @@ func TestLeaves_Connections(t *testing.T) {
 	c := p.config(t, "approle.yaml")
 	c.Role = "meshid"
 	p.operate(t, "vault policy write meshid leaves.hcl")
-	ca := open(t, c)
+	ca := upstreamtest.Open(t, New, c)
 	sign := func() error {
 		_, err := upstreamtest.SignLeaf(minute(t), t, ca)
 		return err
@@ -288,7 +255,7 @@ func TestLeaves_Connections(t *testing.T) {
 		t.Errorf("after the server has closed the connections: %v", err)
 	}
 	other := good(t)
-	write(t, c.ServerCA, other.CA)
+	upstreamtest.Write(t, c.ServerCA, other.CA)
 	if err := sign(); !errors.Is(err, upstream.ErrUnavailable) || !strings.Contains(err.Error(), "unknown authority") {
 		t.Errorf("with another CA in server_ca: %v", err)
 	}
@@ -297,7 +264,7 @@ func TestLeaves_Connections(t *testing.T) {
 // A token that was revoked is replaced, and no login is wasted on one that is valid.
 func TestLoginAgain(t *testing.T) {
 	p := good(t)
-	ca := open(t, p.config(t, "approle.yaml"))
+	ca := upstreamtest.Open(t, New, p.config(t, "approle.yaml"))
 	for range 2 {
 		if err := mint(t, ca); err != nil {
 			t.Fatal(err)
@@ -317,7 +284,7 @@ func TestLoginAgain(t *testing.T) {
 	if n := len(p.Requests("/login")); n != 3 {
 		t.Errorf("%d logins, want one more for each token that ended", n)
 	}
-	write(t, p.dir+"/none.hcl", []byte(`path "secret/*" { capabilities = ["read"] }`))
+	upstreamtest.Write(t, p.dir+"/none.hcl", []byte(`path "secret/*" { capabilities = ["read"] }`))
 	p.operate(t, "vault policy write meshid none.hcl")
 	err := mint(t, ca)
 	if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), `update on "pki/root/sign-intermediate"`) {
@@ -331,7 +298,7 @@ func TestLoginAgain(t *testing.T) {
 // The file of a token is read again when the token is refused.
 func TestTokenFile(t *testing.T) {
 	p := good(t)
-	ca := open(t, p.config(t, "ca.yaml"))
+	ca := upstreamtest.Open(t, New, p.config(t, "ca.yaml"))
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -346,7 +313,7 @@ func TestTokenFile(t *testing.T) {
 	}
 	// Tokens that can be used a number of times: each login uses one.
 	p.operate(t, "vault token create -policy=meshid -use-limit=2 -field=token >token")
-	ca = open(t, p.config(t, "ca.yaml"))
+	ca = upstreamtest.Open(t, New, p.config(t, "ca.yaml"))
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -362,7 +329,7 @@ func TestSecretsStaySecret(t *testing.T) {
 	c := p.config(t, "approle.yaml")
 	c.AppRole.RoleID = p.operate(t, "vault read -field=role_id auth/approle/role/meshid/role-id")
 	p.operate(t, "vault write -f -field=secret_id auth/approle/role/meshid/secret-id >secret-id")
-	ca := open(t, c)
+	ca := upstreamtest.Open(t, New, c)
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -380,7 +347,7 @@ func TestWrapped(t *testing.T) {
 	p := good(t)
 	c := p.config(t, "approle.yaml")
 	c.AppRole.Wrapped, c.AppRole.SecretIDFile = true, p.dir+"/wrapped-secret-id"
-	ca := open(t, c)
+	ca := upstreamtest.Open(t, New, c)
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -391,19 +358,19 @@ func TestWrapped(t *testing.T) {
 	if n := len(p.Requests("/unwrap")); n != 1 {
 		t.Errorf("unwrapped %d times", n)
 	}
-	err := mint(t, open(t, c))
+	err := mint(t, upstreamtest.Open(t, New, c))
 	if !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "somebody else has used it") {
 		t.Errorf("a wrapping token that was used: %v", err)
 	}
-	write(t, c.AppRole.SecretIDFile, []byte(p.Wrap("auth/approle/role/other/custom-secret-id", map[string]any{"secret_id": "x"})))
-	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "was made by") {
+	upstreamtest.Write(t, c.AppRole.SecretIDFile, []byte(p.Wrap("auth/approle/role/other/custom-secret-id", map[string]any{"secret_id": "x"})))
+	if err := mint(t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "was made by") {
 		t.Errorf("what somebody else has wrapped: %v", err)
 	}
 	if strings.Contains(fmt.Sprint(err), read(t, c.AppRole.SecretIDFile)) {
 		t.Errorf("the error has the wrapping token: %v", err)
 	}
 	p.operate(t, "vault write -f -wrap-ttl=10m -field=wrapping_token auth/approle/role/meshid/secret-id >wrapped-secret-id")
-	if err := mint(t, open(t, c)); err != nil {
+	if err := mint(t, upstreamtest.Open(t, New, c)); err != nil {
 		t.Errorf("with a new one: %v", err)
 	}
 }
@@ -416,23 +383,23 @@ func TestLoginRefused(t *testing.T) {
 		says   string
 	}{
 		{"kubernetes.yaml", func(t *testing.T, p *place) {
-			write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "default", "vault")))
+			upstreamtest.Write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "default", "vault")))
 		}, "service account name not authorized"},
 		{"kubernetes.yaml", func(t *testing.T, p *place) {
-			write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "meshid-ca", "api")))
+			upstreamtest.Write(t, p.dir+"/jwt", []byte(p.ServiceAccountToken("meshid", "meshid-ca", "api")))
 		}, "audience"},
 		{"kubernetes.yaml", func(_ *testing.T, p *place) { p.Advance(time.Hour) }, "expired"},
 		{"certificate.yaml", func(t *testing.T, p *place) {
 			certificate, key, _ := p.ClientCertificate("ca-1")
-			write(t, p.dir+"/client.pem", certificate)
-			write(t, p.dir+"/client-key.pem", key)
+			upstreamtest.Write(t, p.dir+"/client.pem", certificate)
+			upstreamtest.Write(t, p.dir+"/client-key.pem", key)
 		}, "its CA"},
-		{"approle.yaml", func(t *testing.T, p *place) { write(t, p.dir+"/secret-id", []byte("guess")) }, "role_id and"},
+		{"approle.yaml", func(t *testing.T, p *place) { upstreamtest.Write(t, p.dir+"/secret-id", []byte("guess")) }, "role_id and"},
 	} {
 		p := good(t)
 		config := p.config(t, c.config)
 		c.spoil(t, p)
-		if err := mint(t, open(t, config)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), c.says) {
+		if err := mint(t, upstreamtest.Open(t, New, config)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: got %v, want it to say %q", c.config, err, c.says)
 		}
 	}
@@ -474,7 +441,7 @@ func receive[T any](t *testing.T, from <-chan T) T {
 func TestRenewal(t *testing.T) {
 	p := good(t)
 	p.operate(t, "vault write auth/kubernetes/role/meshid bound_service_account_names=meshid-ca bound_service_account_namespaces=meshid token_policies=meshid token_period=2s")
-	ca := open(t, p.config(t, "kubernetes.yaml"))
+	ca := upstreamtest.Open(t, New, p.config(t, "kubernetes.yaml"))
 	roots, ended := watch(t, ca)
 	receive(t, roots)
 	p.Await("/renew-self", 1)
@@ -515,7 +482,7 @@ func age(t *testing.T, ca *CA) {
 func TestReplacedInTime(t *testing.T) {
 	p := good(t)
 	p.operate(t, "vault write auth/cert/certs/meshid certificate=@machines-ca.pem token_policies=meshid token_ttl=1h token_max_ttl=90m")
-	ca := open(t, p.config(t, "certificate.yaml"))
+	ca := upstreamtest.Open(t, New, p.config(t, "certificate.yaml"))
 	if err := lookAt(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -530,7 +497,7 @@ func TestReplacedInTime(t *testing.T) {
 		}
 	}
 	p.operate(t, "vault token create -policy=meshid -ttl=1h -renewable=false -field=token >token")
-	ca = open(t, p.config(t, "ca.yaml"))
+	ca = upstreamtest.Open(t, New, p.config(t, "ca.yaml"))
 	if err := lookAt(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -568,7 +535,7 @@ func TestLease(t *testing.T) {
 // Where the server is not itself, or not the right one.
 func TestUnavailable(t *testing.T) {
 	p := good(t)
-	ca := open(t, p.config(t, "ca.yaml"))
+	ca := upstreamtest.Open(t, New, p.config(t, "ca.yaml"))
 	p.Seal(true)
 	if err := mint(t, ca); !errors.Is(err, upstream.ErrUnavailable) || errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "Vault is sealed") {
 		t.Errorf("sealed: %v", err)
@@ -584,26 +551,26 @@ func TestUnavailable(t *testing.T) {
 	}
 	c := p.config(t, "certificate.yaml")
 	p.Namespace("team-a")
-	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "no handler for route") {
+	if err := mint(t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "no handler for route") {
 		t.Errorf("without the namespace: %v", err)
 	}
 	c.Namespace = "/team-a/"
-	if err := mint(t, open(t, c)); err != nil {
+	if err := mint(t, upstreamtest.Open(t, New, c)); err != nil {
 		t.Errorf("in the namespace: %v", err)
 	}
 	c.Mount = "pki-old"
-	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "pki-old/root/sign-intermediate") {
+	if err := mint(t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "pki-old/root/sign-intermediate") {
 		t.Errorf("a mount that is not there: %v", err)
 	}
 }
 
 func TestIssuer(t *testing.T) {
 	p := good(t)
-	write(t, p.dir+"/issuer.hcl", []byte(`path "pki/issuer/mesh/sign-intermediate" { capabilities = ["update"] }`))
+	upstreamtest.Write(t, p.dir+"/issuer.hcl", []byte(`path "pki/issuer/mesh/sign-intermediate" { capabilities = ["update"] }`))
 	p.operate(t, "vault write pki/config/issuers default=mesh\nvault policy write meshid issuer.hcl")
 	c := p.config(t, "kubernetes.yaml")
 	c.Issuer = "mesh"
-	ca := open(t, c)
+	ca := upstreamtest.Open(t, New, c)
 	if err := mint(t, ca); err != nil {
 		t.Fatal(err)
 	}
@@ -614,7 +581,7 @@ func TestIssuer(t *testing.T) {
 		t.Error("the chain of another issuer was read")
 	}
 	c.Issuer = "none"
-	if err := mint(t, open(t, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "pki/issuer/none") {
+	if err := mint(t, upstreamtest.Open(t, New, c)); !errors.Is(err, upstream.ErrDenied) || !strings.Contains(err.Error(), "pki/issuer/none") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -624,14 +591,14 @@ func TestRoots(t *testing.T) {
 	a := upstreamtest.NewAuthority(t, upstreamtest.NoRoot)
 	p := newPlace(t, upstreamtest.NoRoot, a)
 	c := p.config(t, "kubernetes.yaml")
-	if err := mint(t, open(t, c)); err == nil {
+	if err := mint(t, upstreamtest.Open(t, New, c)); err == nil {
 		t.Error("an answer without a root was accepted")
 	}
-	if err := lookAt(t, open(t, c)); err == nil || !strings.Contains(err.Error(), "set roots") {
+	if err := lookAt(t, upstreamtest.Open(t, New, c)); err == nil || !strings.Contains(err.Error(), "set roots") {
 		t.Errorf("got %v", err)
 	}
-	c.Roots = write(t, p.dir+"/roots.pem", upstreamtest.PEM(a.Root))
-	ca := open(t, c)
+	c.Roots = upstreamtest.Write(t, p.dir+"/roots.pem", upstreamtest.PEM(a.Root))
+	ca := upstreamtest.Open(t, New, c)
 	if err := mint(t, ca); err != nil {
 		t.Error(err)
 	}
