@@ -236,7 +236,7 @@ func (p *istioPlan) open(
 		}
 		for _, followed := range k.pods {
 			if followed.name == c.Name {
-				cluster.Pods = istio.PodsOf(followed.pods)
+				cluster.Pods = istio.PodsOf(followed.pods, followed.strict)
 			}
 		}
 		cfg.Clusters = append(cfg.Clusters, cluster)

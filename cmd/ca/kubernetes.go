@@ -50,8 +50,9 @@ type clusters struct {
 }
 
 type clusterPods struct {
-	name string
-	pods *kube.Pods
+	name   string
+	pods   *kube.Pods
+	strict bool // nothing is issued while they may be old
 }
 
 // openClusters checks the settings, and makes the clients. It touches nothing but the
@@ -120,11 +121,11 @@ func openClusters(v *validated, reg prometheus.Registerer, logger *slog.Logger) 
 			if err != nil {
 				return nil, err
 			}
-			all.pods = append(all.pods, clusterPods{c.Name, pods})
+			all.pods = append(all.pods, clusterPods{c.Name, pods, policy == placement.Strict})
 			if policy != placement.Off {
 				followed.Pods = pods
 			}
-			kept.certificates = kubernetes.PodCertificatesConfig{Client: client, Pods: pods, Signer: signer, Instance: v.Instance, Registerer: reg}
+			kept.certificates = kubernetes.PodCertificatesConfig{Client: client, Pods: pods, Strict: policy == placement.Strict, Signer: signer, Instance: v.Instance, Registerer: reg}
 		}
 		all.kept = append(all.kept, kept)
 		config.Clusters = append(config.Clusters, followed)

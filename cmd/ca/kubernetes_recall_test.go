@@ -90,7 +90,7 @@ func TestFault_F65_RecallFromLedger(t *testing.T) {
 		var done sync.WaitGroup
 		done.Go(func() { pods.Run(t.Context()) })
 		t.Cleanup(done.Wait)
-		c := &clusters{pods: []clusterPods{{"prod", pods}}, placement: p}
+		c := &clusters{pods: []clusterPods{{name: "prod", pods: pods}}, placement: p}
 		c.recall(t.Context(), verified, logger)
 		return c
 	}

@@ -12,11 +12,15 @@ import (
 )
 
 // clusterPods are the Pods of a cluster that is followed.
-type clusterPods struct{ pods *kube.Pods }
+type clusterPods struct {
+	pods   *kube.Pods
+	strict bool
+}
 
 // PodsOf returns the Pods of a cluster; the caller runs pods. While the cluster cannot be
-// heard, pods that were seen before are those that it has.
-func PodsOf(pods *kube.Pods) Pods { return clusterPods{pods} }
+// heard, pods that were seen before are those that it has, or if strict, it cannot be said
+// which it has.
+func PodsOf(pods *kube.Pods, strict bool) Pods { return clusterPods{pods, strict} }
 
 // Pod implements Pods.
 func (c clusterPods) Pod(ctx context.Context, uid string) (*Pod, error) {
@@ -37,10 +41,11 @@ func (c clusterPods) OnNode(ctx context.Context, namespace, serviceAccount, node
 
 func (c clusterPods) found(pod *kube.Pod) (*Pod, error) {
 	now := time.Now()
-	if pod == nil || pod.Over(now) {
-		if _, why := c.pods.Behind(now); why != nil {
-			return nil, fmt.Errorf("the cluster cannot be heard: %w", why)
-		}
+	gone := pod == nil || pod.Over(now)
+	if _, why := c.pods.Behind(now); why != nil && (gone || c.strict) {
+		return nil, fmt.Errorf("the cluster cannot be heard: %w", why)
+	}
+	if gone {
 		return nil, ErrNoPod
 	}
 	facts := &attributesv1.Kubernetes{

@@ -79,8 +79,10 @@ type PodCertificatesConfig struct {
 	// Client is that of the cluster. It may get, list and watch
 	// podcertificaterequests, patch their status, and sign for the signer.
 	Client *kube.Client
-	// Pods are those of the cluster; the caller runs them.
-	Pods *kube.Pods
+	// Pods are those of the cluster; the caller runs them. If Strict, requests wait while the
+	// cluster cannot be heard, also those of pods that were seen before.
+	Pods   *kube.Pods
+	Strict bool
 	// Signer is the name by which pods ask for this CA, such as "meshid.io/svid".
 	Signer string
 	// Instance is the name of this CA process.
@@ -495,6 +497,9 @@ func (p *PodCertificates) checkPod(ctx context.Context, r *podRequest, d *server
 	}
 	if uid := p.cfg.Pods.AwaitNode(ctx, spec.NodeName); uid != spec.NodeUID || uid == "" {
 		return unheard("node %s does not have the UID %s", spec.NodeName, spec.NodeUID)
+	}
+	if _, behind := p.cfg.Pods.Behind(time.Now()); behind != nil && p.cfg.Strict {
+		return &later{why: "the cluster cannot be heard: " + behind.Error()}
 	}
 	d.Workload.K8S = placement.Facts(pod)
 	return nil
