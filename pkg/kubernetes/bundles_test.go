@@ -123,6 +123,41 @@ spec:
 	awaitCount(t, s, "shop", 2)
 	published("2 2 True")
 
+	// What is somebody else's is left alone, and does not go with the object.
+	s.Apply(t, `
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: coredns, namespace: shop}
+data: {Corefile: ".:53 {}"}
+---
+apiVersion: certificates.k8s.io/v1
+kind: ClusterTrustBundle
+metadata: {name: others}
+spec:
+  trustBundle: `+quote(otherRoot(t))+`
+---
+apiVersion: meshid.io/v1alpha1
+kind: TrustBundle
+metadata: {name: greedy}
+spec:
+  configMap: {name: coredns, key: Corefile, namespaceSelector: mesh=yes}
+  clusterTrustBundle: {name: others}
+`)
+	awaitConfigMap(t, s, "later", "coredns", "Corefile", both) // where it is nobody's
+	local.Await(t, "status of the greedy one", func(context.Context) error {
+		got, err := s.Kubectl(t, "get", "trustbundle", "greedy", "-o", "jsonpath={.status.conditions[0].reason} {.status.conditions[0].message}")
+		if err == nil && !strings.HasPrefix(got, "Failed the ConfigMap coredns is there already in namespace shop") {
+			err = errors.New(got)
+		}
+		return err
+	})
+	for _, object := range [][]string{{"configmap", "coredns", "-n", "shop"}, {"clustertrustbundle", "others"}} {
+		got := s.MustKubectl(t, append([]string{"get", "-o", "jsonpath={.metadata.ownerReferences}{.data}{.spec.trustBundle}"}, object...)...)
+		if strings.Contains(got, "greedy") || strings.TrimSpace(got) == strings.TrimSpace(both) || strings.Contains(got, "Corefile") && !strings.Contains(got, ":53") {
+			t.Errorf("%s was taken over: %s", object, got)
+		}
+	}
+
 	// What cannot be written is said.
 	s.MustKubectl(t, "patch", "trustbundle", "mesh", "--type=merge", "-p", `{"spec":{"clusterTrustBundle":{"name":"no:"}}}`)
 	published("2 2 False")

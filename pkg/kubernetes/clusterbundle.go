@@ -27,7 +27,8 @@ type ClusterBundleConfig struct {
 	// colons for slashes: meshid.io:svid:bundle is of meshid.io/svid. Without a colon, it
 	// is of none.
 	Name string
-	// Owner is the object with which it goes; nil if it stays.
+	// Owner is the object with which it goes; nil if it stays. One that is there and does not
+	// belong to it is left alone, as with ConfigMaps.
 	Owner  *kube.Owner
 	Logger *slog.Logger
 	// Report is called with what is wrong, and with "" when all is well.
@@ -149,6 +150,9 @@ func (b *ClusterBundle) reconcile(ctx context.Context, path kube.Path, s kube.Fe
 		return recheck
 	case newer:
 		return retry
+	case foreign:
+		b.cfg.Report(fmt.Sprintf("the ClusterTrustBundle %s is there already in cluster %s, and is somebody else's: delete it, or choose another name", b.cfg.Name, b.cfg.Client.Name()))
+		return recheck
 	default:
 	}
 	path.Name = b.cfg.Name
@@ -179,7 +183,8 @@ type comparison int
 const (
 	other comparison = iota
 	same
-	newer // than ours, for a while
+	newer   // than ours, for a while
+	foreign // not the owner's
 )
 
 func (b *ClusterBundle) compare(now time.Time, pem string, sequence uint64) comparison {
@@ -188,6 +193,8 @@ func (b *ClusterBundle) compare(now time.Time, pem string, sequence uint64) comp
 	switch {
 	case there == nil:
 		return other
+	case !ownedBy(&there.Object, b.cfg.Owner):
+		return foreign
 	case there.Spec.TrustBundle == pem:
 		return same
 	}

@@ -43,7 +43,9 @@ type ConfigMapsConfig struct {
 	Name, Key string
 	// Labels that they have; others stay.
 	Labels map[string]string
-	// Owner is the object with which they go; nil if they stay.
+	// Owner is the object with which they go; nil if they stay. Whoever may write it must not
+	// have others' ConfigMaps changed, or taken away with it: what is there and does not
+	// belong to it is left alone, and reported.
 	Owner *kube.Owner
 	// Selector of the namespaces, by label, as kubectl writes it; empty for all.
 	Selector string
@@ -116,7 +118,7 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 		}
 	}
 	pem, sequence := r.cfg.Bundle()
-	due := r.due(time.Now(), pem, sequence)
+	due, foreign := r.due(time.Now(), pem, sequence)
 	var group errgroup.Group
 	group.SetLimit(writers)
 	var mu sync.Mutex // guards failed
@@ -140,6 +142,11 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 	if len(due) > 0 {
 		r.cfg.Logger.InfoContext(ctx, "trust bundle written", "cluster", r.cfg.Client.Name(), "namespaces", len(due), "sequence", sequence)
 	}
+	if len(foreign) > 0 {
+		r.cfg.Report(fmt.Sprintf("the ConfigMap %s is there already in namespace %s (and %d others), and is somebody else's: delete it, or choose another name",
+			r.cfg.Name, foreign[0], len(foreign)-1), 0)
+		return recheck
+	}
 	r.cfg.Report("", len(r.living()))
 	if len(r.newer) > 0 {
 		return retry
@@ -147,13 +154,17 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 	return recheck
 }
 
-// due returns the namespaces whose ConfigMap is not as it should be.
-func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) []string {
+// due returns the namespaces whose ConfigMap is not as it should be, and those whose
+// ConfigMap is somebody else's.
+func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) (due, foreign []string) {
 	living, written := r.living(), r.written.All()
 	maps.DeleteFunc(r.newer, func(namespace string, _ time.Time) bool { return !slices.Contains(living, namespace) })
-	var due []string
 	for _, namespace := range living {
 		c := written[namespace]
+		if c != nil && !ownedBy(&c.Object, r.cfg.Owner) {
+			foreign = append(foreign, namespace)
+			continue
+		}
 		if c != nil && c.Data[r.cfg.Key] == pem && r.labelled(c) {
 			delete(r.newer, namespace)
 			continue
@@ -172,7 +183,12 @@ func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) []string {
 		delete(r.newer, namespace)
 		due = append(due, namespace)
 	}
-	return due
+	return due, foreign
+}
+
+// ownedBy says whether an object belongs to its owner, if it is to have one.
+func ownedBy(o *kube.Object, owner *kube.Owner) bool {
+	return owner == nil || slices.ContainsFunc(o.Metadata.OwnerReferences, func(other kube.Owner) bool { return other.UID == owner.UID })
 }
 
 // write sets what belongs to us in the ConfigMap of a namespace, and nothing else. A
