@@ -26,7 +26,7 @@ import (
 const (
 	defaultConfigPath  = "/etc/meshid/ca.yaml"
 	defaultDataDir     = "/var/lib/meshid/ca"
-	defaultAdminSocket = "/run/meshid/ca-admin.sock"
+	defaultAdminSocket = "/run/meshid-ca/admin.sock"
 	defaultListen      = ":8443"
 	defaultMetrics     = "127.0.0.1:9640"
 
@@ -48,7 +48,7 @@ type settings struct {
 	// Address for node agents and for admins over mTLS.
 	Listen string `yaml:"listen" default:":8443"`
 	// Unix socket of the admin API, for root and for the user that ca runs as.
-	AdminSocket string `yaml:"admin_socket" default:"/run/meshid/ca-admin.sock"`
+	AdminSocket string `yaml:"admin_socket" default:"/run/meshid-ca/admin.sock"`
 	// Address of /metrics, /livez and /readyz; "off" for none.
 	MetricsListen string `yaml:"metrics_listen" default:"127.0.0.1:9640"`
 	// X.509-SVIDs.

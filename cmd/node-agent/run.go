@@ -262,16 +262,40 @@ func workloadServer(a *agent.Agent, denyAfter time.Duration, logger *slog.Logger
 	}, nil
 }
 
+// withPeer is for http.Server's ConnContext: peer.FromContext finds who connected.
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	p, ok := peer.FromConn(c)
+	if !ok {
+		return ctx
+	}
+	return peer.NewContext(ctx, p)
+}
+
+// outside says why a caller is not on the machine itself.
+func outside(ctx context.Context) error {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return errors.New("caller is not known")
+	}
+	return p.Elsewhere()
+}
+
 // serveStatus answers `node-agent status` on the admin socket until ctx ends.
 func serveStatus(ctx context.Context, l net.Listener, a *agent.Agent, logger *slog.Logger) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, r *http.Request) {
+		if err := outside(r.Context()); err != nil {
+			logger.WarnContext(r.Context(), "status is refused", "err", err)
+			http.Error(w, "root in a container is not root of the machine: call from the machine itself, "+
+				"or where the agent is in a container, from within it (docker exec, kubectl exec)", http.StatusForbidden)
+			return
+		}
 		w.Header().Set("Content-Type", "application/json; charset=utf-8")
 		if err := json.NewEncoder(w).Encode(a.Status()); err != nil {
 			logger.DebugContext(r.Context(), "status was not read to its end", "err", err)
 		}
 	})
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
+	s := &http.Server{ConnContext: withPeer, Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10}
 	closed := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() { closed <- s.Close() })
 	defer stop()

@@ -67,7 +67,8 @@ func getStatus(ctx context.Context, socket string) (*agent.Status, error) {
 	}
 	defer answer.Body.Close() //nolint:errcheck // only read from
 	if answer.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("ask the agent at %s: %s", socket, answer.Status)
+		text, _ := io.ReadAll(io.LimitReader(answer.Body, 1000)) // as much as there is
+		return nil, fmt.Errorf("ask the agent at %s: %s: %s", socket, answer.Status, cli.Printable(cli.Plain(strings.TrimSpace(string(text)))))
 	}
 	s := &agent.Status{}
 	if err := json.NewDecoder(io.LimitReader(answer.Body, 64<<20)).Decode(s); err != nil {

@@ -235,6 +235,10 @@ func authorizeLocal(c *caller, info peer.AuthInfo, need role) error {
 		return fail(kindDenied, "permission denied: only root and the CA's own user may use this socket",
 			fmt.Errorf("caller has uid %d", uid))
 	}
+	if err := info.Peer.Elsewhere(); err != nil {
+		return fail(kindDenied, "permission denied: root in a container is not root of the CA's machine: "+
+			"call from the machine itself, or where the CA is in a container, from within it (docker exec, kubectl exec)", err)
+	}
 	return nil
 }
 

@@ -277,7 +277,7 @@ func TestAdminSocket(t *testing.T) {
 		t.Errorf("Issue on the admin socket: %v", err)
 	}
 	for uid, want := range map[uint32]codes.Code{0: codes.OK, 12345: codes.PermissionDenied, 1<<32 - 1: codes.PermissionDenied} {
-		_, err := h.server.authorize(peer.NewContext(t.Context(), &peer.Peer{UID: uid}), adminv1.AdminService_GetStatus_FullMethodName)
+		_, err := h.server.authorize(peer.NewContext(t.Context(), peer.ForTest(1, uid, uid)), adminv1.AdminService_GetStatus_FullMethodName)
 		if err != nil {
 			err = statusOf(err, "x").Err()
 		}

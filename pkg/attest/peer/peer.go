@@ -17,8 +17,11 @@
 package peer
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -35,7 +38,7 @@ type Peer struct {
 	// as seen from this program's user namespace.
 	UID, GID uint32
 
-	container string // for counting only, see containerOf
+	container string // see containerOf
 	proven    bool
 	done      chan struct{} // closed once
 	onEnd     func()        // called by the watcher when the process has ended
@@ -102,6 +105,49 @@ func (p *Peer) Done() <-chan struct{} { return p.done }
 // pidfd was opened by number. In the second case the process is known to have
 // had this id since before it connected; see fallback.go.
 func (p *Peer) Proven() bool { return p.proven }
+
+// Elsewhere says in which container the process is, if this program is not in the same
+// one, and returns nil otherwise. Root in a container has the user id of root here, and
+// whatever is mounted there: its word does not count for more than its container's. It is
+// known by process id namespaces, which the kernel tells of whoever hides processes, and
+// by control groups, where those can be read.
+func (p *Peer) Elsewhere() error {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	if p.closed || p.pidfd < 0 {
+		return nil
+	}
+	if p.container != "" {
+		return fmt.Errorf("process %d is in the container %.200s", p.PID, p.container[strings.LastIndexByte(p.container, '/')+1:])
+	}
+	nested, err := nestedPID(p.pidfd)
+	if err != nil {
+		return fmt.Errorf("process %d: its process id namespace is not known: %w", p.PID, err)
+	}
+	if nested {
+		return fmt.Errorf("process %d is in a process id namespace of its own, which is a container's", p.PID)
+	}
+	return nil
+}
+
+// nestedPID says whether the process of a pidfd is in a process id namespace below this
+// program's. It cannot be in one above: the kernel has no id for such a process.
+func nestedPID(pidfd int) (bool, error) {
+	root, err := procRoot()
+	if err != nil {
+		return false, err
+	}
+	info, err := readProc(root, fmt.Sprintf("%d/fdinfo/%d", os.Getpid(), pidfd))
+	if err != nil {
+		return false, err
+	}
+	for line := range bytes.Lines(info) {
+		if ids, ok := bytes.CutPrefix(line, []byte("NSpid:")); ok {
+			return len(bytes.Fields(ids)) > 1, nil // its id here, and in each namespace below
+		}
+	}
+	return false, errors.New("the kernel does not say")
+}
 
 // Close releases the descriptors. The listener calls it when the connection is
 // closed; the caller of Open calls it himself. More calls do nothing.

@@ -104,6 +104,31 @@ func TestV_D3_ChildNamespace(t *testing.T) {
 	}
 }
 
+// Root in a container is not root here: the kernel says which process is in a process id
+// namespace below this one's, and control groups which share it.
+func TestElsewhere(t *testing.T) {
+	needRoot(t)
+	l, path := listen(t, Options{})
+	start(t, 0, "connect", path)
+	if _, p := accept(t, l); p.Elsewhere() != nil {
+		t.Errorf("a process beside this one: %v", p.Elsewhere())
+	}
+	start(t, syscall.CLONE_NEWPID, "connect", path)
+	_, p := accept(t, l)
+	if err := p.Elsewhere(); err == nil || !strings.Contains(err.Error(), "process id namespace of its own") {
+		t.Errorf("a process in a namespace of its own: %v", err)
+	}
+	startIn(t, makeCgroup(t, "meshid-test-"+strconv.Itoa(os.Getpid())+"-"+idA), "connect", path)
+	_, p = accept(t, l)
+	if err := p.Elsewhere(); err == nil || !strings.Contains(err.Error(), idA) {
+		t.Errorf("a process in a container of this namespace: %v", err)
+	}
+	_ = p.Close()
+	if err := p.Elsewhere(); err != nil {
+		t.Errorf("a process that has gone: %v", err)
+	}
+}
+
 func TestV_D3_NoPID(t *testing.T) {
 	err := checkPID(0)
 	if !errors.Is(err, ErrPIDNamespace) || !strings.Contains(err.Error(), "--pid=host") || !strings.Contains(err.Error(), "hostPID") {
