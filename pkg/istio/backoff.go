@@ -23,6 +23,13 @@ const (
 	strikeRate  = 2
 	strikeBurst = 64
 	maxHosts    = 1 << 14
+	// One workload may have issueBurst certificates at once, and then issueRate a second,
+	// which is as often as it can need those that live for the shortest time. Each has a
+	// record that stays: at the limit of a node, a single pod would fill the CA's disk in
+	// hours.
+	issueRate    = 0.5
+	issueBurst   = 32
+	maxWorkloads = 1 << 16
 )
 
 // refusals remembers who was refused. It is bounded; what was not used for longest is
@@ -100,12 +107,21 @@ func (r *refusals) admit(host string) error {
 
 // strike counts a bad token.
 func (r *refusals) strike(host string) {
-	l, ok := r.hosts.get(host)
-	if !ok {
-		l = rate.NewLimiter(strikeRate, strikeBurst)
-		r.hosts.put(host, l)
+	r.hosts.getOr(host, func() *rate.Limiter { return rate.NewLimiter(strikeRate, strikeBurst) }).Allow()
+}
+
+// pace refuses what a workload asks for too often.
+func (r *request) pace() error {
+	// Callers that have no pod are told apart by their address.
+	caller := r.peer.Host
+	if r.caller != nil && r.caller.PodUID != "" {
+		caller = r.caller.PodUID
 	}
-	l.Allow()
+	key := hashOf("pace", r.node.GetId(), caller, r.id)
+	if r.s.paces.getOr(key, func() *rate.Limiter { return rate.NewLimiter(r.s.issueRate, issueBurst) }).Allow() {
+		return nil
+	}
+	return &refusal{code: codes.FailedPrecondition, text: "this workload has asked for too many certificates: try again later"}
 }
 
 // recent is a map of a bounded size: what was not used for longest is forgotten, half of
@@ -140,6 +156,22 @@ func (r *recent[K, V]) put(key K, v V) {
 	defer r.mu.Unlock()
 	delete(r.older, key)
 	r.store(key, v)
+}
+
+// getOr is get; what is not there is made, once.
+func (r *recent[K, V]) getOr(key K, fresh func() V) V {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v, ok := r.newer[key]
+	if ok {
+		return v
+	}
+	if v, ok = r.older[key]; !ok {
+		v = fresh()
+	}
+	delete(r.older, key)
+	r.store(key, v)
+	return v
 }
 
 func (r *recent[K, V]) store(key K, v V) {

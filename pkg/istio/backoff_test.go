@@ -67,6 +67,33 @@ func TestStormOfDenied(t *testing.T) {
 	}
 }
 
+// A workload that is served and asks again and again cannot fill the ledger, nor take its
+// neighbours' place.
+func TestStormOfServed(t *testing.T) {
+	m := newMesh(t)
+	greedy, neighbour := m.client(m.run("shop/web", "web-1", "n1")), m.client(m.run("shop/cart", "cart-1", "n1"))
+	before, asked := len(m.records()), 8*issueBurst
+	began := time.Now()
+	for range asked {
+		if _, err := greedy.call(""); err != nil {
+			wantCode(t, "too many", err, codes.FailedPrecondition)
+		}
+	}
+	most := issueBurst + 1 + int(issueRate*time.Since(began).Seconds())
+	if n := len(m.records()) - before; n < issueBurst || n > most {
+		t.Errorf("%d records of %d requests, at most %d are allowed", n, asked, most)
+	}
+	if _, err := neighbour.call(""); err != nil {
+		t.Errorf("a neighbour is not served: %v", err)
+	}
+	proxy := m.run("istio-system/ztunnel", "ztunnel-1", "n1")
+	for _, id := range []string{"spiffe://example.org/ns/shop/sa/web", "spiffe://example.org/ns/shop/sa/cart"} {
+		if _, err := m.client(proxy).call(id); err != nil {
+			t.Errorf("their node's proxy is not served with %s: %v", id, err)
+		}
+	}
+}
+
 // The memory of refusals ends in time, and with a success.
 func TestPauses(t *testing.T) {
 	r := newRefusals()

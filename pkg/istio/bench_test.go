@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/metadata"
 
 	"github.com/meshid/meshid/internal/kube"
@@ -41,6 +42,7 @@ func BenchmarkCreateCertificate(b *testing.B) {
 	for _, clients := range []int{1, 16, 64, 256} {
 		b.Run(fmt.Sprint(clients), func(b *testing.B) {
 			m := newMesh(b, func(_ *Config, c *server.Config) { c.Limits.IssueRate, c.Limits.IssueBurst = 1<<30, 1<<30 })
+			m.service.issueRate = rate.Inf
 			type sidecar struct {
 				ctx context.Context //nolint:containedctx // it holds the metadata of all calls
 				req *istiov1.IstioCertificateRequest
@@ -112,6 +114,7 @@ func BenchmarkCreateCertificateNewToken(b *testing.B) {
 		s.Limits.IssueRate, s.Limits.IssueBurst = 1<<30, 1<<30
 		c.Clusters[0].Tokens = TokensOf(keys)
 	})
+	m.service.issueRate = rate.Inf
 	m.run("shop/web", "web-1", "n1")
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: "k"}}, nil)
 	if err != nil {

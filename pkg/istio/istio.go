@@ -17,8 +17,9 @@ package istio
 //  4. pod           the caller's pod, live, as the cluster itself says
 //  5. subject       whose identity: the caller's, or for a node's proxy that of a pod there
 //  6. request       the CSR, and that it names nobody else
-//  7. issue         server.IssueDirect: entries, limits, signature, durable record
-//  8. answer        one certificate an element, all roots in the last
+//  7. pace          no workload asks more often than it can need to
+//  8. issue         server.IssueDirect: entries, limits, signature, durable record
+//  9. answer        one certificate an element, all roots in the last
 
 import (
 	"context"
@@ -33,6 +34,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -179,6 +181,8 @@ type Service struct {
 	verifiers *server.Places
 	waiters   *server.Places
 	patience  time.Duration // podWait, but in tests
+	paces     *recent[[32]byte, *rate.Limiter]
+	issueRate rate.Limit // a constant but in tests
 }
 
 // New returns a service that has to be registered with the server of DirectGRPC.
@@ -193,6 +197,7 @@ func New(cfg Config) (*Service, error) {
 		cfg: cfg, log: cfg.Logger, byName: make(map[string]*Cluster), byIssuer: make(map[string]*Cluster), proxies: make(map[string]bool),
 		verdicts: newRecent[[32]byte, verdict](maxVerdicts), refusals: newRefusals(),
 		verifiers: server.NewPlaces(maxVerifications), waiters: server.NewPlaces(maxPodWaits), patience: podWait,
+		paces: newRecent[[32]byte, *rate.Limiter](maxWorkloads), issueRate: issueRate,
 	}
 	for i := range cfg.Clusters {
 		if err := s.add(&cfg.Clusters[i]); err != nil {
@@ -293,6 +298,9 @@ func (r *request) serve(ctx context.Context, req *istiov1.IstioCertificateReques
 	}
 	csr, err := parseRequest(req, r.id)
 	if err != nil {
+		return nil, err
+	}
+	if err := r.pace(); err != nil {
 		return nil, err
 	}
 	svid, err := r.s.cfg.Issuer.IssueDirect(ctx, &server.Direct{

@@ -233,7 +233,7 @@ func TestListener(t *testing.T) {
 	token := m.run("shop/web", "web-1", "n1")
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
 		var group sync.WaitGroup
-		for range 20 {
+		for range issueBurst / 2 {
 			group.Go(func() {
 				conn := m.dial(func(c *tls.Config) { c.MinVersion, c.MaxVersion = version, version })
 				defer conn.Close()
