@@ -1,6 +1,7 @@
 // Package cli is what the commands of both programs share: running until a
-// signal, the log flags, tables and JSON for people and scripts, and errors that
-// end with what to do next. It knows no command.
+// signal, the log flags, tables and JSON for people and scripts, errors that end
+// with what to do next, and the listeners with health and metrics. It knows no
+// command.
 package cli
 
 import (

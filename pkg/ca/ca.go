@@ -1,7 +1,8 @@
 // Package ca issues X.509-SVIDs and keeps the life cycle of the authorities
-// that sign them: one self-signed root for each trust domain, whose key is used
-// a few times a day, and an intermediate of this process, whose key is only in
-// memory, which signs all leaves and replaces itself.
+// that sign them, and of their revocation lists: one root for each trust domain,
+// of our own, whose key is used a few times a week, or an upstream CA's; and an
+// intermediate of this process, whose key is only in memory, which signs all leaves
+// (but where the upstream CA does) and replaces itself.
 //
 // It decides what a certificate looks like, never who may have it: it does not
 // know registration entries, attestation, agents, gRPC or SQL.

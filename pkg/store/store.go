@@ -1,7 +1,8 @@
 // Package store keeps what the CA must not forget: registration entries, nodes,
-// join tokens and roots, in SQL. It answers "what was decided" after a restart
-// and orders all changes by one revision. It does not judge what it keeps, and
-// nothing on the issuing path asks it.
+// quarantines, join tokens and roots, in SQL. It answers "what was decided" after a
+// restart and orders all changes by one revision. Beside it, in a database of its own
+// that can be made anew, is the index by which records of the ledger are found. It does
+// not judge what it keeps, and nothing on the issuing path asks it.
 package store
 
 import (

@@ -6,6 +6,7 @@ import (
 	"go/parser"
 	"go/printer"
 	"go/token"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -643,6 +644,46 @@ func TestV_L6_TheDatabaseHasNoClock(t *testing.T) {
 	for _, sql := range []string{"UPDATE a SET b = now()", "INSERT INTO a VALUES (CURRENT_TIMESTAMP)", "SELECT datetime('now')"} {
 		if !clocks.MatchString(sql) {
 			t.Errorf("%s is not seen", sql)
+		}
+	}
+}
+
+// TestArchitecture wants each package in a row of the layout, and each row of a package to
+// have one.
+func TestArchitecture(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "docs", "architecture.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, layout, _ := strings.Cut(string(text), "\n## Layout\n")
+	layout, _, _ = strings.Cut(layout, "\n## ")
+	var rows []string
+	for line := range strings.Lines(layout) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 3 {
+			continue
+		}
+		for _, name := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[1], -1) {
+			rows = append(rows, strings.TrimSuffix(name[1], "/"))
+		}
+	}
+	packages := map[string]bool{}
+	for _, f := range parse(t) {
+		if p := f.Package(); strings.HasPrefix(p, "cmd/") || strings.HasPrefix(p, "pkg/") || strings.HasPrefix(p, "internal/") {
+			packages[p] = true
+		}
+	}
+	for p := range packages {
+		if !slices.ContainsFunc(rows, func(row string) bool { return matches(row, p) }) {
+			t.Errorf("package %s is in no row of the layout in docs/architecture.md", p)
+		}
+	}
+	for _, row := range rows {
+		if _, err := os.Stat(filepath.Join(root, row)); err == nil {
+			continue
+		}
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(packages)), func(p string) bool { return matches(row, p) }) {
+			t.Errorf("the layout in docs/architecture.md has %s, which is not there", row)
 		}
 	}
 }

@@ -9,7 +9,7 @@
 // cache.go what may happen to a cache, workload.go what a workload is to have,
 // issue.go when an SVID is asked for, publish.go what streams are told,
 // restore.go what outlives a restart, timers.go when something is due, and
-// stats.go how things stand.
+// stats.go how things stand. What is quarantined (quarantine.go) is served to nobody.
 package cache
 
 import (

@@ -1,5 +1,6 @@
 // Package upstream says what a CA of somebody else must offer to be the root
-// above ours: it signs an intermediate now and then, and says which roots it has.
+// above ours: it signs an intermediate now and then, and says which roots it has;
+// some sign each X.509-SVID too, if that is wanted.
 // Each kind of upstream CA is a package below this one, with a Config and a New
 // that refuses what can never work, and accepts a CA that cannot be reached now.
 // None of them is trusted: whoever uses one checks what comes back against what

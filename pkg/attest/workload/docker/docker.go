@@ -15,7 +15,7 @@
 // that says "try again". Labels that come with the image are kept apart from
 // those that were given at `docker run`. Environment variables are never read.
 //
-// engine.go speaks to the engine over its Unix socket in five calls. The
+// engine.go speaks to the engine over its Unix socket in four calls. The
 // engine's own client library would bring some hundred modules for them.
 package docker
 

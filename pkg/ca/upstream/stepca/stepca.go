@@ -1,4 +1,4 @@
-// Package stepca is the upstream CA that is a step-ca. It speaks the four calls of its
+// Package stepca is the upstream CA that is a step-ca. It speaks the three calls of its
 // API that are needed, with tokens of a JWK or an X5C provisioner, and trusts the
 // server by the fingerprint of its root. It does not know what for an intermediate is
 // used.
@@ -9,6 +9,8 @@
 //     server
 //  2. a token for this one CSR is signed, which lives for minutes
 //  3. /1.0/sign is called, then /roots
+//
+// A leaf is had in the same way, by a provisioner whose template is for leaves.
 package stepca
 
 import (

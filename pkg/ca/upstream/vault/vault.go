@@ -8,6 +8,8 @@
 //  2. sign-intermediate is called; a token that is refused is replaced once
 //  3. what comes back is put in order: the chain, and the roots above it
 //
+// A leaf is had in the same way, by sign with a role.
+//
 // Between requests, WatchRoots reads the mount's chain, which needs no token, and
 // keeps the token alive, so that what is wrong with it is known long before it is
 // needed.
