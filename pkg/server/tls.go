@@ -59,7 +59,11 @@ const (
 func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
 	g := s.newGRPC(&tlsCredentials{
 		s: s, base: s.tlsConfig(), conns: s.conns, counted: func(outcome string) { s.metrics.handshakes.WithLabelValues(outcome).Inc() },
-	}, opts)
+	}, append([]grpc.ServerOption{
+		// crypto/tls keeps the record that it reads: another 32 KiB for each connection
+		// would only be a copy.
+		grpc.ReadBufferSize(0),
+	}, opts...))
 	nodev1.RegisterNodeServiceServer(g, s.NodeService())
 	downstreamv1.RegisterDownstreamServiceServer(g, &downstreamService{s: s})
 	adminv1.RegisterAdminServiceServer(g, s.AdminService())
