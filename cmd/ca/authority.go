@@ -42,7 +42,7 @@ func newAuthorityList(c *clientFlags) *cobra.Command {
 			now := time.Now()
 			for _, a := range answer.GetAuthorities() {
 				sum := sha256.Sum256(a.GetCertificate())
-				rows = append(rows, []string{a.GetRole(), a.GetId(), a.GetState(), cli.Until(now, a.GetNotAfter().AsTime()), hex.EncodeToString(sum[:])})
+				rows = append(rows, []string{a.GetRole(), a.GetId(), stateText(a), cli.Until(now, a.GetNotAfter().AsTime()), hex.EncodeToString(sum[:])})
 			}
 			for _, a := range answer.GetBelow() {
 				state := "below the old root " + a.GetRoot()
@@ -56,6 +56,18 @@ func newAuthorityList(c *clientFlags) *cobra.Command {
 			}
 			return rows
 		})
+}
+
+// stateText is a state, and that it is tainted.
+func stateText(of interface {
+	GetState() string
+	GetTainted() bool
+},
+) string {
+	if of.GetTainted() {
+		return of.GetState() + ", tainted"
+	}
+	return of.GetState()
 }
 
 // belowText says whose intermediate it is.

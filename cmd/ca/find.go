@@ -404,7 +404,7 @@ func about(r *ledgerv1.Record) string {
 	switch r.GetEvent() {
 	case ledgerv1.Event_EVENT_AUTHORITY:
 		a := r.GetAuthority()
-		words = append(words, a.GetRole(), a.GetId(), a.GetState())
+		words = append(words, a.GetRole(), a.GetId(), stateText(a))
 	case ledgerv1.Event_EVENT_BUNDLE:
 		words = append(words, "sequence", strconv.FormatUint(r.GetBundle().GetSequence(), 10))
 		for _, root := range r.GetBundle().GetRoots() {

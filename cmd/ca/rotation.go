@@ -92,7 +92,7 @@ func completeRoots(c *clientFlags) cobra.CompletionFunc {
 	return completeArgs(1, func(ctx context.Context) (ids []cobra.Completion, _ error) {
 		r, err := getRotation(ctx, c)
 		for _, root := range r.GetRoots() {
-			ids = append(ids, cobra.CompletionWithDesc(root.GetId(), root.GetState()))
+			ids = append(ids, cobra.CompletionWithDesc(root.GetId(), stateText(root)))
 		}
 		return ids, err
 	})
@@ -146,7 +146,7 @@ func showRotation(cmd *cobra.Command, _ string, r *adminv1.Rotation) error {
 			origin = "upstream"
 		}
 		rows = append(rows, []string{
-			root.GetId(), root.GetState(), cli.Until(now, root.GetSince().AsTime()), origin, cli.Until(now, root.GetNotAfter().AsTime()),
+			root.GetId(), stateText(root), cli.Until(now, root.GetSince().AsTime()), origin, cli.Until(now, root.GetNotAfter().AsTime()),
 			fmt.Sprint(root.GetSvids()), live,
 		})
 	}
@@ -310,19 +310,12 @@ func changeRoot(cmd *cobra.Command, c *clientFlags, verb, format string, wait bo
 
 // activeRoot is the id of the root that signs.
 func activeRoot(r *adminv1.Rotation) string {
-	var signs *adminv1.Root
 	for _, root := range r.GetRoots() {
-		switch root.GetState() {
-		case "active":
+		if root.GetState() == ca.StateActive {
 			return root.GetId()
-		case "tainted":
-			// A tainted root signs until its successor does; what it signed lives longest.
-			if signs == nil || root.GetLiveUntil().AsTime().After(signs.GetLiveUntil().AsTime()) {
-				signs = root
-			}
 		}
 	}
-	return signs.GetId()
+	return ""
 }
 
 // rotationProgress shows how a rotation goes.

@@ -10,12 +10,13 @@ import (
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 )
 
-// rotationOf returns one whose roots are written as "id state", the first of which lives longest.
+// rotationOf returns one whose roots are written as "id state" or "id state, tainted".
 func rotationOf(roots ...string) *adminv1.Rotation {
 	r := &adminv1.Rotation{BundleSequence: 2}
-	for i, text := range roots {
+	for _, text := range roots {
 		id, state, _ := strings.Cut(text, " ")
-		r.Roots = append(r.Roots, &adminv1.Root{Id: id, State: state, LiveUntil: timestamppb.New(time.Unix(int64(1000-i), 0))})
+		state, tainted := strings.CutSuffix(state, ", tainted")
+		r.Roots = append(r.Roots, &adminv1.Root{Id: id, State: state, Tainted: tainted, LiveUntil: timestamppb.New(time.Unix(1000, 0))})
 	}
 	return r
 }
@@ -24,7 +25,7 @@ func TestActiveRoot(t *testing.T) {
 	for want, r := range map[string]*adminv1.Rotation{
 		"":  rotationOf(),
 		"a": rotationOf("b retiring", "a active", "c tainted"),
-		"b": rotationOf("r retiring", "b tainted", "c tainted", "d prepared"),
+		"b": rotationOf("r retiring", "b active, tainted", "c retiring, tainted", "d prepared"),
 	} {
 		if got := activeRoot(r); got != want {
 			t.Errorf("%v: %q signs, want %q", r, got, want)
@@ -39,12 +40,12 @@ func TestRotationUndone(t *testing.T) {
 		want  bool
 	}{
 		{[]string{"a active", "b prepared"}, false},
-		{[]string{"a tainted", "b distributed"}, false},
+		{[]string{"a active, tainted", "b distributed"}, false},
 		{[]string{"a retiring", "b active"}, false},
 		{[]string{"b active"}, false},
 		{[]string{"a active"}, true},
 		{[]string{"a active", "b retiring"}, true},
-		{[]string{"a tainted"}, true},
+		{[]string{"a active, tainted"}, true},
 	} {
 		if got := (&rotationProgress{old: "a"}).undone(rotationOf(tc.roots...)); got != tc.want {
 			t.Errorf("%v: undone is %v", tc.roots, got)

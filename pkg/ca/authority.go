@@ -43,9 +43,6 @@ type root struct {
 	key     crypto.Signer // nil unless this is the state's signer, and ours
 }
 
-// shown is its state as records and operators see it.
-func (r *root) shown() string { return Root{State: r.state, Tainted: r.tainted}.shown() }
-
 // authority is an intermediate with its key. It is immutable but for its atomics.
 type authority struct {
 	id       string

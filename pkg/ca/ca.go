@@ -42,8 +42,6 @@ const (
 	StateActive = "active"
 	// StateRetiring: it signs no more, but certificates that it signed live.
 	StateRetiring = "retiring"
-	// StateTainted: as retiring, and what it signed is to be replaced soon.
-	StateTainted = "tainted"
 	// StateGone: nothing that lives depends on it.
 	StateGone = "gone"
 )
@@ -61,7 +59,7 @@ type Root struct {
 	// Key is the reference of its private key in the key store; empty for the root
 	// of an upstream CA.
 	Key string
-	// State is one of the State constants, but never StateTainted.
+	// State is one of the State constants.
 	State string
 	// CreatedAt is when it was made, Since when it took its state.
 	CreatedAt, Since time.Time
@@ -392,6 +390,8 @@ type Authority struct {
 	ID string
 	// Role is one of the Role constants, State one of the State constants.
 	Role, State string
+	// Tainted: what it signed is to be replaced.
+	Tainted bool
 	// Certificate must not be modified.
 	Certificate *x509.Certificate
 }
@@ -403,7 +403,7 @@ func (c *CA) Authorities() []Authority {
 	s := c.state.Load()
 	all := make([]Authority, 0, len(s.roots)+1+len(s.retiring))
 	for _, r := range s.roots {
-		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.shown(), Certificate: r.cert})
+		all = append(all, Authority{ID: r.id, Role: RoleRoot, State: r.state, Tainted: r.tainted, Certificate: r.cert})
 	}
 	if s.next != nil {
 		all = append(all, s.next.describe(StatePrepared))

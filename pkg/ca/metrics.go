@@ -2,6 +2,7 @@ package ca
 
 import (
 	"errors"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -64,7 +65,21 @@ type metrics struct {
 	upstreamSuccess            prometheus.Gauge
 }
 
-var rootStates = []string{StatePrepared, StateDistributed, StateActive, StateRetiring, StateTainted}
+var rootStates = []string{StatePrepared, StateDistributed, StateActive, StateRetiring}
+
+// rootLabels are the state of a root, and whether it is tainted.
+var rootLabels = []string{"state", "tainted"}
+
+func (r *root) labels() [2]string { return [2]string{r.state, strconv.FormatBool(r.tainted)} }
+
+// eachRootState sets a metric of roots for each of their states, tainted or not.
+func eachRootState(vec *prometheus.GaugeVec, counts map[[2]string]int) {
+	for _, state := range rootStates {
+		for _, tainted := range []string{"false", "true"} {
+			vec.WithLabelValues(state, tainted).Set(float64(counts[[2]string{state, tainted}]))
+		}
+	}
+}
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	signed := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -122,8 +137,8 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		}),
 		rootStates: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "meshid_ca_authority_rotation_state",
-			Help: "Roots in the trust bundle by state; tainted ones count as that only. More than one series above 0 means that a rotation is under way.",
-		}, []string{"state"}),
+			Help: "Roots in the trust bundle by state, and whether they are tainted. More than one series above 0 means that a rotation is under way.",
+		}, rootLabels),
 	}
 	m.revoked = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "meshid_ca_revoked_total",
@@ -140,11 +155,11 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m.holders = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "meshid_ca_bundle_trust_holders",
 		Help: "Live nodes with X.509-SVIDs that chain to a root in this state, by what their agents say, and those that have not said.",
-	}, []string{"state"})
+	}, rootLabels)
 	m.held = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "meshid_ca_root_svids",
 		Help: "X.509-SVIDs of live nodes that chain to a root in this state, by what their agents say.",
-	}, []string{"state"})
+	}, rootLabels)
 	var err error
 	for _, collector := range []prometheus.Collector{
 		m.holders, m.held, signed, refused, shrunk, rotations, notAfter, m.duration, m.retiring, m.sequence, m.converged, m.rootStates,
@@ -162,10 +177,8 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 	m.rotated, m.rotationFailed = rotations.WithLabelValues("success"), rotations.WithLabelValues("failure")
 	m.upstreamOK, m.upstreamFailed = upstreams.WithLabelValues("success"), upstreams.WithLabelValues("failure")
 	m.rootNotAfter, m.intermediateNotAfter = notAfter.WithLabelValues(RoleRoot), notAfter.WithLabelValues(RoleIntermediate)
-	for _, name := range rootStates {
-		for _, vec := range []*prometheus.GaugeVec{m.rootStates, m.holders, m.held} {
-			vec.WithLabelValues(name)
-		}
+	for _, vec := range []*prometheus.GaugeVec{m.rootStates, m.holders, m.held} {
+		eachRootState(vec, nil)
 	}
 	m.converged.Set(1)
 	m.ownNotAfter = notAfter.WithLabelValues("server")
@@ -194,13 +207,11 @@ func (m *metrics) observe(s *state) {
 		}
 	}
 	m.listed.Set(float64(listed))
-	count := make(map[string]int)
+	count := make(map[[2]string]int)
 	for _, r := range s.roots {
-		count[r.shown()]++
+		count[r.labels()]++
 	}
-	for _, name := range rootStates {
-		m.rootStates.WithLabelValues(name).Set(float64(count[name]))
-	}
+	eachRootState(m.rootStates, count)
 }
 
 // observeUpstream counts a request to the upstream CA that began at start.
@@ -215,22 +226,20 @@ func (m *metrics) observeUpstream(start time.Time, err error) {
 }
 
 func (m *metrics) observeFleet(in rotation.Inputs, s *state) {
-	holders, held := make(map[string]int), make(map[string]int)
+	holders, held := make(map[[2]string]int), make(map[[2]string]int)
 	for _, r := range s.roots {
 		for _, n := range in.Nodes {
 			if !n.Live(in.Now) {
 				continue
 			}
 			if !n.Counted || n.Held[r.id] > 0 {
-				holders[r.shown()]++
+				holders[r.labels()]++
 			}
-			held[r.shown()] += int(n.Held[r.id])
+			held[r.labels()] += int(n.Held[r.id])
 		}
 	}
-	for _, name := range rootStates {
-		m.holders.WithLabelValues(name).Set(float64(holders[name]))
-		m.held.WithLabelValues(name).Set(float64(held[name]))
-	}
+	eachRootState(m.holders, holders)
+	eachRootState(m.held, held)
 	live := 0
 	for _, n := range in.Nodes {
 		if n.Live(in.Now) {

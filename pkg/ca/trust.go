@@ -381,7 +381,8 @@ func (c *CA) recordStep(ctx context.Context, now time.Time, before, after Trust,
 		if err != nil {
 			return fmt.Errorf("read a root back: %w", err)
 		}
-		record := c.authorityRecord(now, cert, RoleRoot, r.shown(), after.Sequence)
+		record := c.authorityRecord(now, cert, RoleRoot, r.State, after.Sequence)
+		record.Authority.Tainted = r.Tainted
 		if r.State == StateActive {
 			signer = cert
 		}
@@ -407,14 +408,6 @@ func (c *CA) recordStep(ctx context.Context, now time.Time, before, after Trust,
 		return fmt.Errorf("record a step of the roots: %w", err)
 	}
 	return nil
-}
-
-// shown is the state as records and operators see it.
-func (r Root) shown() string {
-	if r.Tainted && r.State != StateGone {
-		return StateTainted
-	}
-	return r.State
 }
 
 // Command carries out what an operator asks of the roots, for actor. Its error

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -47,7 +48,11 @@ func states(t *testing.T, s Store) string {
 	}
 	var all []string
 	for _, r := range trust.Roots {
-		all = append(all, r.shown())
+		state := r.State
+		if r.Tainted && r.State != StateGone {
+			state += "!" // tainted
+		}
+		all = append(all, state)
 	}
 	return strings.Join(all, " ")
 }
@@ -460,17 +465,19 @@ func TestHoldersMetrics(t *testing.T) {
 	check := func(when string, want map[string][2]float64) {
 		t.Helper()
 		for state, n := range want {
-			holders := identitytest.Metric(t, reg, "meshid_ca_bundle_trust_holders", state)
-			if svids := identitytest.Metric(t, reg, "meshid_ca_root_svids", state); holders != n[0] || svids != n[1] {
-				t.Errorf("%s: %v nodes hold %v X.509-SVIDs of a root that is %s, want %v", when, holders, svids, state, n)
+			state, tainted := strings.CutSuffix(state, "!")
+			labels := []string{state, strconv.FormatBool(tainted)}
+			holders := identitytest.Metric(t, reg, "meshid_ca_bundle_trust_holders", labels...)
+			if svids := identitytest.Metric(t, reg, "meshid_ca_root_svids", labels...); holders != n[0] || svids != n[1] {
+				t.Errorf("%s: %v nodes hold %v X.509-SVIDs of a root that is %s, want %v", when, holders, svids, labels, n)
 			}
 		}
 	}
-	check("at the start", map[string][2]float64{StateActive: {}, StateRetiring: {}, StateTainted: {}, StatePrepared: {}})
+	check("at the start", map[string][2]float64{StateActive: {}, StateRetiring: {}, StateRetiring + "!": {}, StateActive + "!": {}, StatePrepared: {}})
 	m.observeFleet(in, s)
-	check("with two old roots", map[string][2]float64{StateActive: {3, 3}, StateRetiring: {2, 3}, StateTainted: {1, 0}, StatePrepared: {}})
+	check("with two old roots", map[string][2]float64{StateActive: {3, 3}, StateRetiring: {2, 3}, StateRetiring + "!": {1, 0}, StatePrepared: {}})
 	in.Nodes[0].Held, in.Nodes[2] = map[string]uint32{"new": 5}, in.Nodes[3]
 	s.roots = s.roots[:2]
 	m.observeFleet(in, s)
-	check("when they were let go", map[string][2]float64{StateActive: {2, 6}, StateRetiring: {}, StateTainted: {}})
+	check("when they were let go", map[string][2]float64{StateActive: {2, 6}, StateRetiring: {}, StateRetiring + "!": {}, StateActive + "!": {}})
 }

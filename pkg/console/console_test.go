@@ -136,7 +136,7 @@ func (w *world) ListEntries(context.Context, *adminv1.ListEntriesRequest) (*admi
 
 func (w *world) ListAuthorities(context.Context, *adminv1.ListAuthoritiesRequest) (*adminv1.ListAuthoritiesResponse, error) {
 	root := func(id, role string) *adminv1.Authority {
-		return &adminv1.Authority{Id: id, Role: role, State: "active", NotBefore: timestamppb.New(epoch.Add(-time.Hour)), NotAfter: timestamppb.New(epoch.Add(time.Hour)), Certificate: authorityCert}
+		return &adminv1.Authority{Id: id, Role: role, State: "active", Tainted: role == "root", NotBefore: timestamppb.New(epoch.Add(-time.Hour)), NotAfter: timestamppb.New(epoch.Add(time.Hour)), Certificate: authorityCert}
 	}
 	return &adminv1.ListAuthoritiesResponse{Authorities: []*adminv1.Authority{root("aa", "root"), root("bb", "intermediate")}}, nil
 }
@@ -524,7 +524,7 @@ func TestFacts(t *testing.T) {
 		"/console/nodes":       {"revision", "banned", "v=v", "1 <small>of 2</small>"},
 		"/console/identities":  {"1 overdue", "Expiry horizon"},
 		"/console/issuance":    {"24 hours", "1,000 issued", "3 refused"},
-		"/console/authorities": {"1h left", "until 2026-11-25 21:49:14 UTC"},
+		"/console/authorities": {"1h left", "until 2026-11-25 21:49:14 UTC", `active</span> <span class="tag tainted">tainted</span>`},
 		"/console/entries":     {"admin", "weak", "12"},
 		"/console/ledger":      {"key_reuse", "(3 alike)", "after=5.7"},
 		"/console/ledger/7":    {"In the tree", "7 steps", "ca ledger prove --serial 0102"},

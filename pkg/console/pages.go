@@ -93,7 +93,7 @@ func newDecision(f search.Found) decision {
 	}
 	switch rec.GetEvent() {
 	case ledgerv1.Event_EVENT_AUTHORITY:
-		d.Why = cmp.Or(d.Why, rec.GetAuthority().GetRole()+" "+rec.GetAuthority().GetState())
+		d.Why = cmp.Or(d.Why, rec.GetAuthority().GetRole()+" "+rec.GetAuthority().GetState()+map[bool]string{true: ", tainted"}[rec.GetAuthority().GetTainted()])
 	case ledgerv1.Event_EVENT_BUNDLE:
 		d.Why = cmp.Or(d.Why, fmt.Sprintf("sequence %d", rec.GetBundle().GetSequence()))
 	case ledgerv1.Event_EVENT_SIGN_IN:
@@ -434,7 +434,7 @@ type authority struct {
 	NotBefore, NotAfter time.Time
 	Left                time.Duration
 	Used                int // of its life, in percent
-	Expired             bool
+	Expired, Tainted    bool
 	Children            []*authority
 }
 
@@ -462,7 +462,7 @@ func (c *Console) authorities(r *http.Request, v *view) error {
 	var below []child
 	for _, a := range list.GetAuthorities() {
 		n := &authority{
-			ID: a.GetId(), Role: a.GetRole(), State: a.GetState(), NotBefore: a.GetNotBefore().AsTime(), NotAfter: a.GetNotAfter().AsTime(),
+			ID: a.GetId(), Role: a.GetRole(), State: a.GetState(), Tainted: a.GetTainted(), NotBefore: a.GetNotBefore().AsTime(), NotAfter: a.GetNotAfter().AsTime(),
 		}
 		n.Left = n.NotAfter.Sub(v.Now)
 		n.Expired = n.Left <= 0

@@ -357,7 +357,7 @@ func (a *adminService) ListAuthorities(ctx context.Context, _ *adminv1.ListAutho
 
 func authorityProto(a ca.Authority) *adminv1.Authority {
 	return &adminv1.Authority{
-		Id: a.ID, Role: a.Role, State: a.State, Certificate: a.Certificate.Raw,
+		Id: a.ID, Role: a.Role, State: a.State, Tainted: a.Tainted, Certificate: a.Certificate.Raw,
 		NotBefore: timestamppb.New(a.Certificate.NotBefore), NotAfter: timestamppb.New(a.Certificate.NotAfter),
 	}
 }

@@ -168,10 +168,7 @@ func (s *Server) rotation(ctx context.Context) (*adminv1.Rotation, error) {
 	for _, root := range now.Trust.Bundle() {
 		out := &adminv1.Root{
 			Id: root.ID, State: string(root.State), Since: timestamppb.New(root.Since), Sequence: root.Sequence,
-			NotAfter: timestamppb.New(root.NotAfter), Automatic: root.Automatic, Upstream: root.Foreign,
-		}
-		if root.Tainted {
-			out.State = "tainted"
+			NotAfter: timestamppb.New(root.NotAfter), Automatic: root.Automatic, Upstream: root.Foreign, Tainted: root.Tainted,
 		}
 		for _, n := range in.Nodes {
 			out.Svids += n.Held[root.ID]

@@ -266,6 +266,9 @@ func rootsText(r *adminv1.Rotation) string {
 		if state == "distributed" {
 			state = "prepared"
 		}
+		if root.GetTainted() {
+			state += " and tainted"
+		}
 		roots = append(roots, "root "+root.GetId()+" is "+state)
 	}
 	return strings.Join(roots, ", ")

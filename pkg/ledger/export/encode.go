@@ -84,7 +84,7 @@ func abridge(r *ledgerv1.Record, why string) *ledgerv1.Record {
 		a.Entry = &ledgerv1.EntryRef{Name: Clip(x.GetName(), clipName), Revision: x.GetRevision(), Digest: clipBytes(x.GetDigest())}
 	}
 	if x := r.GetAuthority(); x != nil {
-		a.Authority = &ledgerv1.Authority{Id: Clip(x.GetId(), clipName), Role: Clip(x.GetRole(), clipName), State: Clip(x.GetState(), clipName)}
+		a.Authority = &ledgerv1.Authority{Id: Clip(x.GetId(), clipName), Role: Clip(x.GetRole(), clipName), State: Clip(x.GetState(), clipName), Tainted: x.GetTainted()}
 	}
 	a.Actor, a.CaInstance = Clip(r.GetActor(), clipName), Clip(r.GetCaInstance(), clipName)
 	a.RequestId, a.CaVersion = Clip(r.GetRequestId(), clipName), Clip(r.GetCaVersion(), clipName)

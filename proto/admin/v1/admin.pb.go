@@ -2381,11 +2381,15 @@ type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// "root" or "intermediate".
-	Role          string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
-	State         string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
-	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
-	Certificate   []byte                 `protobuf:"bytes,6,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	Role string `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	// "prepared", "distributed", "active", "retiring"; an intermediate is never
+	// "distributed".
+	State       string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	NotBefore   *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Certificate []byte                 `protobuf:"bytes,6,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// What it signed is to be replaced, and it leaves when that is done.
+	Tainted       bool `protobuf:"varint,7,opt,name=tainted,proto3" json:"tainted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2460,6 +2464,13 @@ func (x *Authority) GetCertificate() []byte {
 		return x.Certificate
 	}
 	return nil
+}
+
+func (x *Authority) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
 }
 
 type ListAuthoritiesResponse struct {
@@ -3377,7 +3388,7 @@ func (x *Rotation) GetLaggards() []*Laggard {
 type Root struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "prepared", "distributed", "active", "retiring" or "tainted".
+	// "prepared", "distributed", "active" or "retiring".
 	State string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
 	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
 	// Sequence of the first bundle that held it.
@@ -3393,7 +3404,10 @@ type Root struct {
 	LiveUntil *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=live_until,json=liveUntil,proto3" json:"live_until,omitempty"`
 	// Who still has something that chains to it, if it signs no more: CAs below this one
 	// first, at most 100.
-	Holders       []*RootHolder `protobuf:"bytes,10,rep,name=holders,proto3" json:"holders,omitempty"`
+	Holders []*RootHolder `protobuf:"bytes,10,rep,name=holders,proto3" json:"holders,omitempty"`
+	// What it signed is to be replaced, and it leaves when that is done. A tainted root
+	// that is active signs until its successor is distributed.
+	Tainted       bool `protobuf:"varint,11,opt,name=tainted,proto3" json:"tainted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3496,6 +3510,13 @@ func (x *Root) GetHolders() []*RootHolder {
 		return x.Holders
 	}
 	return nil
+}
+
+func (x *Root) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
 }
 
 // RootHolder keeps a root that signs no more in the trust bundle.
@@ -4479,7 +4500,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x14\n" +
 	"\x05roots\x18\x03 \x03(\fR\x05roots\"\x18\n" +
-	"\x16ListAuthoritiesRequest\"\xdb\x01\n" +
+	"\x16ListAuthoritiesRequest\"\xf5\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x14\n" +
@@ -4487,7 +4508,8 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"not_before\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12 \n" +
-	"\vcertificate\x18\x06 \x01(\fR\vcertificate\"\xb3\x01\n" +
+	"\vcertificate\x18\x06 \x01(\fR\vcertificate\x12\x18\n" +
+	"\atainted\x18\a \x01(\bR\atainted\"\xb3\x01\n" +
 	"\x17ListAuthoritiesResponse\x12<\n" +
 	"\vauthorities\x18\x01 \x03(\v2\x1a.meshid.admin.v1.AuthorityR\vauthorities\x125\n" +
 	"\x05below\x18\x02 \x03(\v2\x1f.meshid.admin.v1.AuthorityBelowR\x05below\x12#\n" +
@@ -4544,7 +4566,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\rnodes_waiting\x18\x06 \x01(\rR\fnodesWaiting\x12\x18\n" +
 	"\aproxies\x18\a \x01(\rR\aproxies\x121\n" +
 	"\x14proxies_acknowledged\x18\b \x01(\rR\x13proxiesAcknowledged\x124\n" +
-	"\blaggards\x18\t \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\xf5\x02\n" +
+	"\blaggards\x18\t \x03(\v2\x18.meshid.admin.v1.LaggardR\blaggards\"\x8f\x03\n" +
 	"\x04Root\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x120\n" +
@@ -4557,7 +4579,8 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"live_until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tliveUntil\x125\n" +
 	"\aholders\x18\n" +
-	" \x03(\v2\x1b.meshid.admin.v1.RootHolderR\aholders\"\xbb\x01\n" +
+	" \x03(\v2\x1b.meshid.admin.v1.RootHolderR\aholders\x12\x18\n" +
+	"\atainted\x18\v \x01(\bR\atainted\"\xbb\x01\n" +
 	"\n" +
 	"RootHolder\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x14\n" +

@@ -1173,14 +1173,16 @@ type Authority struct {
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// "root" or "intermediate".
 	Role string `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
-	// "prepared", "active", "retiring", "tainted" or "gone".
+	// "prepared", "distributed", "active", "retiring" or "gone".
 	State    string                 `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
 	Sha256   []byte                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	NotAfter *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
 	// Trust bundle sequence in force after the event.
 	BundleSequence uint64 `protobuf:"varint,6,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	// In records about an intermediate: the id of the root that it chains to.
-	Root          string `protobuf:"bytes,7,opt,name=root,proto3" json:"root,omitempty"`
+	Root string `protobuf:"bytes,7,opt,name=root,proto3" json:"root,omitempty"`
+	// What it signed is to be replaced.
+	Tainted       bool `protobuf:"varint,8,opt,name=tainted,proto3" json:"tainted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1262,6 +1264,13 @@ func (x *Authority) GetRoot() string {
 		return x.Root
 	}
 	return ""
+}
+
+func (x *Authority) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
 }
 
 // Archive is what left the journal for a folder.
@@ -1807,7 +1816,7 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\bEntryRef\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\fR\x06digest\"\xd3\x01\n" +
+	"\x06digest\x18\x03 \x01(\fR\x06digest\"\xed\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x14\n" +
@@ -1815,7 +1824,8 @@ const file_proto_ledger_v1_ledger_proto_rawDesc = "" +
 	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12'\n" +
 	"\x0fbundle_sequence\x18\x06 \x01(\x04R\x0ebundleSequence\x12\x12\n" +
-	"\x04root\x18\a \x01(\tR\x04root\"\x91\x01\n" +
+	"\x04root\x18\a \x01(\tR\x04root\x12\x18\n" +
+	"\atainted\x18\b \x01(\bR\atainted\"\x91\x01\n" +
 	"\aArchive\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x10\n" +
 	"\x03end\x18\x02 \x01(\x04R\x03end\x12\x12\n" +

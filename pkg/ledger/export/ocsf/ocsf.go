@@ -89,7 +89,8 @@ var kinds = map[ledgerv1.Event]struct{ class, activity int }{
 	ledgerv1.Event_EVENT_APPROVAL:        {apiActivity, other},
 }
 
-// authorityActivities are those of an authority's states.
+// authorityActivities are those of an authority's states; tainted was one, in records
+// without the field.
 var authorityActivities = map[string]int{"prepared": create, "active": activate, "retiring": deactive, "tainted": disable, "gone": remove}
 
 // severities of outcomes.
@@ -112,6 +113,8 @@ func Format(e ledger.Entry) ([]byte, error) {
 		kind.activity = other
 	case r.GetEvent() == ledgerv1.Event_EVENT_ISSUE && r.GetKind() > ledgerv1.Kind_KIND_FIRST:
 		kind.activity = update
+	case r.GetEvent() == ledgerv1.Event_EVENT_AUTHORITY && r.GetAuthority().GetTainted() && r.GetAuthority().GetState() != "gone":
+		kind.activity = disable
 	case r.GetEvent() == ledgerv1.Event_EVENT_AUTHORITY && authorityActivities[r.GetAuthority().GetState()] != 0:
 		kind.activity = authorityActivities[r.GetAuthority().GetState()]
 	}
