@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,17 +21,8 @@ import (
 	istiov1 "github.com/meshid/meshid/proto/istio/v1"
 
 	"github.com/meshid/meshid/pkg/server"
+	"github.com/meshid/meshid/test/self"
 )
-
-// cpu is the processor time that this process has used.
-func cpu(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
 
 // BenchmarkCreateCertificate is a request of one of Istio's clients, over gRPC and TLS on
 // a connection that is there, with a token whose signature was verified before, a durable
@@ -72,7 +62,7 @@ func BenchmarkCreateCertificate(b *testing.B) {
 			}
 			var left atomic.Int64
 			left.Store(int64(b.N))
-			before := cpu(b)
+			before := self.CPU(b)
 			b.ResetTimer()
 			var group sync.WaitGroup
 			for i := range all {
@@ -84,7 +74,7 @@ func BenchmarkCreateCertificate(b *testing.B) {
 			}
 			group.Wait()
 			b.StopTimer()
-			used := cpu(b) - before
+			used := self.CPU(b) - before
 			b.ReportMetric(float64(used.Microseconds())/float64(b.N), "cpu-µs/cert")
 			b.ReportMetric(float64(b.N)/used.Seconds(), "certs/cpu-s")
 		})
@@ -136,7 +126,7 @@ func BenchmarkCreateCertificateNewToken(b *testing.B) {
 	req := &istiov1.IstioCertificateRequest{Csr: newCSR(b, newKey(b), spiffeIDOf(td, "shop", "web"))}
 	conn := istiov1.NewIstioCertificateServiceClient(m.conn)
 	var next atomic.Int64
-	before := cpu(b)
+	before := self.CPU(b)
 	b.ResetTimer()
 	var group sync.WaitGroup
 	for range 16 {
@@ -155,7 +145,7 @@ func BenchmarkCreateCertificateNewToken(b *testing.B) {
 	}
 	group.Wait()
 	b.StopTimer()
-	used := cpu(b) - before
+	used := self.CPU(b) - before
 	b.ReportMetric(float64(used.Microseconds())/float64(b.N), "cpu-µs/cert")
 	b.ReportMetric(float64(b.N)/used.Seconds(), "certs/cpu-s")
 }

@@ -6,9 +6,7 @@ import (
 	"net"
 	"path/filepath"
 	"runtime"
-	"syscall"
 	"testing"
-	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -21,6 +19,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/test/identitytest"
+	"github.com/meshid/meshid/test/self"
 )
 
 // The benchmarks speak to the server with a client of a few bytes, so that what is
@@ -247,15 +246,6 @@ func BenchmarkMemoryPerStream(b *testing.B) {
 	}
 }
 
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
 // BenchmarkFirstSecret reports what a new connection with its first stream costs
 // until its secret has come, with the SVID at hand: time, and processor time of
 // client and server together.
@@ -263,14 +253,14 @@ func BenchmarkFirstSecret(b *testing.B) {
 	a := identitytest.NewAuthority(b, "a.test")
 	r := newBenchRig(b, a.Snapshot(1, a.SVID("/x")))
 	first := firstRequest(b, nameDefault)
-	start := cpuTime(b)
+	start := self.CPU(b)
 	for b.Loop() {
 		c := dialWire(b, r.socket)
 		c.open(first)
 		c.receive()
 		_ = c.conn.Close()
 	}
-	b.ReportMetric(float64((cpuTime(b)-start).Microseconds())/float64(b.N), "cpu-µs/op")
+	b.ReportMetric(float64((self.CPU(b)-start).Microseconds())/float64(b.N), "cpu-µs/op")
 }
 
 // BenchmarkPush reports what it takes until 1,000 streams have a new SVID each and
@@ -320,12 +310,12 @@ func BenchmarkPush(b *testing.B) {
 		}
 	}
 	wait()
-	start := cpuTime(b)
+	start := self.CPU(b)
 	for b.Loop() {
 		r.source.Publish(a.Snapshot(1, a.SVID("/x")))
 		wait()
 	}
-	b.ReportMetric(float64((cpuTime(b)-start).Microseconds())/float64(b.N)/streams, "cpu-µs/stream")
+	b.ReportMetric(float64((self.CPU(b)-start).Microseconds())/float64(b.N)/streams, "cpu-µs/stream")
 }
 
 // nonceOf returns the nonce of an encoded response.

@@ -9,24 +9,15 @@ import (
 	"math/big"
 	"net/url"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 
 	nodev1 "github.com/meshid/meshid/proto/node/v1"
-)
 
-// cpu is the processor time that this process has used.
-func cpu(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
+	"github.com/meshid/meshid/test/self"
+)
 
 // bareWork is what the standard library alone needs for one certificate: parse
 // and check the CSR, sign. It is the unit of the ratios below.
@@ -66,7 +57,7 @@ func bareCPU(b *testing.B, csr []byte) time.Duration {
 		b.Fatal(err)
 	}
 	const n = 1000
-	before := cpu(b)
+	before := self.CPU(b)
 	var wg sync.WaitGroup
 	for range 2 {
 		wg.Go(func() {
@@ -76,7 +67,7 @@ func bareCPU(b *testing.B, csr []byte) time.Duration {
 		})
 	}
 	wg.Wait()
-	return (cpu(b) - before) / n
+	return (self.CPU(b) - before) / n
 }
 
 // benchHouse is a CA with some entries and a node, and requests of a size.
@@ -118,7 +109,7 @@ func BenchmarkIssueBatch(b *testing.B) {
 			node, _ := h.server.registry.Node(a.id)
 			service := h.server.NodeService()
 			bare := bareCPU(b, req.GetItems()[0].GetCsr())
-			before := cpu(b)
+			before := self.CPU(b)
 			b.ResetTimer()
 			svids := 0
 			for b.Loop() {
@@ -139,7 +130,7 @@ func BenchmarkIssueBatch(b *testing.B) {
 				}
 				svids += len(resp.GetResults())
 			}
-			report(b, cpu(b)-before, bare, svids)
+			report(b, self.CPU(b)-before, bare, svids)
 		})
 	}
 }
@@ -152,7 +143,7 @@ func BenchmarkIssueOverTLS(b *testing.B) {
 			_, a, req := benchHouse(b, batch)
 			bare := bareCPU(b, req.GetItems()[0].GetCsr())
 			a.issue(req.GetItems()...)
-			before := cpu(b)
+			before := self.CPU(b)
 			b.ResetTimer()
 			svids := 0
 			for b.Loop() {
@@ -161,7 +152,7 @@ func BenchmarkIssueOverTLS(b *testing.B) {
 				}
 				svids += batch
 			}
-			report(b, cpu(b)-before, bare, svids)
+			report(b, self.CPU(b)-before, bare, svids)
 		})
 	}
 }

@@ -220,16 +220,6 @@ func accept(t *testing.T, l net.Listener) (net.Conn, *Peer) {
 	return c, p
 }
 
-// descriptors counts the open descriptors of this process.
-func descriptors(t *testing.T) int {
-	t.Helper()
-	names, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(names)
-}
-
 // within fails if f is not true soon. It yields and does not sleep.
 func within(t *testing.T, what string, f func() bool) {
 	t.Helper()

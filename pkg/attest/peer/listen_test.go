@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"golang.org/x/sys/unix"
+
+	"github.com/meshid/meshid/test/self"
 )
 
 func TestAccept(t *testing.T) {
@@ -202,7 +204,7 @@ func TestSocketRefusals(t *testing.T) {
 		"too long": {func(dir string) string { return filepath.Join(dir, strings.Repeat("x", 120)) }, "at most 107"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			fds := descriptors(t)
+			fds := self.Descriptors(t)
 			path := tc.make(t.TempDir())
 			l, err := Listen(t.Context(), path, Options{})
 			if err == nil {
@@ -212,7 +214,7 @@ func TestSocketRefusals(t *testing.T) {
 			if !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), path) {
 				t.Errorf("error %v, want %q", err, tc.want)
 			}
-			if n := descriptors(t); n > fds {
+			if n := self.Descriptors(t); n > fds {
 				t.Errorf("%d descriptors, %d before", n, fds)
 			}
 		})

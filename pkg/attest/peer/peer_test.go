@@ -17,6 +17,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/meshid/meshid/test/self"
 )
 
 // The connection is closed when the process ends, not when its last descriptor
@@ -292,7 +294,7 @@ func TestV_D17_Descriptors(t *testing.T) {
 	c, _ := accept(t, l)
 	_ = c.Close()
 	_ = warm.Close()
-	fds, goroutines := descriptors(t), runtime.NumGoroutine()
+	fds, goroutines := self.Descriptors(t), runtime.NumGoroutine()
 	for n := range 1000 {
 		c, err := net.Dial("unix", path)
 		if err != nil {
@@ -326,7 +328,7 @@ func TestV_D17_Descriptors(t *testing.T) {
 		_ = a.Close()
 		_ = c.Close()
 	}
-	if n := descriptors(t); n != fds {
+	if n := self.Descriptors(t); n != fds {
 		t.Errorf("%d descriptors, %d before", n, fds)
 	}
 	within(t, "goroutines", func() bool { return runtime.NumGoroutine() <= goroutines })
@@ -339,14 +341,14 @@ func TestV_D17_Descriptors(t *testing.T) {
 		<-p.Done()
 		_ = c.Close()
 	}
-	within(t, "descriptors", func() bool { return descriptors(t) <= fds })
+	within(t, "descriptors", func() bool { return self.Descriptors(t) <= fds })
 
 	// And the listener itself.
 	_ = l.Close()
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("accept after close: %v", err)
 	}
-	if n := descriptors(t); n >= fds {
+	if n := self.Descriptors(t); n >= fds {
 		t.Errorf("%d descriptors after the listener was closed, %d before", n, fds)
 	}
 	shared.mu.Lock()

@@ -128,3 +128,30 @@ func Next(t testing.TB, events <-chan attest.InstanceEvent) attest.InstanceEvent
 		return attest.InstanceEvent{}
 	}
 }
+
+// Started takes the events of n starts: how many of each instance.
+func Started(t testing.TB, events <-chan attest.InstanceEvent, n int) map[string]int {
+	t.Helper()
+	started := map[string]int{}
+	for range n {
+		started[Next(t, events).Instance]++
+	}
+	return started
+}
+
+// Ended takes as many events of ends, and fails the test unless each start has its own.
+func Ended(t testing.TB, events <-chan attest.InstanceEvent, started map[string]int) {
+	t.Helper()
+	for range len(started) {
+		e := Next(t, events)
+		if !e.Ended {
+			t.Errorf("event %v", e)
+		}
+		started[e.Instance]--
+	}
+	for instance, left := range started {
+		if left != 0 {
+			t.Errorf("%s: %d starts without an end", instance, left)
+		}
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/test/self"
 )
 
 func TestConformance(t *testing.T) {
@@ -364,20 +364,13 @@ func TestV_D17_Descriptors(t *testing.T) {
 	init, _ := w.container("A", v2("/docker/"+id("A")), nil)
 	w.container("bad", v2("/"), nil)
 	bad, _ := w.process(v2("/docker/" + id("bad")))
-	count := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
 	if _, err := w.attestor.Attest(t.Context(), init); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.attestor.Attest(t.Context(), bad); err == nil {
 		t.Fatal("attested")
 	}
-	before := count()
+	before := self.Descriptors(t)
 	for range 200 {
 		if _, err := w.attestor.Attest(t.Context(), init); err != nil {
 			t.Fatal(err)
@@ -389,7 +382,7 @@ func TestV_D17_Descriptors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := count(); n > before+2 { // connections to the engine come and go
+	if n := self.Descriptors(t); n > before+2 { // connections to the engine come and go
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }

@@ -11,9 +11,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
-	"golang.org/x/sys/unix"
 
 	"github.com/meshid/meshid/pkg/attest/workload/container"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 func TestWatch(t *testing.T) {
@@ -161,25 +161,11 @@ func TestV_I8_Churn(t *testing.T) {
 		name := fmt.Sprint("c", i)
 		_, ends[i] = w.container(name, v2("/docker/"+id(name)), nil)
 	}
-	started := map[string]int{}
-	for range n {
-		started[next(t, events).Instance]++
-	}
+	started := containers.Started(t, events, n)
 	for _, end := range ends {
 		end()
 	}
-	for range n {
-		e := next(t, events)
-		if !e.Ended {
-			t.Errorf("event %v", e)
-		}
-		started[e.Instance]--
-	}
-	for instance, left := range started {
-		if left != 0 {
-			t.Errorf("%s: %d starts without an end", instance, left)
-		}
-	}
+	containers.Ended(t, events, started)
 	if c := len(w.attestor.index.All()); c != 0 {
 		t.Errorf("%d containers in the index", c)
 	}
@@ -229,20 +215,4 @@ func FuzzEvent(f *testing.F) {
 			t.Errorf("%v, %v", c, err)
 		}
 	})
-}
-
-// cpu reports the CPU time of this process for each operation.
-func cpu(b *testing.B, f func()) {
-	var before, after unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &before); err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		f()
-	}
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &after); err != nil {
-		b.Fatal(err)
-	}
-	used := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano()
-	b.ReportMetric(float64(used)/float64(b.N), "cpu-ns/op")
 }

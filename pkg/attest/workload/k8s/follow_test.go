@@ -11,6 +11,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/meshid/meshid/pkg/config"
+	"github.com/meshid/meshid/test/fakes/containers"
 )
 
 // Containers are announced as their cgroups are made.
@@ -101,28 +102,14 @@ func TestV_I8_KubernetesChurn(t *testing.T) {
 		_, ends[i] = w.run(name)
 		w.mkdir(name)
 	}
-	started := map[string]int{}
-	for range n {
-		started[next(t, events).Instance]++
-	}
+	started := containers.Started(t, events, n)
 	if polls := w.kubelet.count(); polls > n+2 {
 		t.Errorf("the kubelet was asked %d times for %d pods", polls, n)
 	}
 	for _, end := range ends {
 		end()
 	}
-	for range n {
-		e := next(t, events)
-		if !e.Ended {
-			t.Errorf("event %v", e)
-		}
-		started[e.Instance]--
-	}
-	for instance, left := range started {
-		if left != 0 {
-			t.Errorf("%s: %d starts without an end", instance, left)
-		}
-	}
+	containers.Ended(t, events, started)
 	if c := len(w.attestor.index.All()); c != 0 {
 		t.Errorf("%d containers in the index", c)
 	}

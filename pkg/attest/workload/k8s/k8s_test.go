@@ -21,6 +21,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/config"
 	attributesv1 "github.com/meshid/meshid/proto/attributes/v1"
+	"github.com/meshid/meshid/test/self"
 )
 
 func TestConformance(t *testing.T) {
@@ -357,16 +358,9 @@ func TestV_D17_KubernetesDescriptors(t *testing.T) {
 	w.run("bad")
 	bad, _ := w.process(cgroupOf("bad"))
 	w.processes.Set(w.runtime.containers[id("bad")].pid, "0::/\n")
-	count := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
 	w.attested(init)
 	w.refused(bad)
-	before := count()
+	before := self.Descriptors(t)
 	for range 100 {
 		w.attested(init)
 		w.refused(bad)
@@ -374,7 +368,7 @@ func TestV_D17_KubernetesDescriptors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := count(); n > before+2 { // connections come and go
+	if n := self.Descriptors(t); n > before+2 { // connections come and go
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/test/self"
 )
 
 // The test binary is also the process that connects, and then executes another
@@ -564,14 +565,7 @@ func TestV_D17_Descriptors(t *testing.T) {
 	if _, err := a.Attest(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
-	count := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
-	before := count()
+	before := self.Descriptors(t)
 	for range 500 {
 		if _, err := a.Attest(t.Context(), p); err != nil {
 			t.Fatal(err)
@@ -588,25 +582,9 @@ func TestV_D17_Descriptors(t *testing.T) {
 			t.Fatalf("error %v", err)
 		}
 	}
-	if n := count(); n > before {
+	if n := self.Descriptors(t); n > before {
 		t.Errorf("%d descriptors, %d before", n, before)
 	}
-}
-
-// cpu reports the CPU time of this process for each operation.
-func cpu(b *testing.B, f func()) {
-	var before, after unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &before); err != nil {
-		b.Fatal(err)
-	}
-	for b.Loop() {
-		f()
-	}
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &after); err != nil {
-		b.Fatal(err)
-	}
-	used := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano()
-	b.ReportMetric(float64(used)/float64(b.N), "cpu-ns/op")
 }
 
 func BenchmarkAttestWarm(b *testing.B) {
@@ -619,11 +597,13 @@ func BenchmarkAttestWarm(b *testing.B) {
 	if _, err := a.Attest(b.Context(), p); err != nil {
 		b.Fatal(err)
 	}
-	cpu(b, func() {
+	before := self.CPU(b)
+	for b.Loop() {
 		if _, err := a.Attest(b.Context(), p); err != nil {
 			b.Fatal(err)
 		}
-	})
+	}
+	b.ReportMetric(float64(self.CPU(b)-before)/float64(b.N), "cpu-ns/op")
 }
 
 func BenchmarkAttestCold(b *testing.B) {
@@ -637,9 +617,11 @@ func BenchmarkAttestCold(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.SetBytes(st.Size())
-	cpu(b, func() {
+	before := self.CPU(b)
+	for b.Loop() {
 		if _, err := newAttestor(b).Attest(b.Context(), p); err != nil {
 			b.Fatal(err)
 		}
-	})
+	}
+	b.ReportMetric(float64(self.CPU(b)-before)/float64(b.N), "cpu-ns/op")
 }
