@@ -49,6 +49,7 @@ const Name = "k8s"
 const (
 	defaultKubelet    = "https://127.0.0.1:10250"
 	defaultCA         = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+	defaultOwn        = "/var/lib/kubelet/pki/kubelet.crt"
 	defaultToken      = "/var/run/secrets/kubernetes.io/serviceaccount/token" //nolint:gosec // a path
 	defaultCgroupRoot = "/sys/fs/cgroup"
 	defaultReconcile  = 30 * time.Second
@@ -65,10 +66,11 @@ type Config struct {
 	// environment's NODE_NAME, else the host's name.
 	NodeName string `yaml:"node_name"`
 	// PEM file of the CAs that issue the kubelet's certificate, read again at each
-	// call. Where a kubelet makes its certificate itself, as kubeadm sets it up, write
-	// the kubelet's own file, such as /var/lib/kubelet/pki/kubelet.crt: there is no way
-	// to believe any certificate.
-	KubeletCA string `yaml:"kubelet_ca" default:"/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"`
+	// call. By default the cluster's CA, from the folder of the service account, and,
+	// if it is there, the certificate that the kubelet has made for itself, as kubeadm
+	// sets it up: /var/lib/kubelet/pki/kubelet.crt. There is no way to believe any
+	// certificate.
+	KubeletCA string `yaml:"kubelet_ca" default:"the cluster's CA and the kubelet's own certificate"`
 	// File of the agent's service account token, read again at each call. It needs the
 	// right to get nodes/pods (Kubernetes 1.33 and newer) or nodes/proxy.
 	TokenFile string `yaml:"token_file" default:"/var/run/secrets/kubernetes.io/serviceaccount/token"`
@@ -93,7 +95,7 @@ func (c *Config) complete() error {
 	for _, d := range []struct {
 		field     *string
 		otherwise string
-	}{{&c.Kubelet, defaultKubelet}, {&c.KubeletCA, defaultCA}, {&c.TokenFile, defaultToken}, {&c.CgroupRoot, defaultCgroupRoot}} {
+	}{{&c.Kubelet, defaultKubelet}, {&c.TokenFile, defaultToken}, {&c.CgroupRoot, defaultCgroupRoot}} {
 		if *d.field == "" {
 			*d.field = d.otherwise
 		}

@@ -2,6 +2,7 @@ package k8s
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -11,6 +12,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -68,6 +70,8 @@ type kubelet struct {
 	config  Config
 	metrics *metrics
 	timeout time.Duration
+	// clusterCA and own are whose certificates are believed if no file is configured.
+	clusterCA, own string
 
 	mu     sync.Mutex // guards what follows
 	cas    []byte     // that client was made with
@@ -75,7 +79,7 @@ type kubelet struct {
 }
 
 func newKubelet(c Config, m *metrics) *kubelet {
-	return &kubelet{config: c, metrics: m, timeout: pollTimeout}
+	return &kubelet{config: c, metrics: m, timeout: pollTimeout, clusterCA: defaultCA, own: defaultOwn}
 }
 
 // pods lists the pods of this node. The error wraps errKubelet.
@@ -119,7 +123,7 @@ func (k *kubelet) get(ctx context.Context) (io.ReadCloser, error) {
 	resp, err := client.Do(req)
 	if err != nil {
 		if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
-			err = fmt.Errorf("%w; if kubelets make their certificates themselves here, write the kubelet's own file in kubelet_ca, such as /var/lib/kubelet/pki/kubelet.crt", err)
+			err = fmt.Errorf("%w; it is believed if %s: where the kubelet makes its certificate itself, that file has to be there, or another one in kubelet_ca", err, k.believed())
 		}
 		return nil, err
 	}
@@ -137,12 +141,34 @@ func (k *kubelet) get(ctx context.Context) (io.ReadCloser, error) {
 	return nil, errors.Join(err, resp.Body.Close())
 }
 
+// believed says whose certificate is.
+func (k *kubelet) believed() string {
+	if k.config.KubeletCA != "" {
+		return "it is by " + k.config.KubeletCA
+	}
+	return "it is by the cluster's CA or is " + k.own
+}
+
+// trusted reads the CAs that issue the kubelet's certificate. One that the kubelet has
+// made itself is believed by the file on its node, which is root's.
+func (k *kubelet) trusted() ([]byte, error) {
+	if k.config.KubeletCA != "" {
+		return readFile(k.config.KubeletCA)
+	}
+	cas, err := readFile(k.clusterCA)
+	own, ownErr := readFile(k.own)
+	if ownErr != nil {
+		return cas, err // most nodes have none
+	}
+	return slices.Concat(cas, []byte("\n"), own), nil
+}
+
 // connect returns a client that trusts the CAs that are in the file now.
 func (k *kubelet) connect() (*http.Client, error) {
 	var cas []byte
 	if strings.HasPrefix(k.config.Kubelet, "https:") {
 		var err error
-		if cas, err = readFile(k.config.KubeletCA); err != nil {
+		if cas, err = k.trusted(); err != nil {
 			return nil, err
 		}
 	}
@@ -158,7 +184,7 @@ func (k *kubelet) connect() (*http.Client, error) {
 	if cas != nil {
 		conf.RootCAs = x509.NewCertPool()
 		if !conf.RootCAs.AppendCertsFromPEM(cas) {
-			return nil, fmt.Errorf("kubelet_ca %s holds no certificate", k.config.KubeletCA)
+			return nil, fmt.Errorf("kubelet_ca: no certificate in %s", cmp.Or(k.config.KubeletCA, k.clusterCA))
 		}
 	}
 	if k.client != nil {

@@ -2,9 +2,11 @@ package k8s
 
 import (
 	"context"
+	"encoding/pem"
 	"errors"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/test/identitytest"
 )
 
 // F49: a kubelet or runtime that is gone, hangs or talks nonsense: what is known goes
@@ -146,6 +149,43 @@ func TestKubeletCertificate(t *testing.T) {
 	w.attestor.kubelet.config.NodeName = "example.com" // which is in it, and it is its own CA
 	w.attestor.kubelet.client = nil
 	w.attested(init)
+}
+
+// Without kubelet_ca, the cluster's CA is believed and the certificate that the kubelet has
+// made itself; nothing else, and there need not be both.
+func TestKubeletsOwnCertificate(t *testing.T) {
+	w := newWorld(t)
+	its := w.attestor.config.KubeletCA
+	config := w.attestor.config
+	config.KubeletCA = ""
+	another := identitytest.NewAuthority(t, "example.org")
+	other := filepath.Join(t.TempDir(), "other.crt")
+	if err := os.WriteFile(other, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: another.Cert.Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	none := filepath.Join(t.TempDir(), "none.crt")
+	for _, c := range []struct {
+		cluster, own string
+		want         string // in the error
+	}{
+		{its, none, ""},
+		{other, its, ""},
+		{none, its, ""},
+		{other, none, none},
+		{other, other, other},
+		{none, none, "no such file"},
+	} {
+		k := newKubelet(config, w.attestor.metrics)
+		k.clusterCA, k.own = c.cluster, c.own
+		asked := w.kubelet.count()
+		_, err := k.pods(t.Context())
+		if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v", c, err)
+		}
+		if err != nil && w.kubelet.count() != asked {
+			t.Errorf("%+v: the token was sent to whoever answered", c)
+		}
+	}
 }
 
 // CAs and token are read again at each call.
