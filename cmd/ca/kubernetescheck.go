@@ -39,7 +39,8 @@ func newKubernetesCheckCommand() *cobra.Command {
 answer, does the CA have the rights that its settings and the cluster's objects need, are tokens reviewed, are the kinds
 there, do agents run on all nodes with a token for the right audience and under the cluster's
 right name, is the published trust bundle the CA's present one, is the CSI driver registered.
-It changes nothing.
+Of an upstream CA that is a signer of Kubernetes or an issuer of cert-manager, it looks at the
+kind and the rights; ca upstream check tries it. It changes nothing.
 
 What the CA itself may not see is skipped, unless --kubeconfig names that of somebody who may.
 The exit code is 1 if a check failed.`,
@@ -66,7 +67,11 @@ The exit code is 1 if a check failed.`,
 					return err
 				}
 			}
-			if len(v.Kubernetes.Clusters) == 0 {
+			above, err := openUpstreamCluster(v, quiet)
+			if err != nil {
+				return err
+			}
+			if len(v.Kubernetes.Clusters) == 0 && above == nil {
 				return fmt.Errorf("%s names no cluster: write kubernetes.clusters (see docs/kubernetes.md)", path)
 			}
 			plan, err := planIstio(v, all.names())
@@ -74,7 +79,9 @@ The exit code is 1 if a check failed.`,
 				return err
 			}
 			report := &clusterReport{cmd: cmd, format: format, timeout: timeout}
-			report.run("the clusters have the same names everywhere", sameNames(v, &attestation), nil)
+			if len(v.Kubernetes.Clusters) > 0 {
+				report.run("the clusters have the same names everywhere", sameNames(v, &attestation), nil)
+			}
 			for _, s := range v.Kubernetes.Clusters {
 				t := &clusterTrial{settings: s, istio: plan, client: all.clients[s.Name], bundle: func(ctx context.Context) (string, error) { return ownBundle(ctx, c) }}
 				if i := slices.IndexFunc(attestation.Clusters, func(a k8spsat.ClusterConfig) bool { return a.Name == s.Name }); i >= 0 {
@@ -87,6 +94,9 @@ The exit code is 1 if a check failed.`,
 					}
 				}
 				t.check(report)
+			}
+			if above != nil {
+				above.check(report)
 			}
 			return report.end()
 		},
@@ -214,7 +224,7 @@ func (t *clusterTrial) check(r *clusterReport) {
 		clock = now.Add(500 * time.Millisecond).Sub(before.Add(time.Since(before) / 2))
 		version = v
 		return version, err
-	}, say("see that the address is right and reachable, and that the kubeconfig's credentials and CA are those of this cluster")) {
+	}, say(answersFix)) {
 		return // whatever else is wrong is not known
 	}
 	run("the clocks agree", func(context.Context) (string, error) {
@@ -236,7 +246,7 @@ func (t *clusterTrial) check(r *clusterReport) {
 		run("the kind PodCertificateRequest is there", t.certificatesKind("podcertificaterequests"), certificatesKindFix)
 	}
 	for _, n := range t.rights() {
-		run("the CA may "+n.String(), func(ctx context.Context) (string, error) { return t.may(ctx, n) }, nil)
+		run("the CA may "+n.String(), func(ctx context.Context) (string, error) { return may(ctx, t.client, n) }, nil)
 	}
 	if t.attestation != nil && t.attestation.TokenReview != nil {
 		run("tokens are reviewed", t.reviews, say("bind the ClusterRole system:auth-delegator to the CA's service account"))
@@ -253,6 +263,9 @@ func (t *clusterTrial) check(r *clusterReport) {
 		run("the trust bundle is published", t.published, say("give the CA the rights to ConfigMaps above"))
 	}
 }
+
+// answersFix is what to do about an API server that does not answer.
+const answersFix = "see that the address is right and reachable, and that the kubeconfig's credentials and CA are those of this cluster"
 
 // reviews has a token reviewed that is none.
 func (t *clusterTrial) reviews(ctx context.Context) (string, error) {

@@ -9,12 +9,18 @@ import (
 
 	"github.com/meshid/meshid/internal/kube"
 	"github.com/meshid/meshid/pkg/attest/node/k8spsat"
+	"github.com/meshid/meshid/pkg/ca/upstream/certmanager"
+	"github.com/meshid/meshid/pkg/ca/upstream/k8scsr"
 	"github.com/meshid/meshid/pkg/istio"
 	"github.com/meshid/meshid/pkg/kubernetes"
 )
 
-// certificatesGroup is the API group of signers, and of what is theirs.
-const certificatesGroup = "certificates.k8s.io"
+// certificatesGroup is the API group of signers, and of what is theirs; certManagerGroup
+// that of cert-manager.
+const (
+	certificatesGroup = "certificates.k8s.io"
+	certManagerGroup  = "cert-manager.io"
+)
 
 // need is a right that the CA needs in a cluster.
 type need struct {
@@ -76,12 +82,10 @@ func (t *clusterTrial) rights() []need {
 		add(need{Resource: "configmaps", Name: name}, "list", "watch", "patch")
 		add(need{Resource: "configmaps"}, "create")
 	}
-	signer := func(name, verb string) {
-		domain, _, _ := strings.Cut(name, "/")
-		add(need{Group: certificatesGroup, Resource: "signers", Name: name, OrName: domain + "/*"}, verb)
-	}
+	signer := func(name, verb string) { all = append(all, signerRight(name, verb)) }
 	clusterTrustBundle := func(name string) {
-		add(need{Group: certificatesGroup, Resource: "clustertrustbundles"}, "list", "watch", "create", "patch")
+		add(need{Group: certificatesGroup, Resource: "clustertrustbundles"}, "list", "watch", "create")
+		add(need{Group: certificatesGroup, Resource: "clustertrustbundles", Name: name}, "patch")
 		if s := kubernetes.SignerOf(name); s != "" {
 			signer(s, "attest")
 		}
@@ -142,6 +146,47 @@ func (t *clusterTrial) rights() []need {
 			}
 		}
 	}
+	return sorted(all)
+}
+
+// signerRight is a right to a signer, for which that to all of its domain is as good.
+func signerRight(name, verb string) need {
+	domain, _, _ := strings.Cut(name, "/")
+	return need{Verb: verb, Group: certificatesGroup, Resource: "signers", Name: name, OrName: domain + "/*"}
+}
+
+// csrRights are those that an upstream CA of the kind k8scsr needs.
+func csrRights(c *k8scsr.Config) (all []need) {
+	for _, verb := range []string{"create", "list", "watch", "delete"} {
+		all = append(all, need{Verb: verb, Group: certificatesGroup, Resource: "certificatesigningrequests"})
+	}
+	if c.Approve {
+		all = append(all, need{Verb: "patch", Group: certificatesGroup, Resource: "certificatesigningrequests", Subresource: "approval"}, signerRight(c.Signer, "approve"))
+	}
+	// cert-manager wants whoever asks an Issuer by this API to have a right to it there.
+	if name, ok := strings.CutPrefix(c.Signer, "issuers.cert-manager.io/"); ok {
+		namespace, issuer, _ := strings.Cut(name, ".")
+		all = append(all, need{Verb: "reference", Group: certManagerGroup, Resource: "signers", Name: issuer, OrName: "*", Namespace: namespace})
+	}
+	if m := c.Roots.ConfigMap; m.Name != "" {
+		all = append(all, need{Verb: "get", Resource: "configmaps", Name: m.Name, Namespace: m.Namespace})
+	}
+	if name := c.Roots.TrustBundle; name != "" {
+		all = append(all, need{Verb: "get", Group: certificatesGroup, Resource: "clustertrustbundles", Name: name})
+	}
+	return sorted(all)
+}
+
+// certManagerRights are those that an upstream CA of the kind certmanager needs.
+func certManagerRights(c *certmanager.Config) (all []need) {
+	for _, verb := range []string{"create", "list", "watch", "delete"} {
+		all = append(all, need{Verb: verb, Group: certManagerGroup, Resource: "certificaterequests", Namespace: c.Namespace})
+	}
+	return sorted(all)
+}
+
+// sorted are the rights by what they are to, each once.
+func sorted(all []need) []need {
 	slices.SortStableFunc(all, func(a, b need) int {
 		return cmp.Or(strings.Compare(a.Group+"/"+a.Resource, b.Group+"/"+b.Resource), strings.Compare(a.Subresource, b.Subresource), strings.Compare(a.Name, b.Name))
 	})
@@ -152,14 +197,14 @@ func (t *clusterTrial) rights() []need {
 	})
 }
 
-// may asks the API server whether the CA has a right.
-func (t *clusterTrial) may(ctx context.Context, n need) (string, error) {
+// may asks the API server whether whom it knows this client as has a right.
+func may(ctx context.Context, c *kube.Client, n need) (string, error) {
 	names := []string{n.Name}
 	if n.OrName != "" {
 		names = append(names, n.OrName)
 	}
 	for _, n.Name = range names {
-		if allowed, err := t.allowed(ctx, n); err != nil || allowed {
+		if allowed, err := allowed(ctx, c, n); err != nil || allowed {
 			return "", err
 		}
 	}
@@ -167,7 +212,7 @@ func (t *clusterTrial) may(ctx context.Context, n need) (string, error) {
 	return "", &mistake{"it may not", n.fix()}
 }
 
-func (t *clusterTrial) allowed(ctx context.Context, n need) (bool, error) {
+func allowed(ctx context.Context, c *kube.Client, n need) (bool, error) {
 	review := map[string]any{
 		"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
 		"spec": map[string]any{"resourceAttributes": n},
@@ -178,6 +223,6 @@ func (t *clusterTrial) allowed(ctx context.Context, n need) (bool, error) {
 		} `json:"status"`
 	}
 	path := kube.Path{Resource: kube.Resource{Group: "authorization.k8s.io", Version: "v1", Plural: "selfsubjectaccessreviews"}}
-	err := t.client.Create(ctx, path, review, &answer)
+	err := c.Create(ctx, path, review, &answer)
 	return answer.Status.Allowed, err
 }
