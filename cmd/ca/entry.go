@@ -232,28 +232,47 @@ func newEntryDelete(c *clientFlags) *cobra.Command {
 func newEntryExplain(c *clientFlags) *cobra.Command {
 	var node, attributes string
 	var pid int64
+	pod := &podFlags{}
 	cmd := printing(&cobra.Command{
-		Use:   "explain [NAME...] --node NODE (--pid PID | --attributes FILE)",
+		Use:   "explain [NAME...] (--pod NAMESPACE/NAME | --node NODE (--pid PID | --attributes FILE))",
 		Short: "Say which entry matches a workload, or which term was false",
-		Long: `Explain evaluates the entries against one workload: a process that the node's
-agent attests now, or attributes from a file such as
+		Long: `Explain evaluates the entries against one workload: a pod, by what its cluster says of it
+(without what only its node knows, such as users and executables), a process that the
+node's agent attests now, or attributes from a file such as
 
   unix: {uid: 1000, gid: 1000}
   docker:
     image: registry.internal/shop/web:1
     labels: {team: shop, app: web}`,
-		Example: `  ca entry explain --node web-1 --pid 4711
+		Example: `  kubectl -n meshid exec meshid-ca-0 -- ca entry explain --pod shop/web-7d4b9c-x2x8p
+  ca entry explain --node web-1 --pid 4711
   ca entry explain shop --node web-1 --attributes web.yaml`,
 		ValidArgsFunction: completeArgs(0, c.entryNames),
 	}, func(cmd *cobra.Command, names []string) (*adminv1.ExplainResponse, error) {
-		id, err := nodeID(cmd.Context(), c, node)
-		if err != nil {
-			return nil, err
+		request := &adminv1.ExplainRequest{Names: names}
+		targets := 0
+		for _, given := range []bool{pod.pod != "", pid != 0, attributes != ""} {
+			if given {
+				targets++
+			}
 		}
-		request := &adminv1.ExplainRequest{Names: names, Node: &adminv1.ExplainRequest_NodeId{NodeId: id}}
+		if targets != 1 {
+			return nil, fmt.Errorf("say what to explain: one of --pod, --pid and --attributes")
+		}
+		if node == "" && pod.pod == "" {
+			return nil, fmt.Errorf("say on which node: --node, of those that ca node list shows")
+		}
+		var hint string
 		switch {
-		case (pid != 0) == (attributes != ""):
-			return nil, fmt.Errorf("say what to explain: either --pid or --attributes")
+		case pod.pod != "":
+			w, on, err := pod.find(cmd.Context())
+			if err != nil {
+				return nil, err
+			}
+			request.Target = &adminv1.ExplainRequest_Workload{Workload: w}
+			if node == "" {
+				node, hint = on, "\n  The pod's node has not attested: see that an agent runs there (kubectl get pods -A -o wide -l app.kubernetes.io/name=meshid-agent), or name it with --node if it attests by another method"
+			}
 		case pid != 0:
 			request.Target = &adminv1.ExplainRequest_Pid{Pid: pid}
 		default:
@@ -263,6 +282,11 @@ agent attests now, or attributes from a file such as
 			}
 			request.Target = &adminv1.ExplainRequest_Workload{Workload: w}
 		}
+		id, err := nodeID(cmd.Context(), c, node)
+		if err != nil {
+			return nil, fmt.Errorf("%w%s", err, hint)
+		}
+		request.Node = &adminv1.ExplainRequest_NodeId{NodeId: id}
 		return call(cmd.Context(), c, adminv1.AdminServiceClient.Explain, request)
 	}, func(cmd *cobra.Command, _ string, answer *adminv1.ExplainResponse) error {
 		return writeExplanation(cmd.OutOrStdout(), answer)
@@ -270,9 +294,7 @@ agent attests now, or attributes from a file such as
 	cmd.Flags().StringVar(&node, "node", "", "name or SPIFFE ID of the node (see ca node list)")
 	cmd.Flags().Int64Var(&pid, "pid", 0, "process on that node, as numbered on the node itself")
 	cmd.Flags().StringVar(&attributes, "attributes", "", "YAML file with attributes, or - for standard input")
-	if err := cmd.MarkFlagRequired("node"); err != nil {
-		panic(err) // the flag was defined above
-	}
+	pod.add(cmd)
 	_ = cmd.RegisterFlagCompletionFunc("node", completeArgs(0, c.nodeNames))
 	return cmd
 }

@@ -66,6 +66,58 @@ node_attestation:
 	}
 }
 
+// Whoever knows a pod by its name is told which entry gives it an identity, or why none
+// does, without a number of a process.
+func TestExplainPod(t *testing.T) {
+	s := testkube.Shared(t)
+	reviewer(t, s)
+	namespace := s.Namespace(t)
+	node := "node-" + namespace
+	agent := s.CreatePod(t, testkube.Pod{Namespace: namespace, Name: "agent-x", ServiceAccount: "agent", Node: node})
+	s.CreatePod(t, testkube.Pod{Namespace: namespace, Name: "web", ServiceAccount: "web", Node: node})
+	s.CreatePod(t, testkube.Pod{Namespace: namespace, Name: "far", ServiceAccount: "web", Node: node + "-2"})
+	config := fmt.Sprintf(`
+kubernetes: {clusters: [{name: prod, kubeconfig: %q}]}
+node_attestation: {k8s_psat: {clusters: [{name: prod, service_accounts: [%s/agent], token_review: {}}]}}
+`, s.UserKubeconfig(t, "ca"), namespace)
+	c := local.StartCA(t, local.CAOptions{Config: config})
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	c.StartAgent(t, "", local.AgentOptions{NodeAttestation: "{k8s_psat: {cluster: prod, token_file: " + write("token", s.Token(t, agent, 10*time.Minute, "meshid")) + "}}"})
+	c.MustCommand(t, "entry", "apply", "-f", write("entries.yaml", fmt.Sprintf(`
+- {name: shop, spiffe_id: 'spiffe://example.org/sa/{k8s.service_account}', nodes: 'node.k8s.cluster == "prod"', workloads: 'k8s.namespace == "%[1]s"'}
+- {name: other, spiffe_id: 'spiffe://example.org/other', workloads: 'k8s.namespace == "%[1]s" && k8s.service_account == "batch"'}
+`, namespace)))
+	at := write("ca.yaml", "trust_domain: example.org\n"+config)
+	out := c.MustCommand(t, "entry", "explain", "--config", at, "--pod", namespace+"/web")
+	for _, want := range []string{"match entry/shop -> spiffe://example.org/sa/web", `entry/other: workloads: k8s.service_account == "batch"`, `"pod_name":"web"`} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+	for _, refused := range []struct{ args, want string }{
+		{"--pod " + namespace + "/none", "has no pod " + namespace + "/none; see: kubectl get pods -n " + namespace},
+		{"--pod " + namespace + "/far", "The pod's node has not attested"},
+		{"--pod web", "write NAMESPACE/NAME"},
+		{"--pod " + namespace + "/web --container sidecar", "has no container \"sidecar\""},
+		{"--pod " + namespace + "/web --cluster edge", "write one of prod"},
+		{"--pod " + namespace + "/web --pid 1", "say what to explain"},
+		{"", "say what to explain"},
+		{"--pid 1", "say on which node"},
+	} {
+		out, err := c.Command(t, append([]string{"entry", "explain", "--config", at}, strings.Fields(refused.args)...)...)
+		if err == nil || !strings.Contains(out+err.Error(), refused.want) {
+			t.Errorf("%s: %v: %s, want %q", refused.args, err, out, refused.want)
+		}
+	}
+}
+
 // refusal waits for a record of a refusal that says why.
 func refusal(t *testing.T, c *local.CA, why string) func(context.Context) error {
 	return func(context.Context) error {
