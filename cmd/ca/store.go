@@ -28,7 +28,7 @@ func newStoreCommand() *cobra.Command {
 }
 
 func newStoreAccept() *cobra.Command {
-	var path string
+	var path, restored string
 	var o overrides
 	cmd := &cobra.Command{
 		Use:   "accept",
@@ -49,7 +49,14 @@ own. If the folder ledger was lost, put the newest copy of it back, with tree an
 keys/log.key; if there is none, accept the database. The new ledger then begins with
 the record that there was another one.
 
+If all of the data folder was restored from a copy, nothing in it can tell, but agents can:
+they were told more than this CA knows, and do not follow one that takes that back. Name the
+copy with --restored, such as the day it was made: agents then take what is in it for new.
+For each name this is done once, so that it can stand before each start of the CA.
+
 The CA must not run meanwhile.`,
+		Example: `  ca store accept --config ca.yaml
+  ca store accept --config ca.yaml --restored 2026-11-26`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			v, err := loadSettings(path, cmd.Flags().Changed("config"), o)
@@ -69,12 +76,17 @@ The CA must not run meanwhile.`,
 			defer func() { err = errors.Join(err, journal.Close()) }()
 			who := server.Acceptance{
 				By: fmt.Sprintf("uid:%d", os.Getuid()), Now: time.Now(), TrustDomain: v.trustDomain.Name(), Instance: v.Instance, Version: cli.Version(),
+				Restored: restored,
 			}
 			err = server.AcceptStore(ctx, anchorPath(v.DataDir), journal, db, who,
 				func(revision, sequence uint64) (string, error) {
 					err := db.Restored(ctx, server.LedgerName(journal), revision, sequence)
 					return db.Epoch(), err
 				})
+			if errors.Is(err, server.ErrAccepted) {
+				fmt.Fprintf(cmd.OutOrStdout(), "nothing to do: %v\n", err)
+				return nil
+			}
 			if err != nil {
 				return err
 			}
@@ -82,6 +94,7 @@ The CA must not run meanwhile.`,
 			return nil
 		},
 	}
+	cmd.Flags().StringVar(&restored, "restored", "", "name of the copy from which all of the data folder was restored")
 	configFlags(cmd, &path, &o)
 	return cmd
 }

@@ -79,6 +79,9 @@ type Anchor struct {
 	// wanted is what nodes, quarantines and join tokens were when the CA stopped; nil
 	// if nobody knows. It is not changed.
 	wanted *wanted
+	// restored names the copy that was accepted last for all of the data folder. It is not
+	// changed.
+	restored string
 
 	mu         sync.Mutex               // held while the file is written; guards what follows
 	unrecorded map[string]string        // entries not to be believed, by name → why
@@ -188,6 +191,7 @@ type anchored struct {
 	Records  uint64            `json:"records"` // in the journal when this was written
 	Entries  map[string]string `json:"entries"` // name → hexadecimal digest
 	Roots    []string          `json:"roots"`   // hexadecimal SHA-256
+	Restored string            `json:"restored,omitempty"`
 
 	anchoredNodes
 }
@@ -226,6 +230,9 @@ func openAnchor(ctx context.Context, path string, journal *ledger.Journal, st Tr
 	kept, err := readAnchor(path)
 	if err == nil {
 		a.wanted, err = a.wantedNodes(ctx, kept)
+	}
+	if kept != nil {
+		a.restored = kept.Restored
 	}
 	if err == nil {
 		err = a.compare(ctx, kept, st)
@@ -463,6 +470,7 @@ type BehindError struct {
 	Sequence, WantSequence uint64 // of the trust bundle
 	Epoch, WantEpoch       string
 	Changes                []string // that are in the ledger and not in the store, as far as they were looked for
+	copied                 string   // the copy from which ledger and store were restored together
 }
 
 // Error names the difference, and what to do.
@@ -500,6 +508,9 @@ func (e *BehindError) past() string {
 	if e.Foreign != "" {
 		return fmt.Sprintf("the database had belonged to the ledger %s", e.Foreign)
 	}
+	if e.copied != "" {
+		return fmt.Sprintf("all of the data folder had been restored from the copy %q: what the ledger had recorded since is lost", e.copied)
+	}
 	return fmt.Sprintf("the database had been restored from a copy of revision %d; the ledger was at %d", e.Revision, e.WantRevision)
 }
 
@@ -509,7 +520,17 @@ type Acceptance struct {
 	By                             string
 	Now                            time.Time
 	TrustDomain, Instance, Version string
+	// Restored names the copy from which all of the data folder was restored, "" if only
+	// the store was. Nothing in the folder can tell that: agents can, and do not follow.
+	Restored string
 }
+
+// ErrAccepted says that the data folder was accepted as restored from this copy before.
+var ErrAccepted = errors.New("it was accepted before")
+
+// lostRevisions is more than a ledger that is lost can have had since a copy was made:
+// what agents were told then has smaller numbers.
+const lostRevisions = 1 << 20
 
 // AcceptStore makes the store that OpenAnchor refuses the one that counts, by the
 // word of an operator, which is recorded first: its rows are what was recorded. What
@@ -517,16 +538,21 @@ type Acceptance struct {
 // withdrawn since are removed. restore must have the store belong to this ledger, make its
 // revision and trust bundle sequence at least these, and begin a new epoch, so that
 // agents take what it says for new.
+//
+// A data folder that was restored as a whole is accepted by its copy's name, once: the
+// error is ErrAccepted for the same name.
 func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st TrustStore, who Acceptance,
 	restore func(revision, sequence uint64) (epoch string, err error),
 ) error {
 	a, err := openAnchor(ctx, path, journal, st, who.Version)
-	if err == nil {
-		return errors.New("the store is this ledger's, and not behind it: there is nothing to accept")
-	}
 	behind, ok := errors.AsType[*BehindError](err)
-	if !ok {
+	switch {
+	case who.Restored != "" && a.restored == who.Restored:
+		return fmt.Errorf("the copy %q: %w", who.Restored, ErrAccepted)
+	case err != nil && !ok:
 		return err
+	case err == nil && who.Restored == "":
+		return errors.New("the store is this ledger's, and not behind it: there is nothing to accept. If all of the data folder was restored from a copy, name the copy with --restored")
 	}
 	entries, revision, err := st.Entries(ctx)
 	if err != nil {
@@ -548,6 +574,10 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 	if err != nil {
 		return err
 	}
+	if behind == nil {
+		behind = &BehindError{Revision: revision, WantRevision: revision, Sequence: trust.Sequence, WantSequence: trust.Sequence}
+	}
+	behind.copied = who.Restored
 	if _, err := journal.Append(ctx, ledger.NewDraft(&ledgerv1.Record{
 		Version: recordVersion, Time: timestamppb.New(who.Now), Event: ledgerv1.Event_EVENT_STORE_ACCEPTED, Outcome: ledgerv1.Outcome_OUTCOME_SUCCESS,
 		TrustDomain: who.TrustDomain, CaInstance: who.Instance, CaVersion: who.Version, Actor: who.By,
@@ -560,6 +590,9 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 		return err
 	}
 	revision, sequence := max(behind.WantRevision, revision)+1, max(behind.WantSequence, trust.Sequence)+1
+	if who.Restored != "" {
+		revision, sequence = revision+lostRevisions, sequence+lostRevisions
+	}
 	open, used, withdrawn := a.wanted.knownTokens().judge(tokens)
 	for _, t := range slices.Concat(used, withdrawn) {
 		if err := st.DeleteToken(ctx, t.SHA256, recordNothing); err != nil {
@@ -572,7 +605,7 @@ func AcceptStore(ctx context.Context, path string, journal *ledger.Journal, st T
 	}
 	next := &anchored{
 		Epoch: epoch, Revision: revision, Sequence: sequence, Records: journal.Size(), Entries: map[string]string{},
-		Roots: rootHashes(trust.Bundle()), anchoredNodes: a.wanted.accept(nodes, quarantines),
+		Roots: rootHashes(trust.Bundle()), anchoredNodes: a.wanted.accept(nodes, quarantines), Restored: who.Restored,
 	}
 	next.NodeRecords, next.Version, next.Tokens = next.Records, who.Version, open
 	for _, e := range entries {
@@ -611,8 +644,9 @@ func (s *Server) keepAnchor(ctx context.Context) {
 	entries, bundle := s.registry.Entries(), s.bundle()
 	next := &anchored{
 		Epoch: s.cfg.Store.Epoch(), Revision: entries.Revision, Sequence: bundle.GetSequence(), Records: records,
-		Roots:   rootHashes(bundle.GetRoots()),
-		Entries: make(map[string]string, entries.Set.Len()+len(entries.Broken)),
+		Roots:    rootHashes(bundle.GetRoots()),
+		Restored: a.restored,
+		Entries:  make(map[string]string, entries.Set.Len()+len(entries.Broken)),
 	}
 	for e := range entries.Set.All() {
 		next.Entries[e.Name()] = digestText(e.Digest())

@@ -328,7 +328,10 @@ func (s *sender) sendEntries(hello *nodev1.Hello) error {
 		if hello.GetEpoch() != s.epoch {
 			return s.sendSnapshot(entries)
 		}
-		from = hello.GetRevision()
+		if from = hello.GetRevision(); from > entries.Revision {
+			s.s.log.WarnContext(s.stream.Context(), "an agent was told more than this ca knows, and does not follow it: if all of its data folder was restored from a copy, see ca store accept --restored",
+				"node_id", s.node.ID, "revision", entries.Revision, "agents_revision", from)
+		}
 	}
 	if from == entries.Revision {
 		if !s.synced {

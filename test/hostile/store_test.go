@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -293,5 +294,75 @@ func TestV_L8_F16_StoreRestoredFromACopy(t *testing.T) {
 		}
 		return err
 	})
+	w.sound(t)
+}
+
+// All of the data folder is restored from an older copy, ledger and database alike, which
+// nothing in it can tell. Agents were told more, and do not follow a CA that takes that back
+// until an operator says that it was restored; then they have what it has.
+func TestV_L8_F16_DataFolderRestoredFromACopy(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	fetchAs(t, bob, w.agent)
+	must(t, w.ca.Stop(t))
+	older := filepath.Join(t.TempDir(), "copy")
+	must(t, os.CopyFS(older, os.DirFS(w.ca.DataDir)))
+	w.ca.Start(t)
+	w.ca.AwaitReady(t)
+	w.ca.MustCommand(t, "entry", "delete", "bob")
+	w.ca.Apply(t, "- {name: mallory, spiffe_id: 'spiffe://example.org/mallory', workloads: unix.uid == 23003}\n")
+	awaitAs(t, mallory, w.agent, "spiffe://example.org/mallory")
+	must(t, w.ca.Stop(t))
+	must(t, os.RemoveAll(w.ca.DataDir))
+	must(t, os.CopyFS(w.ca.DataDir, os.DirFS(older)))
+	must(t, filepath.WalkDir(w.ca.DataDir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			err = os.Chmod(path, 0o700)
+		} else if err == nil {
+			err = os.Chmod(path, 0o600)
+		}
+		return err
+	}))
+
+	// Without a word, the agent goes on with what it was told.
+	w.ca.Start(t)
+	w.ca.AwaitReady(t)
+	local.Await(t, "the CA says so", func(context.Context) error {
+		if log := w.ca.Log(); !strings.Contains(log, "an agent was told more than this ca knows") || !strings.Contains(log, "ca store accept --restored") {
+			return errors.New("it does not")
+		}
+		return nil
+	})
+	must(t, w.ca.Stop(t))
+
+	config := filepath.Join(w.ca.Dir, "ca.yaml")
+	if out, err := w.ca.Command(t, "store", "accept", "--config", config); err == nil || !strings.Contains(err.Error(), "--restored") {
+		t.Errorf("it is not said how: %s %v", out, err)
+	}
+	w.ca.MustCommand(t, "store", "accept", "--config", config, "--restored", "tuesday")
+	for range 2 { // once, also when it has been in use
+		if out := w.ca.MustCommand(t, "store", "accept", "--config", config, "--restored", "tuesday"); !strings.Contains(out, "nothing to do") {
+			t.Errorf("again: %s", out)
+		}
+		w.ca.Start(t)
+		w.ca.AwaitReady(t)
+		w.agent.AwaitConnected(t)
+		awaitAs(t, bob, w.agent, "spiffe://example.org/bob")
+		w.ca.Apply(t, "- {name: alice-2, spiffe_id: 'spiffe://example.org/alice-2', workloads: unix.uid == 23001}\n")
+		must(t, w.ca.Stop(t))
+	}
+	w.ca.Start(t)
+	w.ca.AwaitReady(t)
+	w.agent.AwaitConnected(t)
+	local.Await(t, "wait until mallory's entry is gone", func(context.Context) error {
+		out, err := as(t, mallory, "fetch", w.agent.Socket).CombinedOutput()
+		if err == nil {
+			return fmt.Errorf("mallory got %s", out)
+		}
+		return nil
+	})
+	if out := w.ca.MustCommand(t, "ledger", "find", "--event", "store_accepted", "-o", "jsonl"); strings.Count(out, "\n") != 1 || !strings.Contains(out, "tuesday") {
+		t.Errorf("recorded is %s", out)
+	}
 	w.sound(t)
 }
