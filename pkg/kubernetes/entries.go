@@ -14,6 +14,7 @@ package kubernetes
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -157,7 +158,7 @@ func (e *Entries) reconcile(ctx context.Context) time.Duration {
 	// for want of an answer.
 	if s := e.feed.State(); !s.Synced {
 		if s.Err != nil {
-			e.cfg.Report(fmt.Sprintf("the RegistrationEntry objects of cluster %s cannot be read: %v", e.cfg.Client.Name(), s.Err))
+			e.cfg.Report(unreadable("RegistrationEntry", e.cfg.Client, s.Err))
 		}
 		return retry
 	}
@@ -206,6 +207,15 @@ func (e *Entries) reconcile(ctx context.Context) time.Duration {
 		}
 	}
 	return next
+}
+
+// unreadable says that objects of one of our kinds cannot be read, and what to do.
+func unreadable(kind string, c *kube.Client, err error) string {
+	problem := fmt.Sprintf("the %s objects of cluster %s cannot be read: %v", kind, c.Name(), err)
+	if errors.Is(err, kube.ErrNotFound) {
+		problem += ": the kind is not there: kubectl apply --server-side -f deploy/kubernetes/crds.yaml, or have them not read"
+	}
+	return problem
 }
 
 func (s *entryStatus) equal(o *entryStatus) bool {

@@ -74,7 +74,13 @@ spec:
 func TestRegistrationEntries(t *testing.T) {
 	s := testkube.StartAPIServer(t)
 	ca := startCA(t, s, ", entries: true")
-	// The kinds come later than the CA: it waits for them.
+	// The kinds come later than the CA: it says what is missing, and waits for them.
+	local.Await(t, "the CA says that the kind is missing", func(context.Context) error {
+		if out := ca.MustCommand(t, "status"); !strings.Contains(out, "deploy/kubernetes/crds.yaml") {
+			return errors.New(out)
+		}
+		return nil
+	})
 	s.Apply(t, crds(t))
 	local.Await(t, "apply an object of the new kind", func(context.Context) error {
 		_, err := s.Kubectl(t, "get", "registrationentries")

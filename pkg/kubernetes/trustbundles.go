@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
@@ -145,7 +144,7 @@ func (t *TrustBundles) Run(ctx context.Context) error {
 func (t *TrustBundles) reconcile(ctx context.Context) time.Duration {
 	if s := t.feed.State(); !s.Synced {
 		if s.Err != nil {
-			t.cfg.Report(fmt.Sprintf("the TrustBundle objects of cluster %s cannot be read: %v", t.cfg.Client.Name(), s.Err))
+			t.cfg.Report(unreadable("TrustBundle", t.cfg.Client, s.Err))
 		}
 		return retry
 	}
