@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -203,9 +204,13 @@ type clusterTrial struct {
 	bundle      func(context.Context) (string, error)
 
 	agents  []agentPod
+	driver  string // of the agents, if their configuration was seen and says so
 	nodes   []string
 	bundles []trustBundle // the TrustBundle objects
 }
+
+// defaultDriver is the name of the agents' CSI driver if theirs is not known.
+const defaultDriver = "csi.meshid.io"
 
 // maxSkew is by how much clocks may differ before it is a mistake.
 const maxSkew = 30 * time.Second
@@ -442,6 +447,9 @@ func (t *clusterTrial) agentsName(ctx context.Context) (string, error) {
 			}
 			for file, text := range object.Data {
 				var agent struct {
+					CSI struct {
+						Driver string `yaml:"driver"`
+					} `yaml:"csi"`
 					NodeAttestation struct {
 						PSAT struct {
 							Cluster string `yaml:"cluster"`
@@ -457,6 +465,7 @@ func (t *clusterTrial) agentsName(ctx context.Context) (string, error) {
 						fmt.Sprintf("write node_attestation.k8s_psat.cluster: %s there, or that name to ca.yaml", t.settings.Name),
 					}
 				}
+				t.driver = agent.CSI.Driver
 				return "", nil
 			}
 		}
@@ -509,7 +518,7 @@ func some(names []string) string {
 
 // registered: the cluster knows the driver, and the kubelet of each agent's node does.
 func (t *clusterTrial) registered(ctx context.Context) (string, error) {
-	const driver = "csi.meshid.io"
+	driver := cmp.Or(t.driver, defaultDriver)
 	mounts := func(p agentPod) bool {
 		return slices.ContainsFunc(p.Spec.Volumes, func(v podVolume) bool { return filepath.Base(v.HostPath.Path) == "plugins_registry" })
 	}

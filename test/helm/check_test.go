@@ -201,6 +201,14 @@ kubernetes: {clusters: [{name: kubernetes, kubeconfig: %s, entries: true, bundle
 			check: "kubernetes: the CSI driver is registered", detail: "n1", fix: "kubelet_dir",
 		},
 		{
+			name: "another driver of the agents",
+			spoil: func() {
+				s.Apply(t, "{apiVersion: v1, kind: ConfigMap, metadata: {name: meshid-agent, namespace: meshid}, data: {agent.yaml: '{csi: {driver: csi.example.org}, node_attestation: {k8s_psat: {cluster: kubernetes}}}'}}")
+			},
+			mend:  func() { s.Apply(t, manifest(t, "meshid.yaml")) },
+			check: "kubernetes: the CSI driver is registered", detail: "no CSIDriver csi.example.org", fix: "deploy/kubernetes/meshid.yaml",
+		},
+		{
 			name: "another name of the cluster at the agents",
 			spoil: func() {
 				s.Apply(t, "{apiVersion: v1, kind: ConfigMap, metadata: {name: meshid-agent, namespace: meshid}, data: {agent.yaml: 'node_attestation: {k8s_psat: {cluster: prod}}'}}")
