@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -155,6 +156,92 @@ func startFront(t *testing.T, s *kube.APIServer, secret, roots, port, caPort, is
 	).Replace(string(text))
 	write("front.yaml", []byte(config))
 	local.Run(t, require.Envoy(t), "-c", filepath.Join(dir, "front.yaml"), "--use-dynamic-base-id", "-l", "warning")
+}
+
+// The commands of docs/istio.md that put the Envoy in front of istiod, and take it away.
+func TestFrontCommands(t *testing.T) {
+	s := kube.Shared(t)
+	s.Account(t, "istio-system", "istiod-service-account") // and the namespace
+	s.Apply(t, `
+apiVersion: v1
+kind: Service
+metadata: {name: istiod, namespace: istio-system}
+spec: {selector: {app: istiod, istio: pilot}, ports: [{name: https-dns, port: 15012}, {name: https-webhook, port: 443, targetPort: 15017}]}
+`)
+	t.Cleanup(func() {
+		_ = s.Do(context.Background(), http.MethodDelete, "/api/v1/namespaces/istio-system/services/istiod", nil, nil)
+	})
+	dir := t.TempDir()
+	if err := os.Symlink(filepath.Join(require.Repository(), "deploy"), filepath.Join(dir, "deploy")); err != nil {
+		t.Fatal(err)
+	}
+	run := func(line string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "bash", "-euc", line)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig, "PATH="+require.Kubernetes(t)+":"+os.Getenv("PATH"))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", line, err, out)
+		}
+	}
+	leadsTo := func(want string) {
+		t.Helper()
+		if got := s.MustKubectl(t, "get", "service", "-n", "istio-system", "istiod", "-o", "jsonpath={.spec.selector}"); got != want {
+			t.Errorf("the Service leads to %s, want %s", got, want)
+		}
+	}
+	const deployment = "/apis/apps/v1/namespaces/istio-system/deployments/meshid-front"
+	for line := range strings.Lines(require.Example(t, "istio.md", "sh front")) {
+		if strings.Contains(line, "rollout status") { // no controller is here
+			leadsTo(`{"app":"istiod","istio":"pilot"}`)
+			status := object{"status": object{"observedGeneration": 1, "replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "availableReplicas": 2}}
+			if err := s.Do(t.Context(), http.MethodPatch, deployment+"/status", status, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		run(line)
+	}
+	leadsTo(`{"app":"meshid-front"}`)
+	config := s.MustKubectl(t, "get", "configmap", "-n", "istio-system", "meshid-front", "-o", `jsonpath={.data.front\.yaml}`)
+	if strings.Contains(config, "mesh-ca") || strings.Count(config, "meshid-ca.meshid.svc") != 3 {
+		t.Errorf("the Envoy is told\n%s", config)
+	}
+	// The pods have what front.yaml reads, and may run where only restricted ones may.
+	var front struct {
+		Spec struct {
+			Template object `json:"template"`
+		} `json:"spec"`
+	}
+	if err := s.Do(t.Context(), http.MethodGet, deployment, nil, &front); err != nil {
+		t.Fatal(err)
+	}
+	pods := fmt.Sprint(front.Spec.Template)
+	for _, path := range []string{"/etc/istiod-tls", "/etc/roots"} {
+		if !strings.Contains(config, path) || !strings.Contains(pods, "mountPath:"+path) {
+			t.Errorf("%s is not mounted, or not read: %s", path, pods)
+		}
+	}
+	strict := s.Namespace(t)
+	s.MustKubectl(t, "label", "namespace", strict, "pod-security.kubernetes.io/enforce=restricted")
+	s.Account(t, strict, "default")
+	pod := front.Spec.Template
+	pod["metadata"] = object{"name": "front"}
+	if err := s.Do(t.Context(), http.MethodPost, "/api/v1/namespaces/"+strict+"/pods?dryRun=All", pod, nil); err != nil {
+		t.Error(err)
+	}
+
+	for line := range strings.Lines(require.Example(t, "istio.md", "sh back")) {
+		run(line)
+	}
+	leadsTo(`{"app":"istiod","istio":"pilot"}`)
+	for _, left := range []string{deployment, "/api/v1/namespaces/istio-system/services/istiod-direct", "/api/v1/namespaces/istio-system/configmaps/meshid-front"} {
+		local.Await(t, "it is gone: "+left, func(ctx context.Context) error {
+			if err := s.Do(ctx, http.MethodGet, left, nil, nil); err == nil {
+				return fmt.Errorf("%s is there", left)
+			}
+			return nil
+		})
+	}
 }
 
 // meshClient is a client of the mesh: it looks at the chain, since there are no DNS names.
