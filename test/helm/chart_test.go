@@ -5,6 +5,7 @@ package helm
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"flag"
@@ -89,6 +90,26 @@ metadata:
 ` + strings.ReplaceAll(render(t), "app.kubernetes.io/managed-by: Helm", "app.kubernetes.io/managed-by: kubectl")
 	compare(t, filepath.Join(require.Repository(), "deploy", "kubernetes", "meshid.yaml"), want)
 	compare(t, filepath.Join(chart, "crds", "crds.yaml"), "# Generated from deploy/kubernetes/crds.yaml by make generate.\n"+string(crds))
+	alerts, err := os.ReadFile(filepath.Join(require.Repository(), "deploy", "prometheus", "alerts.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compare(t, filepath.Join(chart, "files", "alerts.yaml"), "# Generated from deploy/prometheus/alerts.yaml by make generate.\n"+string(alerts))
+	dashboards, err := filepath.Glob(filepath.Join(require.Repository(), "deploy", "grafana", "*.json"))
+	if err != nil || len(dashboards) == 0 {
+		t.Fatalf("there are no dashboards: %v", err)
+	}
+	for _, path := range dashboards {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, text); err != nil {
+			t.Fatal(err)
+		}
+		compare(t, filepath.Join(chart, "files", "dashboards", filepath.Base(path)), compact.String()+"\n")
+	}
 }
 
 // compare compares a file with what it should be, or writes it.
@@ -123,12 +144,16 @@ ca:
   volumes: [{name: pin, secret: {secretName: pin}}]
   volumeMounts: [{name: pin, mountPath: /etc/pin}]
   maxUnavailable: 0
-agent: {csi: false, kubeletSelfSigned: true, nodesProxy: true, caAddress: 'ca.example.org:8443', runtimeSocket: /run/crio/crio.sock, maxUnavailable: 1}
+agent: {csi: false, nodesProxy: true, caAddress: 'ca.example.org:8443', runtimeSocket: /run/crio/crio.sock, maxUnavailable: 1}
 networkPolicy: {caFrom: [{ipBlock: {cidr: 10.0.0.0/8}}], metricsFrom: [{namespaceSelector: {}}]}
 serviceMonitor: {enabled: true, labels: {release: prometheus}}
 bundleNamespaces: mesh=yes
 trustBundles: true
-istio: {enabled: true, nodeProxies: [istio-system/ztunnel], keepRoots: true, keepIstiodCertificate: true}
+podCertificates: true
+clusters: [{name: edge, kubeconfigSecret: edge}, {name: edge_2, kubeconfigSecret: edge-2}]
+prometheusRule: {enabled: true, labels: {release: prometheus}}
+dashboards: {enabled: true, labels: {grafana_dashboard: "yes"}}
+istio: {enabled: true, nodeProxies: [istio-system/ztunnel], keepRoots: true, keepIstiodCertificate: true, previousRoots: "-----BEGIN CERTIFICATE-----"}
 `
 
 func values(t testing.TB, text string) string {
@@ -145,6 +170,7 @@ func TestLint(t *testing.T) {
 		{"--set=trustDomain=example.org"},
 		{"--values=" + values(t, everything)},
 		{"--set=trustDomain=example.org,agent.enabled=false,networkPolicy.enabled=false"},
+		{"--set=trustDomain=example.org,ca.enabled=false,agent.caAddress=ca.example.org:8443,serviceMonitor.enabled=true"},
 	} {
 		if out, err := run(t, nil, append([]string{"lint", "--strict", chart}, args...)...); err != nil {
 			t.Errorf("%v\n%s", err, out)
@@ -206,9 +232,8 @@ contexts: [{name: a, context: {cluster: a}}], current-context: a}`))
 					}
 					found++
 					// This is no pod: its files are elsewhere, and it has no service account.
-					text = strings.ReplaceAll(text, "/etc/meshid/bundle.pem", bundle)
-					text = strings.ReplaceAll(text, "token_review: {}", "token_review: {kubeconfig: "+kubeconfig+"}")
-					text = strings.ReplaceAll(text, "entries: true", "entries: true\n    kubeconfig: "+kubeconfig)
+					text = outside(t, text, map[string]string{"": kubeconfig})
+					text = strings.NewReplacer("/etc/meshid/bundle.pem", bundle, "/etc/meshid/previous-roots.pem", bundle).Replace(text)
 					cmd := exec.CommandContext(t.Context(), filepath.Join(local.Binaries(t), program), "check", "--config", write(file, []byte(text)))
 					cmd.Env = append(os.Environ(), "NODE_NAME=n", "NODE_IP=10.0.0.1")
 					// The agent goes on to look for the CA, which there is none of.
@@ -243,6 +268,8 @@ func TestValuesAreStrict(t *testing.T) {
 		"relative path":    {"{trustDomain: example.org, agent: {kubeletDir: var/lib/kubelet}}", "kubeletDir"},
 		"no address":       {"{trustDomain: example.org, agent: {caAddress: ca.example.org}}", "caAddress"},
 		"share of nothing": {"{trustDomain: example.org, agent: {maxUnavailable: 200%}}", "maxUnavailable"},
+		"agents of no CA":  {"{trustDomain: example.org, ca: {enabled: false}}", "agent.caAddress is missing"},
+		"no kubeconfig":    {"{trustDomain: example.org, clusters: [{name: edge}]}", "kubeconfigSecret"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := run(t, nil, "template", "meshid", chart, "--values="+values(t, c.values))
@@ -253,6 +280,101 @@ func TestValuesAreStrict(t *testing.T) {
 				t.Errorf("helm did not say so itself: %v", err)
 			}
 		})
+	}
+}
+
+// Alerts and dashboards that the chart brings are those of deploy, and go by the jobs that
+// Prometheus gives to what the chart's monitors find.
+func TestMonitors(t *testing.T) {
+	read := func(elem ...string) []byte {
+		data, err := os.ReadFile(filepath.Join(append([]string{require.Repository(), "deploy"}, elem...)...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	var alerts map[string]any
+	if err := yaml.Unmarshal(read("prometheus", "alerts.yaml"), &alerts); err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[string]int)
+	jobs := make(map[string]string) // by kind of monitor
+	names := make(map[string]string)
+	manifests, err := run(t, nil, "template", "prod", chart, "--values="+values(t, everything))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text := range strings.SplitSeq(manifests, "\n---\n") {
+		var object struct {
+			Kind     string `yaml:"kind"`
+			Metadata struct {
+				Name   string            `yaml:"name"`
+				Labels map[string]string `yaml:"labels"`
+			} `yaml:"metadata"`
+			Data map[string]string `yaml:"data"`
+			Spec map[string]any    `yaml:"spec"`
+		}
+		if err := yaml.Unmarshal([]byte(text), &object); err != nil {
+			t.Fatal(err)
+		}
+		switch object.Kind {
+		case "ServiceMonitor", "PodMonitor":
+			label, _ := object.Spec["jobLabel"].(string)
+			selector, _ := object.Spec["selector"].(map[string]any)
+			labels, _ := selector["matchLabels"].(map[string]any)
+			jobs[object.Kind], _ = labels[label].(string)
+			names[object.Kind] = object.Metadata.Name
+		case "PrometheusRule":
+			if diff := cmp.Diff(alerts, object.Spec); diff != "" {
+				t.Errorf("-deploy/prometheus +chart\n%s", diff)
+			}
+			if object.Metadata.Labels["release"] != "prometheus" {
+				t.Errorf("its labels are %v", object.Metadata.Labels)
+			}
+		case "ConfigMap":
+			for file, text := range object.Data {
+				name, ok := strings.CutPrefix(file, "meshid-")
+				if !ok {
+					continue
+				}
+				var want, got any
+				if err := errors.Join(json.Unmarshal(read("grafana", name), &want), json.Unmarshal([]byte(text), &got)); err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(want, got); diff != "" || object.Metadata.Labels["grafana_dashboard"] != "yes" {
+					t.Errorf("%s, labels %v: -deploy/grafana +chart\n%s", name, object.Metadata.Labels, diff)
+				}
+				found["dashboards"]++
+			}
+		default:
+		}
+		found[object.Kind]++
+	}
+	if found["PrometheusRule"] != 1 || found["dashboards"] != 6 {
+		t.Errorf("found %v", found)
+	}
+	if diff := cmp.Diff(map[string]string{"ServiceMonitor": "meshid-ca", "PodMonitor": "meshid-agent"}, jobs); diff != "" {
+		t.Errorf("jobs: -want +got\n%s", diff)
+	}
+	if !strings.Contains(string(read("prometheus", "alerts.yaml")), `job=~"meshid-ca|meshid-agent"`) {
+		t.Error("the alerts go by other jobs")
+	}
+	if names["ServiceMonitor"] != "prod-meshid-ca" {
+		t.Errorf("the release is another one: %v", names)
+	}
+}
+
+// A cluster in which the agents' right does not exist yet is told so, before an agent
+// fails on every node.
+func TestOldKubernetes(t *testing.T) {
+	args := []string{"template", "meshid", chart, "--namespace=meshid", "--set=trustDomain=example.org", "--kube-version"}
+	if _, err := run(t, nil, append(args, "v1.32.5")...); err == nil || !strings.Contains(err.Error(), "agent.nodesProxy is missing") {
+		t.Errorf("got %v", err)
+	}
+	for _, more := range [][]string{{"v1.32.5-gke.100", "--set=agent.nodesProxy=true"}, {"v1.33.0-eks-1234"}, {"v1.37.1"}, {"v1.30.0", "--set=agent.enabled=false"}} {
+		if _, err := run(t, nil, append(args, more...)...); err != nil {
+			t.Errorf("%q: %v", more, err)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/test/identitytest"
 	"github.com/meshid/meshid/test/kube"
 	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
@@ -84,11 +86,26 @@ func TestClusterInstall(t *testing.T) {
 		}
 		i.requests(pods, reports, 20)
 		local.Await(i.t, "the entry is in force", func(context.Context) error {
-			if out := i.documented("kubectl get registrationentries"); !strings.Contains(out, "True") || !strings.Contains(out, "2/2") {
+			if out := i.documented("kubectl get registrationentries #"); !strings.Contains(out, "True") || !strings.Contains(out, "2/2") {
 				return errors.New(out)
 			}
 			return nil
 		})
+		if out := i.documented("kubectl describe registrationentry shop"); !strings.Contains(out, "Accepted") {
+			i.t.Errorf("nothing says what became of it: %s", out)
+		}
+		if out := i.documented("ca entry explain --pod"); !strings.Contains(out, "match entry/k8s/kubernetes/shop -> spiffe://example.org/ns/shop/sa/web/pod/") {
+			i.t.Errorf("nothing says which entry it is: %s", out)
+		}
+		i.Apply(i.t, "{apiVersion: meshid.io/v1alpha1, kind: RegistrationEntry, metadata: {name: misspelt}, spec: {spiffeID: 'spiffe://example.org/a', workloads: k8s.namespaces == \"shop\"}}")
+		local.Await(i.t, "the mistake is named", func(context.Context) error {
+			if out := i.documented("kubectl get registrationentries -o wide"); !strings.Contains(out, "False") || !strings.Contains(out, "namespaces") {
+				return errors.New(out)
+			}
+			return nil
+		})
+		i.t.Log(i.MustKubectl(i.t, "get", "registrationentries", "-o", "wide"))
+		i.MustKubectl(i.t, "delete", "registrationentry", "misspelt")
 	})
 	within("pods come and go", func(i installation) {
 		var waited []time.Duration
@@ -196,9 +213,63 @@ func TestClusterInstall(t *testing.T) {
 		}
 		i.console()
 	})
+	within("the CA's volume is restored", func(i installation) {
+		roots := func() string {
+			return i.MustKubectl(i.t, "-n", "meshid", "exec", "meshid-ca-0", "--", "ca", "bundle", "show")
+		}
+		before := roots()
+		i.snapshot("1", "restored")
+		// What comes later is lost, but for what is declared in the cluster.
+		i.shell("cat >entries.yaml <<'END'\n- {name: later, spiffe_id: 'spiffe://example.org/later', workloads: 'k8s.namespace == \"later\"'}\nEND\n" + i.command("ca entry apply"))
+		i.Apply(i.t, strings.ReplaceAll(entry, `"shop"`, `"later"`)) // another rule of the same object
+		i.Apply(i.t, strings.ReplaceAll(entry, "{name: shop}", "{name: shop-2}"))
+		i.inForce("shop", "shop-2")
+		i.MustKubectl(i.t, "scale", "-n", "shop", "deployment/web", "--replicas=6")
+		pods = i.AwaitPods(i.t, "shop", "app=web", 6)
+		reports := i.reports(pods)
+		i.named(pods, reports)
+
+		for _, part := range []string{"kubectl -n meshid delete statefulset", "kubectl -n meshid wait", "kubectl -n meshid delete pvc"} {
+			i.documented(part)
+		}
+		i.documented("--set ca.restored", "--timeout=4m")
+		i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-ca", 1)
+		i.t.Log(i.documented("ca ledger verify"))
+		if after := roots(); after != before {
+			i.t.Errorf("its roots are others: %s, before %s", after, before)
+		}
+		local.Await(i.t, "what is declared in the cluster is in force again", func(context.Context) error {
+			entries, err := i.Kubectl(i.t, "-n", "meshid", "exec", "meshid-ca-0", "--", "ca", "entry", "get")
+			if err == nil && (strings.Contains(entries, "spiffe://example.org/later") || !strings.Contains(entries, "k8s/kubernetes/shop-2")) {
+				err = errors.New(entries)
+			}
+			return err
+		})
+		i.Apply(i.t, entry)
+		i.inForce("shop", "shop-2")
+		i.MustKubectl(i.t, "delete", "registrationentry", "shop-2")
+		i.requests(pods, reports, 20)
+		i.MustKubectl(i.t, "rollout", "restart", "-n", "shop", "deployment/web")
+		i.MustKubectl(i.t, "rollout", "status", "-n", "shop", "deployment/web", "--timeout=110s")
+		pods = i.AwaitPods(i.t, "shop", "app=web", 6)
+		i.named(pods, i.reports(pods))
+		i.t.Log(i.documented("ca k8s check"))
+	})
 	within("an unmodified Istio takes its certificates from the CA", func(i installation) {
 		i.documented("kubectl create namespace istio-system")
-		i.documented("--set istio.enabled", "--timeout=4m", "--set=trustBundles=true")
+		// As if the mesh came from another CA, whose roots are given out, too.
+		old := identitytest.NewAuthority(i.t, "example.org").Cert
+		text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: old.Raw}))
+		i.shell("cat >old-root.pem <<'END'\n"+text+"END\n"+i.command("istio.previousRoots=old-root.pem"), "--timeout=4m")
+		i.documented("--set istio.enabled=true,istio.keepRoots=true", "--timeout=4m", "--set=trustBundles=true")
+		local.Await(i.t, "the old root is given out", func(context.Context) error {
+			out, err := i.Kubectl(i.t, "get", "configmap", "-n", "istio-system", "istio-ca-root-cert", "-o", `jsonpath={.data.root-cert\.pem}`)
+			if err == nil && !slices.ContainsFunc(certificates(i.t, out), old.Equal) {
+				err = errors.New(out)
+			}
+			return err
+		})
+		i.documented("istio.previousRoots= ", "--timeout=4m") // the last step of a mesh that moves
 		i.Apply(i.t, require.Example(i.t, "istio.md", "yaml file=registrationentries.yaml"))
 		i.Apply(i.t, trustBundle)
 		i.Apply(i.t, sidecars)
@@ -221,7 +292,7 @@ func TestClusterInstall(t *testing.T) {
 	within("kubelets with certificates of their own, no CSI, nodes/proxy", func(i installation) {
 		i.MustKubectl(i.t, "delete", "namespace", "shop", "--timeout=110s")
 		i.kubelets(true)
-		i.documented("--set ca.config.console", "--timeout=4m", "--set=agent.csi=false,agent.kubeletSelfSigned=true,agent.nodesProxy=true")
+		i.documented("--set ca.config.console", "--timeout=4m", "--set=agent.csi=false,agent.nodesProxy=true")
 		i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-agent", 2)
 		if out := i.MustKubectl(i.t, "get", "pods", "-n", "meshid", "-o", "jsonpath={.items[*].spec.containers[*].securityContext}"); strings.Contains(out, "privileged") {
 			i.t.Errorf("a container is: %s", out)

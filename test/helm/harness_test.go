@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -296,6 +297,34 @@ func (i installation) provision(name string) {
 		i.t.Fatal(err)
 	}
 	i.Apply(i.t, fmt.Sprintf(volume, name))
+}
+
+// snapshot copies a volume, in which the CA is, as a snapshot does: in one moment. The
+// copy is there for a claim.
+func (i installation) snapshot(from, to string) {
+	i.t.Helper()
+	ca := i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-ca", 1)[0]
+	signal := func(s syscall.Signal) {
+		for _, pid := range i.PIDs(i.t, ca, "ca") {
+			if err := syscall.Kill(pid, s); err != nil {
+				i.t.Fatal(err)
+			}
+		}
+	}
+	signal(syscall.SIGSTOP)
+	defer signal(syscall.SIGCONT)
+	if _, err := i.Nodes[0].Exec(i.t, "cp", "-a", "/var/lib/volume-"+from, "/var/lib/volume-"+to); err != nil {
+		i.t.Fatal(err)
+	}
+	i.Apply(i.t, fmt.Sprintf(volume, to))
+}
+
+// inForce waits until entries are in force on all nodes.
+func (i installation) inForce(names ...string) {
+	i.t.Helper()
+	for _, name := range names {
+		i.MustKubectl(i.t, "wait", "registrationentry/"+name, "--for=condition=InForce", "--timeout=110s")
+	}
 }
 
 // report is what a pod says of itself; see the program in the folder pod.

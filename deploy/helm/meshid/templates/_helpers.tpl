@@ -36,32 +36,60 @@ meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersio
 {{- end -}}
 {{- end -}}
 
+{{- /* The folder of the kubeconfig of a further cluster. Argument: its name. */ -}}
+{{- define "meshid.ca.cluster" -}}
+/etc/meshid-clusters/{{ . }}
+{{- end -}}
+
 {{- define "meshid.ca.config" -}}
 {{- include "meshid.fixed" (list "ca.config" .Values.ca.config) -}}
+{{- $values := .Values -}}
 {{- $name := include "meshid.name" . -}}
-{{- $host := printf "%s-ca.%s.svc" $name .Release.Namespace -}}
-{{- $psat := dict "name" .Values.clusterName "service_accounts" (list (printf "%s/%s-agent" .Release.Namespace $name)) "token_review" dict -}}
-{{- $cluster := dict "name" .Values.clusterName "entries" true
-      "bundle" (dict "config_map" "meshid-bundle" "namespaces" (.Values.bundleNamespaces | default (printf "kubernetes.io/metadata.name=%s" .Release.Namespace))) -}}
-{{- if .Values.trustBundles -}}
+{{- $accounts := list (printf "%s/%s-agent" .Release.Namespace $name) -}}
+{{- $bundle := dict "config_map" "meshid-bundle" "namespaces" ($values.bundleNamespaces | default (printf "kubernetes.io/metadata.name=%s" .Release.Namespace)) -}}
+{{- if $values.podCertificates -}}
+{{- $_ := set $bundle "cluster_trust_bundle" "meshid.io:svid:bundle" -}}
+{{- end -}}
+{{- $psat := list -}}
+{{- $clusters := list -}}
+{{- $istio := list -}}
+{{- range concat (list (dict "name" $values.clusterName)) $values.clusters -}}
+{{- $psat = append $psat (dict "name" .name "service_accounts" $accounts "token_review" dict) -}}
+{{- $cluster := dict "name" .name "entries" $values.entries "bundle" $bundle -}}
+{{- if .kubeconfigSecret -}}
+{{- $_ := set $cluster "kubeconfig" (printf "%s/kubeconfig" (include "meshid.ca.cluster" .name)) -}}
+{{- end -}}
+{{- if $values.trustBundles -}}
 {{- $_ := set $cluster "trust_bundles" true -}}
 {{- end -}}
-{{- $config := dict "trust_domain" .Values.trustDomain "metrics_listen" ":9640"
-      "node_attestation" (dict "k8s_psat" (dict "clusters" (list $psat)))
-      "kubernetes" (dict "clusters" (list $cluster)) -}}
-{{- if .Values.istio.enabled -}}
-{{- $kept := dict "name" .Values.clusterName "roots" (dict "keep" .Values.istio.keepRoots)
-      "istiod" (dict "keep" .Values.istio.keepIstiodCertificate "namespace" .Values.istio.namespace) -}}
-{{- $_ := set $config "istio" (dict "listen" ":15012" "dns_names" (list $host) "clusters" (list $kept) "node_proxies" .Values.istio.nodeProxies) -}}
+{{- if $values.podCertificates -}}
+{{- $_ := set $cluster "pod_certificates" (dict "signer" "meshid.io/svid") -}}
 {{- end -}}
-{{- mergeOverwrite $config (deepCopy .Values.ca.config) | toYaml -}}
+{{- $clusters = append $clusters $cluster -}}
+{{- $istio = append $istio (dict "name" .name "roots" (dict "keep" $values.istio.keepRoots)
+      "istiod" (dict "keep" $values.istio.keepIstiodCertificate "namespace" $values.istio.namespace)) -}}
+{{- end -}}
+{{- $config := dict "trust_domain" $values.trustDomain "metrics_listen" ":9640"
+      "node_attestation" (dict "k8s_psat" (dict "clusters" $psat))
+      "kubernetes" (dict "clusters" $clusters) -}}
+{{- if $values.istio.enabled -}}
+{{- $served := dict "listen" ":15012" "dns_names" (list (printf "%s-ca.%s.svc" $name .Release.Namespace)) "clusters" $istio "node_proxies" $values.istio.nodeProxies -}}
+{{- if $values.istio.previousRoots -}}
+{{- $_ := set $served "previous_roots" "/etc/meshid/previous-roots.pem" -}}
+{{- end -}}
+{{- $_ := set $config "istio" $served -}}
+{{- end -}}
+{{- mergeOverwrite $config (deepCopy $values.ca.config) | toYaml -}}
 {{- end -}}
 
 {{- define "meshid.agent.config" -}}
 {{- include "meshid.fixed" (list "agent.config" .Values.agent.config) -}}
 {{- $kubelet := dict "kubelet" "https://$NODE_IP:10250" "runtime_socket" .Values.agent.runtimeSocket "cgroup_root" "/host/cgroup" -}}
-{{- if .Values.agent.kubeletSelfSigned -}}
-{{- $_ := set $kubelet "kubelet_ca" (printf "%s/pki/kubelet.crt" .Values.agent.kubeletDir) -}}
+{{- if and (not .Values.ca.enabled) (not .Values.agent.caAddress) -}}
+{{- fail "agent.caAddress is missing: without a CA here (ca.enabled: false), write host:port of the one elsewhere" -}}
+{{- end -}}
+{{- if and (semverCompare "<1.33-0" .Capabilities.KubeVersion.Version) (not .Values.agent.nodesProxy) -}}
+{{- fail (printf "agent.nodesProxy is missing: Kubernetes %s knows no right to list a kubelet's pods and nothing else; set it to true, and see what it allows in docs/kubernetes.md, Rights" .Capabilities.KubeVersion.Version) -}}
 {{- end -}}
 {{- $address := .Values.agent.caAddress | default (printf "%s-ca.%s.svc:8443" (include "meshid.name" .) .Release.Namespace) -}}
 {{- $config := dict "trust_domain" .Values.trustDomain "ca" (dict "address" $address "bundle" "/etc/meshid/bundle.pem")
@@ -77,4 +105,42 @@ meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersio
 {{- /* The driver's name, which a CSIDriver object has. */ -}}
 {{- define "meshid.driver" -}}
 {{- dig "csi" "driver" "csi.meshid.io" .Values.agent.config -}}
+{{- end -}}
+
+{{- /* A Role without its rules, after its binding to the CA's service account. Argument: [root, name, namespace]. */ -}}
+{{- define "meshid.ca.role" -}}
+{{- $root := index . 0 -}}
+{{- $meta := printf "name: %s\nnamespace: %s\nlabels:%s" (index . 1) (index . 2) (include "meshid.labels" (list $root "ca") | nindent 2) -}}
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata: {{- $meta | nindent 2 }}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: {{ index . 1 }}}
+subjects: [{kind: ServiceAccount, namespace: {{ $root.Release.Namespace }}, name: {{ include "meshid.name" $root }}-ca}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata: {{- $meta | nindent 2 }}
+{{- end -}}
+
+{{- /* What all containers of the CA's pod have in common. */ -}}
+{{- define "meshid.ca.container" -}}
+{{- $name := printf "%s-ca" (include "meshid.name" .) -}}
+image: {{ include "meshid.image" (list . "ca") }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+resources: {{- toYaml .Values.ca.resources | nindent 2 }}
+volumeMounts:
+  - {name: config, mountPath: /etc/meshid, readOnly: true}
+  - {name: data, mountPath: /var/lib/meshid}
+  - {name: run, mountPath: /run/meshid-ca} # the admin socket: `kubectl exec {{ $name }}-0 -- ca status`
+  - {name: tmp, mountPath: /tmp}
+  {{- range .Values.clusters }}
+  - {name: cluster-{{ .name | replace "_" "-" }}, mountPath: {{ include "meshid.ca.cluster" .name }}, readOnly: true}
+  {{- end }}
+  {{- with .Values.ca.volumeMounts }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
 {{- end -}}
