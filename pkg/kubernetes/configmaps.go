@@ -2,6 +2,7 @@ package kubernetes
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -62,8 +63,8 @@ type ConfigMaps struct {
 	feed       []*kube.Feed
 	waker      waker
 	namespaces *kube.Mirror[namespaceState]
-	written    *kube.Mirror[*configMap] // by namespace
-	newer      map[string]time.Time     // since when one has a newer bundle than ours; owned by Run
+	written    *kube.Mirror[written] // by namespace
+	newer      map[string]time.Time  // since when one has a newer bundle than ours; owned by Run
 }
 
 // configMap is a ConfigMap, to be read and to be written.
@@ -79,6 +80,15 @@ type namespace struct {
 	} `json:"status"`
 }
 
+// written is what is kept of a ConfigMap that is there: whoever has a namespace can write
+// a megabyte into it.
+type written struct {
+	namespace       string
+	bundle          [sha256.Size]byte
+	sequence        uint64 // 0 if it does not say
+	owned, labelled bool
+}
+
 // NewConfigMaps returns what Run has to be called on. The client may list and watch
 // namespaces and ConfigMaps, and create and patch ConfigMaps.
 func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
@@ -87,15 +97,22 @@ func NewConfigMaps(cfg ConfigMapsConfig) *ConfigMaps {
 	}
 	r := &ConfigMaps{cfg: cfg, waker: newWaker(), newer: make(map[string]time.Time)}
 	r.namespaces = kube.NewMirror(func(n namespaceState) string { return n.name }, nil, r.Changed)
-	r.written = kube.NewMirror(func(c *configMap) string { return c.Metadata.Namespace }, nil, r.Changed)
+	r.written = kube.NewMirror(func(w written) string { return w.namespace }, nil, r.Changed)
 	r.feed = []*kube.Feed{
 		kube.Follow(cfg.Client, namespaces, kube.FollowOptions{Labels: cfg.Selector}, func(n *namespace) namespaceState {
 			return namespaceState{n.Metadata.Name, n.Status.Phase != "Terminating" && n.Metadata.DeletionTimestamp == nil}
 		}, kube.Reader[namespaceState](r.namespaces)),
-		kube.Follow(cfg.Client, configMaps, kube.FollowOptions{Fields: "metadata.name=" + cfg.Name}, func(c *configMap) *configMap { return c },
-			kube.Reader[*configMap](r.written)),
+		kube.Follow(cfg.Client, configMaps, kube.FollowOptions{Fields: "metadata.name=" + cfg.Name}, r.keep, kube.Reader[written](r.written)),
 	}
 	return r
+}
+
+func (r *ConfigMaps) keep(c *configMap) written {
+	w := written{
+		namespace: c.Metadata.Namespace, bundle: sha256.Sum256([]byte(c.Data[r.cfg.Key])), owned: ownedBy(&c.Object, r.cfg.Owner), labelled: r.labelled(c),
+	}
+	w.sequence, _ = strconv.ParseUint(c.Metadata.Annotations[annotationSequence], 10, 64)
+	return w
 }
 
 // Changed says that the bundle may have changed. It never blocks.
@@ -157,27 +174,25 @@ func (r *ConfigMaps) reconcile(ctx context.Context) time.Duration {
 // due returns the namespaces whose ConfigMap is not as it should be, and those whose
 // ConfigMap is somebody else's.
 func (r *ConfigMaps) due(now time.Time, pem string, sequence uint64) (due, foreign []string) {
-	living, written := r.living(), r.written.All()
+	living, written, bundle := r.living(), r.written.All(), sha256.Sum256([]byte(pem))
 	maps.DeleteFunc(r.newer, func(namespace string, _ time.Time) bool { return !slices.Contains(living, namespace) })
 	for _, namespace := range living {
-		c := written[namespace]
-		if c != nil && !ownedBy(&c.Object, r.cfg.Owner) {
+		w, there := written[namespace]
+		if there && !w.owned {
 			foreign = append(foreign, namespace)
 			continue
 		}
-		if c != nil && c.Data[r.cfg.Key] == pem && r.labelled(c) {
+		if there && w.bundle == bundle && w.labelled {
 			delete(r.newer, namespace)
 			continue
 		}
-		if c != nil {
-			if theirs, err := strconv.ParseUint(c.Metadata.Annotations[annotationSequence], 10, 64); err == nil && theirs > sequence {
-				since, known := r.newer[namespace]
-				if !known {
-					r.newer[namespace] = now
-				}
-				if !known || now.Sub(since) < newerGrace {
-					continue
-				}
+		if there && w.sequence > sequence {
+			since, known := r.newer[namespace]
+			if !known {
+				r.newer[namespace] = now
+			}
+			if !known || now.Sub(since) < newerGrace {
+				continue
 			}
 		}
 		delete(r.newer, namespace)
