@@ -390,9 +390,11 @@ type boundedBody struct {
 	left int
 }
 
+var errLargeAnswer = fmt.Errorf("the answer is larger than %d MiB", maxResponse>>20)
+
 func (b *boundedBody) Read(p []byte) (int, error) {
 	if b.left <= 0 {
-		return 0, fmt.Errorf("the answer is larger than %d MiB", maxResponse>>20)
+		return 0, errLargeAnswer
 	}
 	n, err := b.ReadCloser.Read(p[:min(len(p), b.left)])
 	b.left -= n

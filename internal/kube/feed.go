@@ -31,8 +31,10 @@ import (
 // list nor a store ever holds a whole one.
 
 const (
-	// listPage bounds a page of a list.
-	listPage = 500
+	// listPage bounds a page of a list, and smallPage those of one that is too large for
+	// that: so many of the largest objects that the API takes (3 MiB) fit into an answer.
+	// Else whoever may create some dozens of them could have the rest not be heard of.
+	listPage, smallPage = 500, 16
 	// listTimeout bounds a page's way here.
 	listTimeout = time.Minute
 	// maxEvent bounds the bytes of one event. An object of the API has at most 1.5 MiB.
@@ -204,6 +206,7 @@ type source[T any, P object[T], V any] struct {
 	options FollowOptions
 	keep    func(P) V
 	feed    *Feed
+	small   bool // the list that is being read has smallPages; owned by the reflector
 }
 
 // item is an object as it comes out of the decoder.
@@ -279,12 +282,11 @@ func (s *source[T, P, V]) ListWithContext(ctx context.Context, o metav1.ListOpti
 	// The reflector would be content with what a server remembers, which may be old, and
 	// is not sent in pages.
 	o.ResourceVersion = ""
-	answer := s.request(o, "PartialObjectMetadataList").Do(ctx)
-	raw, _ := answer.Raw()
-	err := answer.Error()
-	var page Page[T]
-	if err == nil {
-		err = json.Unmarshal(raw, &page)
+	s.small = s.small && o.Continue != ""
+	page, err := s.page(ctx, o)
+	if errors.Is(err, errLargeAnswer) {
+		s.small = true
+		page, err = s.page(ctx, o)
 	}
 	if err != nil {
 		s.feed.failed(s.client.failed("list", s.path, err))
@@ -296,6 +298,18 @@ func (s *source[T, P, V]) ListWithContext(ctx context.Context, o metav1.ListOpti
 		list.Items[i] = s.item(&page.Items[i])
 	}
 	return list, nil
+}
+
+func (s *source[T, P, V]) page(ctx context.Context, o metav1.ListOptions) (page Page[T], err error) {
+	if s.small {
+		o.Limit = smallPage
+	}
+	answer := s.request(o, "PartialObjectMetadataList").Do(ctx)
+	raw, _ := answer.Raw()
+	if err = answer.Error(); err == nil {
+		err = json.Unmarshal(raw, &page)
+	}
+	return page, err
 }
 
 // Watch implements cache.ListerWatcher, as WatchWithContext.

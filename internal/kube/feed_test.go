@@ -192,6 +192,33 @@ func TestFeedPages(t *testing.T) {
 	}
 }
 
+// Objects that are too large for a page come in smaller ones.
+func TestFeedLargePages(t *testing.T) {
+	large := strings.Repeat("x", 3<<20)
+	var all strings.Builder
+	for i := range 40 {
+		fmt.Fprintf(&all, ",%s", thingJSON(fmt.Sprint("t", i), i+1, large))
+	}
+	f, l, a := follow(t, FollowOptions{},
+		answerStatus(422, "Invalid"),
+		answerPage(`{"metadata":{"resourceVersion":"7"},"items":[`+all.String()[1:]+`]}`),
+		answerPage(`{"metadata":{"resourceVersion":"7","continue":"x"},"items":[`+thingJSON("one", 3, "red")+`]}`),
+		answerPage(`{"metadata":{"resourceVersion":"7"},"items":[`+thingJSON("two", 4, "blue")+`]}`),
+		answerEvents(true),
+	)
+	l.want(t, "replace one=red two=blue")
+	await(t, f, current)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var pages []string
+	for _, q := range a.asked[1:4] {
+		pages = append(pages, q.Get("limit")+q.Get("continue"))
+	}
+	if diff := cmp.Diff([]string{"500", "16", "16x"}, pages); diff != "" {
+		t.Errorf("pages (-want +got):\n%s", diff)
+	}
+}
+
 // What the server does not remember is listed again; until then, nothing is taken back.
 func TestFeedExpired(t *testing.T) {
 	listing := make(chan struct{})
