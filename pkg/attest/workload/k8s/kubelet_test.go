@@ -16,6 +16,7 @@ import (
 
 	"github.com/meshid/meshid/pkg/attest"
 	"github.com/meshid/meshid/pkg/attest/peer"
+	"github.com/meshid/meshid/pkg/config"
 	"github.com/meshid/meshid/test/identitytest"
 )
 
@@ -67,6 +68,7 @@ func TestFault_F49_KubeletAndRuntime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			known, _ := w.run("known")
+			w.pod("listed", nil, "listed") // which has no container yet
 			before := w.attested(known)
 			events := w.watch()
 			next(t, events)
@@ -86,6 +88,10 @@ func TestFault_F49_KubeletAndRuntime(t *testing.T) {
 				t.Errorf("facts of a known container changed:\n%s", diff)
 			}
 			none(t, events)
+			if !strings.HasPrefix(name, "runtime") { // a list that could not be fetched takes none away that could
+				listed, _ := w.container("listed", "listed", id("listed"), cgroupOf("listed"), nil)
+				w.attested(listed)
+			}
 			fail.end(w)
 			until(t, "the container is attested", func() bool {
 				_, err := w.attestor.Attest(t.Context(), fresh)
@@ -116,6 +122,7 @@ func TestFault_F50_StaleContainer(t *testing.T) {
 // loses anything.
 func TestFault_F65_MissingPods(t *testing.T) {
 	w := newWorld(t)
+	w.attestor.config.Reconcile = config.Duration(10 * time.Millisecond)
 	init, end := w.run("A")
 	events := w.watch()
 	if e := next(t, events); e.Instance != "k8s:"+id("A") || e.Ended || e.Workload.GetK8S().GetPodName() != "A" {
@@ -123,10 +130,11 @@ func TestFault_F65_MissingPods(t *testing.T) {
 	}
 	for _, raw := range []string{`{"kind":"PodList","items":null}`, `{"kind":"PodList","items":[]}`} {
 		w.kubelet.set(func() { w.kubelet.raw = raw })
-		if err := w.attestor.pods.refresh(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		// Until Watch itself has looked at it.
+		before := w.kubelet.count()
+		until(t, "the kubelet was asked again", func() bool { return w.kubelet.count() > before+1 })
 		w.attested(init)
+		none(t, events)
 	}
 	w.runtime.set(func() { clear(w.runtime.containers) })
 	w.attested(init)
