@@ -261,17 +261,12 @@ func TestRoots(t *testing.T) {
 	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); err == nil || !strings.Contains(err.Error(), "set roots") {
 		t.Errorf("%v", err)
 	}
-	c.Roots = filepath.Join(t.TempDir(), "roots.pem")
-	if err := os.WriteFile(c.Roots, upstreamtest.PEM(a.Root), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	c.Roots = upstreamtest.File(t, "roots.pem", upstreamtest.PEM(a.Root))
 	if _, err := upstreamtest.Mint(t.Context(), t, open(t, c)); err != nil {
 		t.Error(err)
 	}
 	// What the issuer says of its root is not believed then.
-	if err := os.WriteFile(c.Roots, upstreamtest.PEM(upstreamtest.NewAuthority(t, upstreamtest.Good).Root), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	upstreamtest.Write(t, c.Roots, upstreamtest.PEM(upstreamtest.NewAuthority(t, upstreamtest.Good).Root))
 	i.mu.Lock()
 	i.noCA = false
 	i.mu.Unlock()

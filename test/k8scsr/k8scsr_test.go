@@ -96,18 +96,9 @@ func start(t *testing.T, b upstreamtest.Behaviour, a *upstreamtest.Authority) (*
 	c := k8scsr.Config{
 		Signer:     i.name,
 		Kubeconfig: s.TokenKubeconfig(t, s.Token(t, kube.Pod{Namespace: i.namespace, ServiceAccount: "meshid-ca"}, time.Hour)),
-		Roots:      k8scsr.Roots{File: write(t, "roots.pem", upstreamtest.PEM(roots...))},
+		Roots:      k8scsr.Roots{File: upstreamtest.File(t, "roots.pem", upstreamtest.PEM(roots...))},
 	}
 	return i, c
-}
-
-func write(t *testing.T, name string, data []byte) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), name)
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
 }
 
 // adapt returns a block of the document for this test's namespace and signer. Names of

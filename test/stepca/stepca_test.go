@@ -59,14 +59,6 @@ func template(t *testing.T, name string) string {
 	return string(found[1])
 }
 
-func write(t *testing.T, path string, data []byte) string {
-	t.Helper()
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 func newKey(t *testing.T) *ecdsa.PrivateKey {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -116,8 +108,8 @@ func start(t *testing.T) *server {
 	leaf := map[string]any{"x509": map[string]string{"template": template(t, "leaf.tpl")}}
 	address := local.FreeAddress(t)
 	config, err := json.Marshal(map[string]any{
-		"root": write(t, dir+"/root.pem", upstreamtest.PEM(a.Root)), "crt": write(t, dir+"/issuer.pem", upstreamtest.PEM(a.Issuer)),
-		"key": write(t, dir+"/issuer-key.pem", upstreamtest.KeyPEM(t, a.Key)), "address": address, "dnsNames": []string{"127.0.0.1"},
+		"root": upstreamtest.Write(t, dir+"/root.pem", upstreamtest.PEM(a.Root)), "crt": upstreamtest.Write(t, dir+"/issuer.pem", upstreamtest.PEM(a.Issuer)),
+		"key": upstreamtest.Write(t, dir+"/issuer-key.pem", upstreamtest.KeyPEM(t, a.Key)), "address": address, "dnsNames": []string{"127.0.0.1"},
 		"db": map[string]string{"type": "badgerv2", "dataSource": dir + "/db"}, "logger": map[string]string{"format": "text"},
 		"authority": map[string]any{"provisioners": []any{
 			map[string]any{"type": "JWK", "name": "meshid", "key": provisioner.Public(), "claims": claims, "options": options},
@@ -132,16 +124,16 @@ func start(t *testing.T) *server {
 	sum := sha256.Sum256(a.Root.Raw)
 	jwk := stepca.Config{
 		URL: "https://" + address, RootSHA256: hex.EncodeToString(sum[:]), Provisioner: "meshid",
-		Key: write(t, dir+"/provisioner.jwe", encrypt(t, private, "correct horse")), PasswordFile: write(t, dir+"/password", []byte("correct horse\n")),
+		Key: upstreamtest.Write(t, dir+"/provisioner.jwe", encrypt(t, private, "correct horse")), PasswordFile: upstreamtest.Write(t, dir+"/password", []byte("correct horse\n")),
 	}
 	plain, x5c := jwk, jwk
-	plain.Provisioner, plain.Key, plain.PasswordFile = "plain", write(t, dir+"/provisioner.jwk", private), ""
-	x5c.Provisioner, x5c.Key, x5c.PasswordFile = "machines", write(t, dir+"/machine-key.pem", upstreamtest.KeyPEM(t, machine)), ""
-	x5c.Certificate = write(t, dir+"/machine.pem", append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), upstreamtest.PEM(machineRoot.Issuer)...))
+	plain.Provisioner, plain.Key, plain.PasswordFile = "plain", upstreamtest.Write(t, dir+"/provisioner.jwk", private), ""
+	x5c.Provisioner, x5c.Key, x5c.PasswordFile = "machines", upstreamtest.Write(t, dir+"/machine-key.pem", upstreamtest.KeyPEM(t, machine)), ""
+	x5c.Certificate = upstreamtest.Write(t, dir+"/machine.pem", append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), upstreamtest.PEM(machineRoot.Issuer)...))
 	leaves := plain
 	leaves.Provisioner = "leaves"
 	s := &server{jwk: jwk, x5c: x5c, plain: plain, leaves: leaves, root: string(upstreamtest.PEM(a.Root))}
-	s.process = local.Run(t, program, write(t, dir+"/ca.json", config))
+	s.process = local.Run(t, program, upstreamtest.Write(t, dir+"/ca.json", config))
 	pool := x509.NewCertPool()
 	pool.AddCert(a.Root)
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}, DisableKeepAlives: true}}

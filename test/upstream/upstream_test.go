@@ -26,14 +26,6 @@ func TestMain(m *testing.M) {
 	os.Exit(local.Main(m)) //nolint:forbidigo // TestMain is this package's main
 }
 
-func write(t *testing.T, path string, data []byte) string {
-	t.Helper()
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 // bundle returns the roots that the CA gives out.
 func bundle(ctx context.Context, t *testing.T, ca *local.CA) []*x509.Certificate {
 	t.Helper()
@@ -73,8 +65,8 @@ func belowVault(t *testing.T) (*vault.Server, *upstreamtest.Authority, *local.CA
 	a := upstreamtest.NewAuthority(t, upstreamtest.Good)
 	v := vault.New(t, a, upstreamtest.Good)
 	dir := t.TempDir()
-	serverCA := write(t, dir+"/server-ca.pem", v.CA)
-	write(t, dir+"/meshid.hcl", []byte(`path "pki/root/sign-intermediate" { capabilities = ["update"] }`))
+	serverCA := upstreamtest.Write(t, dir+"/server-ca.pem", v.CA)
+	upstreamtest.Write(t, dir+"/meshid.hcl", []byte(`path "pki/root/sign-intermediate" { capabilities = ["update"] }`))
 	operator := &vault.Operator{Dir: dir, Getenv: func(name string) string {
 		return map[string]string{"VAULT_ADDR": v.URL, "VAULT_CACERT": serverCA, "VAULT_TOKEN": v.Root}[name]
 	}}
@@ -88,7 +80,7 @@ func belowVault(t *testing.T) (*vault.Server, *upstreamtest.Authority, *local.CA
 	}
 	return v, a, local.StartCA(t, local.CAOptions{Config: fmt.Sprintf(
 		"upstream:\n  vault:\n    url: %s\n    server_ca: %s\n    kubernetes:\n      role: meshid\n      token_file: %s\n",
-		v.URL, serverCA, write(t, dir+"/jwt", []byte(v.ServiceAccountToken("meshid", "ca", "vault"))))})
+		v.URL, serverCA, upstreamtest.Write(t, dir+"/jwt", []byte(v.ServiceAccountToken("meshid", "ca", "vault"))))})
 }
 
 func TestVault(t *testing.T) {
@@ -210,7 +202,7 @@ func TestEJBCA(t *testing.T) {
 	ca := local.StartCA(t, local.CAOptions{Config: fmt.Sprintf(
 		"upstream:\n  ejbca:\n    url: %s\n    server_ca: %s\n    certificate: %s\n    key: %s\n"+
 			"    ca_name: MeshRoot\n    certificate_profile: MeshIntermediate\n    end_entity_profile: Mesh\n    end_entity: ca-1\n",
-		e.URL, write(t, dir+"/server-ca.pem", e.CA), write(t, dir+"/client.pem", certificate), write(t, dir+"/client-key.pem", key))})
+		e.URL, upstreamtest.Write(t, dir+"/server-ca.pem", e.CA), upstreamtest.Write(t, dir+"/client.pem", certificate), upstreamtest.Write(t, dir+"/client-key.pem", key))})
 	if roots := bundle(t.Context(), t, ca); len(roots) != 1 || !roots[0].Equal(a.Root) {
 		t.Errorf("%d roots in the bundle", len(roots))
 	}
