@@ -281,16 +281,9 @@ func (c *Client) Create(ctx context.Context, p Path, object, into any) error {
 	return c.call(ctx, "create", c.rest.Post(), p, object, into)
 }
 
-// Update replaces an object. ErrConflict if the object is not any more at the resource
-// version that the new one says.
-func (c *Client) Update(ctx context.Context, p Path, object, into any) error {
-	return c.call(ctx, "update", c.rest.Put(), p, object, into)
-}
-
 // Apply makes an object, or sets those of its fields that are given: server-side apply,
-// as
-// "meshid", which takes fields over from others. Fields that were given before and are
-// not now are removed.
+// as "meshid", which takes fields over from others. Fields that were given before and
+// are not now are removed.
 func (c *Client) Apply(ctx context.Context, p Path, object, into any) error {
 	r := c.rest.Patch(types.ApplyPatchType).Param("fieldManager", applier).Param("force", "true")
 	return c.call(ctx, "apply", r, p, object, into)

@@ -78,9 +78,6 @@ func TestRequests(t *testing.T) {
 			return c.List(t.Context(), Path{Resource: pods}, Selection{Labels: "a=b", Fields: "c=d", Limit: 5, Continue: "e"}, &page)
 		}, "GET", "/api/v1/pods?continue=e&fieldSelector=c%3Dd&labelSelector=a%3Db&limit=5", "", ""},
 		{func() error { return c.Create(t.Context(), Path{Resource: csrs}, object, nil) }, "POST", "/apis/certificates.k8s.io/v1/certificatesigningrequests", "application/json", `{"kind":"X"}`},
-		{func() error {
-			return c.Update(t.Context(), Path{Resource: csrs, Name: "one", Subresource: "status"}, object, nil)
-		}, "PUT", "/apis/certificates.k8s.io/v1/certificatesigningrequests/one/status", "application/json", `{"kind":"X"}`},
 		{func() error { return c.Apply(t.Context(), Path{Resource: csrs, Name: "one"}, object, nil) }, "PATCH", "/apis/certificates.k8s.io/v1/certificatesigningrequests/one?fieldManager=meshid&force=true", "application/apply-patch+yaml", `{"kind":"X"}`},
 		{func() error { return c.Merge(t.Context(), Path{Resource: csrs, Name: "one"}, object, nil) }, "PATCH", "/apis/certificates.k8s.io/v1/certificatesigningrequests/one", "application/merge-patch+json", `{"kind":"X"}`},
 		{func() error { return c.Delete(t.Context(), Path{Resource: csrs, Name: "one"}, "u") }, "DELETE", "/apis/certificates.k8s.io/v1/certificatesigningrequests/one", "application/json", `{"apiVersion":"v1","kind":"DeleteOptions","preconditions":{"uid":"u"}}`},

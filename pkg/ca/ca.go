@@ -367,9 +367,6 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	return c, nil
 }
 
-// TrustDomain returns the trust domain that this CA signs for.
-func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.cfg.TrustDomain }
-
 // Bundle returns the roots of the trust domain and the sequence of this bundle.
 // The caller must not modify the slice or what it points to.
 func (c *CA) Bundle() (roots []*x509.Certificate, sequence uint64) {

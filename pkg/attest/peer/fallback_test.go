@@ -14,8 +14,8 @@ func TestV_D1_Fallback(t *testing.T) {
 	l, path := listen(t, Options{noPeerPIDFD: true})
 	dial(t, path)
 	_, p := accept(t, l)
-	if p.PID != os.Getpid() || p.Proven() {
-		t.Errorf("peer %d, proven %v", p.PID, p.Proven())
+	if p.PID != os.Getpid() || p.proven {
+		t.Errorf("peer %d, proven %v", p.PID, p.proven)
 	}
 	// A young one gets in sooner or later.
 	go func() {

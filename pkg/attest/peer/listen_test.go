@@ -23,8 +23,8 @@ func TestAccept(t *testing.T) {
 	l, path := listen(t, Options{})
 	h := start(t, 0, "connect", path)
 	_, p := accept(t, l)
-	if p.PID != h.Process.Pid || int(p.UID) != os.Geteuid() || int(p.GID) != os.Getegid() || !p.Proven() {
-		t.Errorf("peer %d/%d/%d, proven %v", p.PID, p.UID, p.GID, p.Proven())
+	if p.PID != h.Process.Pid || int(p.UID) != os.Geteuid() || int(p.GID) != os.Getegid() || !p.proven {
+		t.Errorf("peer %d/%d/%d, proven %v", p.PID, p.UID, p.GID, p.proven)
 	}
 	if err := p.Alive(); err != nil {
 		t.Error(err)

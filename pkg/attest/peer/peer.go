@@ -39,9 +39,11 @@ type Peer struct {
 	UID, GID uint32
 
 	container string // see containerOf
-	proven    bool
-	done      chan struct{} // closed once
-	onEnd     func()        // called by the watcher when the process has ended
+	// proven: the kernel handed out the pidfd, and it was not opened by number, as it
+	// has to be before 6.5; see fallback.go.
+	proven bool
+	done   chan struct{} // closed once
+	onEnd  func()        // called by the watcher when the process has ended
 
 	watcher *watcher // nil if nothing is watched
 	key     uint64   // in watcher
@@ -99,12 +101,6 @@ func (p *Peer) Alive() error {
 
 // Done is closed when the process has ended, or when the Peer is closed.
 func (p *Peer) Done() <-chan struct{} { return p.done }
-
-// Proven tells how sure it is that PID is the process that connected: true if
-// the kernel handed out its pidfd, false if the kernel is older than 6.5 and the
-// pidfd was opened by number. In the second case the process is known to have
-// had this id since before it connected; see fallback.go.
-func (p *Peer) Proven() bool { return p.proven }
 
 // Elsewhere says in which container the process is, if this program is not in the same
 // one, and returns nil otherwise. Root in a container has the user id of root here, and

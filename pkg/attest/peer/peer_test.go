@@ -249,7 +249,7 @@ func TestOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	if int(p.UID) != os.Geteuid() || !p.Proven() {
+	if int(p.UID) != os.Geteuid() || !p.proven {
 		t.Errorf("peer %+v", p)
 	}
 	_ = cmd.Process.Kill()
