@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -249,4 +250,16 @@ func entry(name, path, workloads string) *entryv1.Entry {
 
 func uidEntry(name, path string, uid int) *entryv1.Entry {
 	return entry(name, path, fmt.Sprintf("unix.uid == %d", uid))
+}
+
+// sealing returns a folder for an agent's data, and has its cache sealed by the key in the
+// file "seal" beside it.
+func sealing(t *testing.T) (data string, with func(*Config)) {
+	t.Helper()
+	dir := t.TempDir()
+	seal := filepath.Join(dir, "seal")
+	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(dir, "agent"), func(c *Config) { c.SealingKeyFile = seal }
 }

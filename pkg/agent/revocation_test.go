@@ -4,8 +4,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"math/big"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -73,13 +71,7 @@ func tampered(der []byte) []byte {
 // Lists reach the workloads, and a sealed cache keeps them; a bundle with a bad one, and
 // an X.509-SVID of an issuer without one, change nothing.
 func TestV_L2_ListsOutliveTheAgent(t *testing.T) {
-	dir := t.TempDir()
-	seal := filepath.Join(dir, "seal")
-	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	with := func(c *Config) { c.SealingKeyFile = seal }
-	data := filepath.Join(dir, "agent")
+	data, with := sealing(t)
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)
 		defer ca.close()

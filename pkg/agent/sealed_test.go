@@ -20,13 +20,7 @@ import (
 // TestFault_F37_RestartFromSealedCache: a restart needs no network, changes no key,
 // and gives nothing to whom it does not belong.
 func TestFault_F37_RestartFromSealedCache(t *testing.T) {
-	dir := t.TempDir()
-	seal := filepath.Join(dir, "seal")
-	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	data := filepath.Join(dir, "agent")
-	with := func(c *Config) { c.SealingKeyFile = seal }
+	data, with := sealing(t)
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)
 		defer ca.close()
@@ -157,13 +151,7 @@ func inAnotherBoot(t *testing.T, h *harness) {
 // TestFault_F31_Reboot: with a key that outlives a reboot the node is who it was,
 // and its workloads, which are others, have new keys.
 func TestFault_F31_Reboot(t *testing.T) {
-	dir := t.TempDir()
-	seal := filepath.Join(dir, "seal")
-	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	data := filepath.Join(dir, "agent")
-	with := func(c *Config) { c.SealingKeyFile = seal }
+	data, with := sealing(t)
 	synctest.Test(t, func(t *testing.T) {
 		ca := newFakeCA(t)
 		defer ca.close()
@@ -245,14 +233,8 @@ func TestFault_F31_RebootWithoutKey(t *testing.T) {
 // TestFault_F42_CorruptedCache: whatever is in the file, the agent starts, and
 // attests itself again.
 func TestFault_F42_CorruptedCache(t *testing.T) {
-	dir := t.TempDir()
-	seal := filepath.Join(dir, "seal")
-	if err := os.WriteFile(seal, []byte(strings.Repeat("s", 32)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	data := filepath.Join(dir, "agent")
-	file := filepath.Join(data, sealedFile)
-	with := func(c *Config) { c.SealingKeyFile = seal }
+	data, with := sealing(t)
+	file, seal := filepath.Join(data, sealedFile), filepath.Join(filepath.Dir(data), "seal")
 	for name, spoil := range map[string]func(t *testing.T){
 		"flipped byte": func(t *testing.T) {
 			b, err := os.ReadFile(file)

@@ -3,6 +3,7 @@ package attesttest
 import (
 	"context"
 	"errors"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -119,4 +120,21 @@ func fails(t *testing.T, a attest.WorkloadAttestor, p *peer.Peer, want error) {
 	if f != nil {
 		t.Errorf("facts %v with the error %v", f, err)
 	}
+}
+
+// Sleeper starts a program that is sleep, and opens its process, which ends with end or
+// with the test.
+func Sleeper(t testing.TB, program string) (p *peer.Peer, end func()) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), program, "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p, err := peer.Open(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	t.Cleanup(func() { end(); _ = p.Close() })
+	return p, end
 }

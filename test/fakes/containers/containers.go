@@ -5,13 +5,13 @@ package containers
 import (
 	"errors"
 	"fmt"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/attest/workload/container"
 )
@@ -22,22 +22,6 @@ const patience = time.Minute
 // ID makes a container id.
 func ID(name string) string {
 	return (fmt.Sprintf("%x", name) + strings.Repeat("0", 64))[:64]
-}
-
-// Sleeper starts a process, which ends with end or with the test.
-func Sleeper(t testing.TB) (p *peer.Peer, end func()) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "sleep", "600")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	p, err := peer.Open(cmd.Process.Pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end = sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	t.Cleanup(func() { end(); _ = p.Close() })
-	return p, end
 }
 
 // Processes is a container.Processes for real processes with cgroup files of tests.
@@ -61,7 +45,7 @@ func (f *Processes) Set(pid int, text string) {
 // Start starts a Sleeper with this cgroup file.
 func (f *Processes) Start(t testing.TB, cgroup string) (p *peer.Peer, end func()) {
 	t.Helper()
-	p, end = Sleeper(t)
+	p, end = attesttest.Sleeper(t, "sleep")
 	f.Set(p.PID, cgroup)
 	return p, end
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -15,28 +14,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/meshid/meshid/pkg/attest"
+	"github.com/meshid/meshid/pkg/attest/attesttest"
 	"github.com/meshid/meshid/pkg/attest/peer"
 )
 
 // id makes a container id.
 func id(name string) string {
 	return (fmt.Sprintf("%x", name) + strings.Repeat("0", 64))[:64]
-}
-
-// sleeper starts a process.
-func sleeper(t testing.TB) (*peer.Peer, func()) {
-	t.Helper()
-	cmd := exec.Command("sleep", "600")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	p, err := peer.Open(cmd.Process.Pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	t.Cleanup(func() { end(); _ = p.Close() })
-	return p, end
 }
 
 func newSize() prometheus.Gauge {
@@ -97,7 +81,7 @@ func TestLoadOfAnotherIsGivenUp(t *testing.T) {
 
 // A run that is reported again with other facts is reported, and its end once.
 func TestAnnouncer(t *testing.T) {
-	p, end := sleeper(t)
+	p, end := attesttest.Sleeper(t, "sleep")
 	c, err := New(id("A"), "x:A", nil, &Init{Process: p, Memberships: Memberships{"": "/x/" + id("A")}})
 	if err != nil {
 		t.Fatal(err)
@@ -126,7 +110,7 @@ func TestAnnouncer(t *testing.T) {
 
 // The engine may say that a container runs when its pid is another's already.
 func TestV_D1_InitProcess(t *testing.T) {
-	p, _ := sleeper(t)
+	p, _ := attesttest.Sleeper(t, "sleep")
 	now := time.Now()
 	k := Kernel{}
 	if _, err := k.Open(p.PID, now.Add(-time.Hour), id("A")); err == nil || !strings.Contains(err.Error(), "not its init process") {

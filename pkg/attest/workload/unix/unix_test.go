@@ -180,22 +180,6 @@ func sum(t *testing.T, path string) string {
 	return hex.EncodeToString(s[:])
 }
 
-// sleeper starts the file path, which is sleep, and opens it by its id.
-func sleeper(t *testing.T, path string) (*peer.Peer, func()) {
-	t.Helper()
-	cmd := exec.Command(path, "600")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	p, err := peer.Open(cmd.Process.Pid)
-	if err != nil {
-		t.Fatal(err)
-	}
-	end := sync.OnceFunc(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	t.Cleanup(func() { end(); _ = p.Close() })
-	return p, end
-}
-
 // sleepCopy copies sleep to where it can be changed.
 func sleepCopy(t *testing.T) string {
 	t.Helper()
@@ -222,7 +206,7 @@ func TestConformance(t *testing.T) {
 
 func TestAttest(t *testing.T) {
 	path := sleepCopy(t)
-	p, _ := sleeper(t, path)
+	p, _ := attesttest.Sleeper(t, path)
 	f, err := newAttestor(t).Attest(t.Context(), p)
 	if err != nil {
 		t.Fatal(err)
@@ -396,7 +380,7 @@ func TestInstances(t *testing.T) {
 	one, two := sleepCopy(t), sleepCopy(t)
 	attested := func(path string) *attest.Facts {
 		t.Helper()
-		p, _ := sleeper(t, path)
+		p, _ := attesttest.Sleeper(t, path)
 		f, err := a.Attest(t.Context(), p)
 		if err != nil {
 			t.Fatal(err)
@@ -411,7 +395,7 @@ func TestInstances(t *testing.T) {
 		t.Errorf("two files: both %s", f1.Instance)
 	}
 	// The file is replaced, as a package manager does it.
-	p, _ := sleeper(t, one)
+	p, _ := attesttest.Sleeper(t, one)
 	old, err := a.Attest(t.Context(), p)
 	if err != nil {
 		t.Fatal(err)
@@ -433,7 +417,7 @@ func TestInstances(t *testing.T) {
 
 func TestHashLimit(t *testing.T) {
 	path := sleepCopy(t)
-	p, _ := sleeper(t, path)
+	p, _ := attesttest.Sleeper(t, path)
 	st, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)
@@ -561,7 +545,7 @@ func TestV_D13_ExecutableHangs(t *testing.T) {
 func TestV_D17_Descriptors(t *testing.T) {
 	a := newAttestor(t)
 	path := sleepCopy(t)
-	p, end := sleeper(t, path)
+	p, end := attesttest.Sleeper(t, path)
 	if _, err := a.Attest(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
