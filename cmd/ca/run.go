@@ -64,9 +64,9 @@ folder, a root key (mode 0600) and a self-signed root.`,
 	return cmd
 }
 
-// burstRoom is what may be allocated between two collections while there is much to do,
-// in bytes: a CA keeps ten megabytes, and makes as much garbage with some hundred calls.
-const burstRoom = 40 << 20
+// memoryLimits are what the CA is kept to: it keeps ten megabytes, and makes as much
+// garbage with some hundred calls.
+var memoryLimits = memory.Limits{Calm: memory.Calm, Room: 40 << 20}
 
 func configFlags(cmd *cobra.Command, path *string, o *overrides) {
 	cmd.Flags().StringVar(path, "config", defaultConfigPath, "configuration file")
@@ -267,7 +267,7 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	if forIstio != nil {
 		group.Go(func() error { return forIstio.run(ctx) })
 	}
-	group.Go(func() error { memory.Tend(ctx, memory.Calm, burstRoom, logger); return nil })
+	group.Go(func() error { memory.Tend(ctx, memoryLimits, logger); return nil })
 	group.Go(func() error { return authority.Run(ctx) })
 	group.Go(func() error { return srv.Run(ctx) })
 	group.Go(func() error { index.run(ctx); return nil })

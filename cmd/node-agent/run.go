@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -142,9 +141,9 @@ func checkEvidence(ctx context.Context, out io.Writer, node attest.NodeAttester,
 	return nil
 }
 
-// gcPercent is GOGC where the operator sets none: an agent is on every machine and has
-// little to do, so its memory is dearer than its collector's time.
-const gcPercent = 50
+// memoryLimits are what the agent is kept to: it is on every machine and has little to
+// do, so its memory is dearer than its collector's time.
+var memoryLimits = memory.Limits{Calm: memory.Calm, Garbage: 6 << 20, File: 8 << 20}
 
 // serve puts the parts together and runs them until ctx ends. The sockets open
 // before any network is touched: what was issued before a restart is served
@@ -152,9 +151,6 @@ const gcPercent = 50
 func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 	if err := cli.Harden(); err != nil {
 		logger.WarnContext(ctx, "process hardening is incomplete", "err", err)
-	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
 	}
 	registry := prometheus.NewRegistry()
 	if err := cli.RegisterProcessMetrics(registry, "meshid_agent"); err != nil {
@@ -209,7 +205,7 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		return errors.Join(fmt.Errorf("admin_socket: %w", err), socket.Close())
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { memory.Tend(ctx, memory.Calm, 0, logger); return nil })
+	group.Go(func() error { memory.Tend(ctx, memoryLimits, logger); return nil })
 	group.Go(func() error { return a.Run(ctx) })
 	group.Go(func() error { return cli.ServeGRPC(ctx, server, socket, shutdownTimeout) })
 	group.Go(func() error { return serveStatus(ctx, admin, a, logger) })

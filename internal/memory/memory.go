@@ -25,53 +25,113 @@ const Calm = 5 * time.Second
 // burst is how many collections without calm between them are more than a start is made of.
 const burst = 20
 
-// Tend gives memory back to the machine once nothing was collected for calm after the
-// start, and after each burst of work, until ctx ends. It polls nothing: it is woken by
-// the collector.
-//
-// During a burst the collector lets room bytes be allocated before it begins again, also
-// where the heap that it keeps is smaller: a program that keeps little would otherwise
-// spend its time on collecting. With 0, and where the operator has set GOGC, it does as
-// ever.
-func Tend(ctx context.Context, calm time.Duration, room uint64, log *slog.Logger) {
+// Limits are what Tend keeps a program to. What they say of collections gives way to the
+// operator's GOGC.
+type Limits struct {
+	// Calm is how long nothing was collected when a burst is over.
+	Calm time.Duration
+	// Room is how many bytes may be allocated between two collections during a burst,
+	// also where the heap that is kept is smaller: a program that keeps little would
+	// otherwise spend its time on collecting. 0 leaves GOGC as it is.
+	Room uint64
+	// Garbage is how many bytes may be allocated between two collections at any time,
+	// about, where GOGC allows for a half or all of what is kept: a program that
+	// grows by a burst has that much more than it needs at the most. 0 is no limit.
+	Garbage uint64
+	// File is how many bytes of the program's file are in its memory during a burst
+	// at the most, about: it is looked at with each collection. 0 is no limit.
+	File uint64
+}
+
+// Tend keeps the program to its limits, and gives memory back to the machine once
+// nothing was collected for a while after the start, and after each burst of work, until
+// ctx ends. It polls nothing: it is woken by the collector.
+func Tend(ctx context.Context, l Limits, log *slog.Logger) {
 	collected := make(chan struct{}, 1)
 	tellCollections(ctx, collected)
-	timer := time.NewTimer(calm)
+	timer := time.NewTimer(l.Calm)
 	defer timer.Stop()
 	usual := read("/gc/gogc:percent")
 	if os.Getenv("GOGC") != "" {
-		room = 0
+		l.Room, l.Garbage = 0, 0
 	}
 	percent := usual
-	set := func(to uint64) {
-		if to != percent {
+	pace := func(bursting bool) {
+		kept := read("/gc/heap/live:bytes") + read("/memory/classes/heap/stacks:bytes")
+		if to := l.percent(usual, kept, bursting); to != percent {
 			percent = to
-			debug.SetGCPercent(int(to)) //nolint:gosec // G115: room, in percent of what is at least a page
+			debug.SetGCPercent(int(to)) //nolint:gosec // G115: Room, in percent of what is at least a page
 		}
 	}
+	file := &programFile{}
+	pace(false)
 	for given := uint64(0); ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-collected:
-			timer.Reset(calm)
-			if room > 0 && collections() > given+burst {
-				live := max(read("/gc/heap/live:bytes"), 1<<20)
-				set(max(usual, room*100/live))
+			timer.Reset(l.Calm)
+			pace(collections() > given+burst)
+			if err := l.trim(file); err != nil {
+				log.DebugContext(ctx, "pages of the program's file stay in memory", "err", err)
 			}
 		case <-timer.C:
 			// One collection alone is no burst: the runtime collects every two
 			// minutes whatever happens.
 			if n := collections(); n > given+1 {
 				given = n
-				set(usual)
+				runtime.GC() // what is in a sync.Pool outlives one
 				debug.FreeOSMemory()
-				if err := unmapFile(); err != nil {
+				pace(false)
+				if err := file.unmap(); err != nil {
 					log.DebugContext(ctx, "pages of the program's file stay in memory", "err", err)
 				}
 			}
 		}
 	}
+}
+
+// percent returns the GOGC that keeps to the limits, where it usually is usual and kept
+// bytes were kept by the last collection.
+func (l Limits) percent(usual, kept uint64, bursting bool) uint64 {
+	kept = max(kept, 1<<20)
+	switch {
+	case l.Garbage > 0:
+		// To collect often costs little while there is little, and where there is
+		// much, the processor's time is dearer.
+		const least, most = 20, 100
+		return min(max(l.Garbage*100/kept, least), most)
+	case l.Room > 0 && bursting:
+		return max(usual, l.Room*100/kept)
+	default:
+		return usual
+	}
+}
+
+// trim gives back pages of the program's file if there are too many.
+func (l Limits) trim(file *programFile) error {
+	if l.File == 0 {
+		return nil
+	}
+	if n, err := residentFile(); err != nil || n <= l.File {
+		return err
+	}
+	return file.unmap()
+}
+
+// residentFile returns how many bytes of files are in memory, from statm of
+// proc_pid_statm(5).
+func residentFile() (uint64, error) {
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return 0, err
+	}
+	f := strings.Fields(string(statm))
+	if len(f) < 3 {
+		return 0, fmt.Errorf("read /proc/self/statm: %q", statm)
+	}
+	pages, err := strconv.ParseUint(f[2], 10, 32)
+	return pages * uint64(os.Getpagesize()), err //nolint:gosec // not negative
 }
 
 // tellCollections sends to collected after each collection, until ctx ends.
@@ -100,13 +160,19 @@ func read(name string) uint64 {
 	return s[0].Value.Uint64()
 }
 
-// unmapFile has the kernel take the pages of the program's file out of the program's
+// programFile is the program's own file in its memory.
+type programFile struct{ maps []fileMap }
+
+// unmap has the kernel take the pages of the program's file out of the program's
 // memory. Most were needed once, at the start, and each came with its neighbours,
 // sixteen pages and more; what is needed again is there again without the disk, for as
 // long as the kernel has it in its cache.
-func unmapFile() error {
-	maps, err := fileMaps()
-	for _, m := range maps {
+func (f *programFile) unmap() error {
+	var err error
+	if f.maps == nil { // they stay as they are: addresses are relocated before anything runs
+		f.maps, err = fileMaps()
+	}
+	for _, m := range f.maps {
 		if m.own {
 			continue
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"runtime"
+	"runtime/debug"
 	"runtime/metrics"
 	"testing"
 	"time"
@@ -15,7 +16,7 @@ func TestTend(t *testing.T) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		Tend(ctx, time.Millisecond, 0, slog.New(slog.DiscardHandler))
+		Tend(ctx, Limits{Calm: time.Millisecond}, slog.New(slog.DiscardHandler))
 	}()
 	defer func() {
 		cancel()
@@ -61,7 +62,7 @@ func TestTendRoom(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				Tend(ctx, 100*time.Millisecond, 256<<20, slog.New(slog.DiscardHandler))
+				Tend(ctx, Limits{Calm: 100 * time.Millisecond, Room: 256 << 20}, slog.New(slog.DiscardHandler))
 			}()
 			defer func() {
 				cancel()
@@ -98,7 +99,7 @@ func TestTendRoom(t *testing.T) {
 // What the program's file takes is given back, and the program goes on.
 func TestUnmapFile(t *testing.T) {
 	before := resident(t)
-	if err := unmapFile(); err != nil {
+	if err := (&programFile{}).unmap(); err != nil {
 		t.Fatal(err)
 	}
 	if after := resident(t); before == 0 || after >= before {
@@ -120,4 +121,80 @@ func resident(t *testing.T) (kib int) {
 		}
 	}
 	return kib
+}
+
+// What may be allocated between two collections stays the same while a program grows,
+// but for the smallest and the largest.
+func TestPercent(t *testing.T) {
+	const mib = 1 << 20
+	for _, tc := range []struct {
+		limits   Limits
+		kept     uint64
+		bursting bool
+		want     uint64
+	}{
+		{Limits{}, 50 * mib, true, 77},
+		{Limits{Room: 40 * mib}, 10 * mib, false, 77},
+		{Limits{Room: 40 * mib}, 10 * mib, true, 400},
+		{Limits{Room: 40 * mib}, 100 * mib, true, 77},
+		{Limits{Garbage: 6 * mib}, 0, false, 100},
+		{Limits{Garbage: 6 * mib}, 6 * mib, true, 100},
+		{Limits{Garbage: 6 * mib}, 12 * mib, true, 50},
+		{Limits{Garbage: 6 * mib}, 24 * mib, false, 25},
+		{Limits{Garbage: 6 * mib}, 40 * mib, false, 20},
+	} {
+		if got := tc.limits.percent(77, tc.kept, tc.bursting); got != tc.want {
+			t.Errorf("%+v, %d kept, burst %v: GOGC %d, want %d", tc.limits, tc.kept, tc.bursting, got, tc.want)
+		}
+	}
+}
+
+// GOGC follows what is kept where there is a limit of garbage.
+func TestTendGarbage(t *testing.T) {
+	t.Setenv("GOGC", "")
+	usual := debug.SetGCPercent(77)
+	defer debug.SetGCPercent(usual)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		Tend(ctx, Limits{Calm: time.Minute, Garbage: 1 << 20}, slog.New(slog.DiscardHandler))
+	}()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	kept := make([]byte, 64<<20)
+	poll := time.NewTicker(time.Millisecond)
+	defer poll.Stop()
+	for deadline := time.Now().Add(time.Minute); read("/gc/gogc:percent") != 20; <-poll.C {
+		if time.Now().After(deadline) {
+			t.Fatalf("GOGC is %d with 64 MiB kept", read("/gc/gogc:percent"))
+		}
+		runtime.GC()
+	}
+	runtime.KeepAlive(kept)
+}
+
+// During a burst, what is too much of the program's file is given back, and what is not
+// stays.
+func TestTrim(t *testing.T) {
+	n, err := residentFile()
+	if err != nil || n == 0 {
+		t.Fatalf("%d bytes of files, %v", n, err)
+	}
+	file := &programFile{}
+	before := resident(t)
+	if err := (Limits{File: 1 << 40}).trim(file); err != nil {
+		t.Fatal(err)
+	}
+	if after := resident(t); after < before {
+		t.Errorf("%d KiB of the program's file before, %d afterwards, far from the limit", before, after)
+	}
+	if err := (Limits{File: 1}).trim(file); err != nil {
+		t.Fatal(err)
+	}
+	if after := resident(t); after >= before {
+		t.Errorf("%d KiB of the program's file before, %d afterwards", before, after)
+	}
 }
