@@ -10,18 +10,22 @@ package peer
 //  4. The watcher closes it when the process ends; else its reader does.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/mem"
 )
 
 // Default limits of a listener. A connection costs two descriptors; the usual
@@ -254,7 +258,13 @@ func (l *listener) take(c *net.UnixConn, since time.Duration) (net.Conn, reason,
 	if r, err := l.admit(p); err != nil {
 		return nil, r, errors.Join(err, p.Close())
 	}
-	pc := &conn{Conn: c, peer: p, listener: l}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		l.leave(p)
+		return nil, reasonError, errors.Join(err, p.Close())
+	}
+	pc := &conn{Conn: c, peer: p, listener: l, raw: raw}
+	pc.read = pc.readOnce
 	p.onEnd = func() { _ = pc.Close() }
 	if err := p.watch(); err != nil {
 		l.leave(p)
@@ -368,6 +378,15 @@ type conn struct {
 	peer     *Peer
 	listener *listener
 	once     sync.Once
+
+	raw  syscall.RawConn
+	read func(fd uintptr) bool // readOnce, made once
+	// Owned by ReadOnReady, of which one runs at a time.
+	pool   mem.BufferPool
+	size   int
+	filled *[]byte
+	n      int
+	err    error
 }
 
 // FromConn returns the process at the other end of a connection of Listen.
@@ -387,6 +406,40 @@ func (c *conn) Close() error {
 		c.listener.leave(c.peer)
 	})
 	return err
+}
+
+// ReadOnReady waits until there is something to read, and only then takes a buffer of
+// size bytes from pool and reads into it: connections are silent for nearly all of
+// their life, and have no buffer then. gRPC looks for this method; the caller puts the
+// buffer back. There may be one call at a time, and none of Read beside it.
+func (c *conn) ReadOnReady(size int, pool mem.BufferPool) (*[]byte, int, error) {
+	c.size, c.pool = size, pool
+	err := c.raw.Read(c.read)
+	filled, n, failed := c.filled, c.n, c.err
+	c.pool, c.filled, c.n, c.err = nil, nil, 0, nil
+	if err = cmp.Or(err, failed); err == nil && n == 0 {
+		err = io.EOF
+	}
+	if err != nil && filled != nil {
+		pool.Put(filled)
+		return nil, 0, err
+	}
+	return filled, n, err
+}
+
+// readOnce reads what is there, and returns false if that is nothing yet.
+func (c *conn) readOnce(fd uintptr) bool {
+	b := c.pool.Get(c.size)
+	n, err := unix.Read(int(fd), *b)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Read(int(fd), *b)
+	}
+	if errors.Is(err, unix.EAGAIN) {
+		c.pool.Put(b)
+		return false
+	}
+	c.filled, c.n, c.err = b, n, os.NewSyscallError("read", err)
+	return true
 }
 
 // hasPeerPIDFD says whether the kernel has SO_PEERPIDFD (Linux 6.5).

@@ -8,13 +8,17 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/mem"
 
 	"github.com/meshid/meshid/test/self"
 )
@@ -245,5 +249,76 @@ func TestAbstract(t *testing.T) {
 	dial(t, path)
 	if _, p := accept(t, l); p.PID != os.Getpid() {
 		t.Errorf("peer %d", p.PID)
+	}
+}
+
+// counted are buffers that are counted while they are out of their pool.
+type counted struct{ taken, out atomic.Int64 }
+
+func (c *counted) Get(n int) *[]byte {
+	c.taken.Add(1)
+	c.out.Add(1)
+	b := make([]byte, n)
+	return &b
+}
+
+func (c *counted) Put(*[]byte) { c.out.Add(-1) }
+
+// A connection on which nothing comes holds no buffer, and gRPC reads by that.
+func TestReadOnReady(t *testing.T) {
+	l, path := listen(t, Options{})
+	client := dial(t, path)
+	server, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready, ok := server.(interface {
+		ReadOnReady(size int, pool mem.BufferPool) (*[]byte, int, error)
+	})
+	if !ok {
+		t.Fatal("gRPC would not find the method")
+	}
+	pool := &counted{}
+	type result struct {
+		b   *[]byte
+		n   int
+		err error
+	}
+	read := func() chan result {
+		c := make(chan result, 1)
+		go func() {
+			b, n, err := ready.ReadOnReady(8, pool)
+			c <- result{b, n, err}
+		}()
+		return c
+	}
+	waiting := read()
+	for deadline := time.Now().Add(time.Minute); pool.taken.Load() == 0 || pool.out.Load() != 0; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d buffers taken, %d held while nothing comes", pool.taken.Load(), pool.out.Load())
+		}
+	}
+	if _, err := client.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	got := <-waiting
+	if got.err != nil || got.n != 5 || string((*got.b)[:got.n]) != "hello" {
+		t.Fatalf("read %d bytes, %v", got.n, got.err)
+	}
+	pool.Put(got.b)
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-read(); !errors.Is(got.err, io.EOF) || got.b != nil {
+		t.Errorf("at the end: %d bytes, %v", got.n, got.err)
+	}
+	if err := server.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-read(); !errors.Is(got.err, net.ErrClosed) || got.b != nil {
+		t.Errorf("closed on this side: %d bytes, %v", got.n, got.err)
+	}
+	if n := pool.out.Load(); n != 0 {
+		t.Errorf("%d buffers are lost", n)
 	}
 }

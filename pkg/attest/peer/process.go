@@ -74,15 +74,19 @@ func (p *Process) ReadFile(name string) ([]byte, error) {
 	return b, nil
 }
 
+// pages are what files of procfs are read into: nearly all are smaller.
+var pages = sync.Pool{New: func() any { return new([4096]byte) }}
+
 // readProc reads a file below a directory of procfs.
 func readProc(dir int, name string) ([]byte, error) {
 	fd, err := openBelow(dir, name, unix.O_RDONLY)
 	if err != nil {
 		return nil, gone(err)
 	}
-	defer unix.Close(fd) //nolint:errcheck // nothing was written
-	buf := make([]byte, 4096)
-	n := 0
+	defer unix.Close(fd)              //nolint:errcheck // nothing was written
+	page := pages.Get().(*[4096]byte) //nolint:forcetypeassert // nothing else is in it
+	defer pages.Put(page)
+	buf, n := page[:], 0
 	for {
 		m, err := unix.Read(fd, buf[n:])
 		switch {
@@ -91,14 +95,14 @@ func readProc(dir int, name string) ([]byte, error) {
 		case err != nil:
 			return nil, gone(err)
 		case m == 0:
-			return buf[:n], nil
+			return bytes.Clone(buf[:n]), nil
 		}
 		n += m
 		if n == len(buf) {
 			if n >= maxProcFile {
 				return nil, fmt.Errorf("more than %d bytes", maxProcFile)
 			}
-			buf = append(buf, make([]byte, n)...)
+			buf = append(buf[:n:n], make([]byte, n)...)
 		}
 	}
 }
