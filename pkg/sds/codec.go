@@ -1,7 +1,10 @@
 package sds
 
 import (
+	"encoding/binary"
 	"fmt"
+	"io"
+	"slices"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/grpc/encoding"
@@ -73,28 +76,60 @@ func (i *incoming) decode(data mem.BufferSlice) error {
 
 // decode decodes data into m, without one field.
 func decode(data mem.BufferSlice, node protowire.Number, m proto.Message) error {
-	b := data.MaterializeToBuffer(mem.DefaultBufferPool())
-	defer b.Free()
-	rest, err := without(b.ReadOnlyData(), node)
+	rest, err := without(data, node)
 	if err != nil {
 		return err
 	}
 	return proto.Unmarshal(rest, m)
 }
 
-// without returns the fields of an encoded message but those with one number.
-// The result does not share memory with data.
-func without(data []byte, number protowire.Number) ([]byte, error) {
+// without returns the fields of an encoded message but those with one number, which
+// are passed over where they lie: the node of a request is sixteen times as large as
+// anything else here. The result does not share memory with data.
+func without(data mem.BufferSlice, number protowire.Number) ([]byte, error) {
+	r := data.Reader()
+	defer r.Close() //nolint:errcheck // it cannot fail
 	var kept []byte
-	for len(data) > 0 {
-		num, _, n := protowire.ConsumeField(data)
-		if n < 0 {
-			return nil, fmt.Errorf("decode request: %w", protowire.ParseError(n))
+	var room [2 * binary.MaxVarintLen64]byte
+	for r.Remaining() > 0 {
+		tag, err := binary.ReadUvarint(r)
+		if err != nil {
+			return nil, fmt.Errorf("decode request: %w", err)
 		}
-		if num != number {
-			kept = append(kept, data[:n]...)
+		field, kind := protowire.DecodeTag(tag)
+		head, size := binary.AppendUvarint(room[:0], tag), uint64(0)
+		switch kind {
+		case protowire.VarintType:
+			var v uint64
+			v, err = binary.ReadUvarint(r)
+			head = binary.AppendUvarint(head, v)
+		case protowire.Fixed32Type:
+			size = 4
+		case protowire.Fixed64Type:
+			size = 8
+		case protowire.BytesType:
+			size, err = binary.ReadUvarint(r)
+			head = binary.AppendUvarint(head, size)
+		default: // proto3 has no groups
+			err = fmt.Errorf("field %d has wire type %d", field, kind)
 		}
-		data = data[n:]
+		if err == nil && size > uint64(r.Remaining()) { //nolint:gosec // not negative
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return nil, fmt.Errorf("decode request: %w", err)
+		}
+		n := int(size)
+		if field == number {
+			_, err = r.Discard(n)
+		} else {
+			kept = slices.Grow(append(kept, head...), n)
+			kept = kept[:len(kept)+n]
+			_, err = io.ReadFull(r, kept[len(kept)-n:])
+		}
+		if err != nil {
+			return nil, fmt.Errorf("decode request: %w", err)
+		}
 	}
 	return kept, nil
 }

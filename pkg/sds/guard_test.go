@@ -90,9 +90,9 @@ func TestSpec_S15_RootsAlwaysHaveAnAnchor(t *testing.T) {
 func TestSpec_S15_GuardCatchesEachMutation(t *testing.T) {
 	a := identitytest.NewAuthority(t, "a.test")
 	v := a.SVID("/x")
-	rootPEM := encodePEM("CERTIFICATE", a.Cert.Raw)
+	rootPEM := encodePEM(nil, "CERTIFICATE", a.Cert.Raw)
 	certificate := &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
-		CertificateChain: inline(encodePEM("CERTIFICATE", v.Chain[0].Raw)), PrivateKey: inline(encodePEM("PRIVATE KEY", []byte("x"))),
+		CertificateChain: inline(encodePEM(nil, "CERTIFICATE", v.Chain[0].Raw)), PrivateKey: inline(encodePEM(nil, "PRIVATE KEY", []byte("x"))),
 	}}
 	spiffe := func(domains ...*tlsv3.SPIFFECertValidatorConfig_TrustDomain) *corev3.TypedExtensionConfig {
 		value, err := encode(&tlsv3.SPIFFECertValidatorConfig{TrustDomains: domains})

@@ -188,8 +188,9 @@ func ServerOptions() []grpc.ServerOption {
 		// buffer is bounded, and no bandwidth estimator pings.
 		grpc.StaticStreamWindowSize(64 << 10),
 		grpc.StaticConnWindowSize(128 << 10),
-		grpc.ReadBufferSize(2 << 10),
-		grpc.WriteBufferSize(8 << 10),
+		// Of a pool, for as long as something is read or written: pages.
+		grpc.ReadBufferSize(4 << 10),
+		grpc.WriteBufferSize(4 << 10),
 		// Envoy pings every 30 s with the bootstraps that are recommended; the
 		// default policy would answer with GOAWAY.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{

@@ -5,8 +5,8 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"slices"
@@ -159,11 +159,11 @@ func encodeLeaf(id string, chain []*identity.Certificate, key crypto.Signer) ([]
 	}
 	var chainPEM []byte
 	for _, c := range chain {
-		chainPEM = append(chainPEM, encodePEM("CERTIFICATE", c.Raw)...)
+		chainPEM = encodePEM(chainPEM, "CERTIFICATE", c.Raw)
 	}
 	body, err := encode(&tlsv3.Secret{Type: &tlsv3.Secret_TlsCertificate{TlsCertificate: &tlsv3.TlsCertificate{
 		CertificateChain: inline(chainPEM),
-		PrivateKey:       inline(encodePEM("PRIVATE KEY", der)),
+		PrivateKey:       inline(encodePEM(nil, "PRIVATE KEY", der)),
 	}}})
 	if err != nil {
 		return nil, withhold(withheldProfile, "encode certificate of %s: %w", id, err)
@@ -260,13 +260,13 @@ func newTrustDomain(b *identity.Bundle) (*trustDomain, error) {
 	}
 	d := &trustDomain{name: b.TrustDomain.Name()}
 	for _, root := range anchors(b) {
-		d.roots = append(d.roots, encodePEM("CERTIFICATE", root.Raw)...)
+		d.roots = encodePEM(d.roots, "CERTIFICATE", root.Raw)
 	}
 	if len(d.roots) == 0 {
 		return nil, withhold(withheldBundle, "encode trust bundle of %s: it has no CA certificate", d.name)
 	}
 	for _, l := range b.Lists {
-		d.lists = append(d.lists, encodePEM("X509 CRL", l.List)...)
+		d.lists = encodePEM(d.lists, "X509 CRL", l.List)
 	}
 	d.digest = sha256.Sum256(slices.Concat([]byte(d.name+"\x00"), d.roots, d.lists))
 	return d, nil
@@ -433,8 +433,16 @@ func encode(m proto.Message) ([]byte, error) {
 	return proto.MarshalOptions{Deterministic: true}.Marshal(m)
 }
 
-func encodePEM(kind string, der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+// encodePEM appends what pem.Encode writes (RFC 7468 §2), which would need a buffer
+// that grows and an encoder for each line.
+func encodePEM(b []byte, kind string, der []byte) []byte {
+	const line = 48 // bytes that are 64 letters
+	b = slices.Grow(b, base64.StdEncoding.EncodedLen(len(der))+len(der)/line+2*len(kind)+32)
+	b = append(append(append(b, "-----BEGIN "...), kind...), "-----\n"...)
+	for part := range slices.Chunk(der, line) {
+		b = append(base64.StdEncoding.AppendEncode(b, part), '\n')
+	}
+	return append(append(append(b, "-----END "...), kind...), "-----\n"...)
 }
 
 func inline(b []byte) *corev3.DataSource {

@@ -1,7 +1,9 @@
 package sds
 
 import (
+	"bytes"
 	"crypto/x509"
+	"encoding/pem"
 	"slices"
 	"strings"
 	"testing"
@@ -183,8 +185,8 @@ func TestV_L3_ListsInTheValidationContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &tlsv3.Secret{Name: nameRoot, Type: &tlsv3.Secret_ValidationContext{ValidationContext: &tlsv3.CertificateValidationContext{
-		TrustedCa:             inline(slices.Concat(encodePEM("CERTIFICATE", a.Cert.Raw), encodePEM("CERTIFICATE", second.Cert.Raw))),
-		Crl:                   inline(slices.Concat(encodePEM("X509 CRL", []byte("first")), encodePEM("X509 CRL", []byte("second")))),
+		TrustedCa:             inline(slices.Concat(encodePEM(nil, "CERTIFICATE", a.Cert.Raw), encodePEM(nil, "CERTIFICATE", second.Cert.Raw))),
+		Crl:                   inline(slices.Concat(encodePEM(nil, "X509 CRL", []byte("first")), encodePEM(nil, "X509 CRL", []byte("second")))),
 		OnlyVerifyLeafCertCrl: true, SuppressClientCaList: true,
 	}}}
 	if !proto.Equal(want, &got) {
@@ -202,5 +204,16 @@ func TestV_L3_ListsInTheValidationContext(t *testing.T) {
 	}
 	if _, refusal := c.all(&identity.Snapshot{Bundle: b}); refusal != nil {
 		t.Error(refusal)
+	}
+}
+
+// The PEM is the standard library's, byte for byte, at each length of its last line.
+func TestEncodePEM(t *testing.T) {
+	for n := range 200 {
+		der := bytes.Repeat([]byte{byte(n)}, n)
+		want := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+		if got := encodePEM([]byte("x"), "CERTIFICATE", der); string(got) != "x"+string(want) {
+			t.Errorf("%d bytes: %q, want %q", n, got, want)
+		}
 	}
 }

@@ -87,7 +87,7 @@ func fakeSecret(t testing.TB, k kind, version string) *secret {
 	t.Helper()
 	switch k {
 	case kindRoot:
-		s, err := newRoot(&trustDomain{name: "a.test", roots: encodePEM("CERTIFICATE", []byte(version))})
+		s, err := newRoot(&trustDomain{name: "a.test", roots: encodePEM(nil, "CERTIFICATE", []byte(version))})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -21,13 +21,14 @@ import (
 
 // The life of a stream:
 //
-//  1. serve, the handler, counts it in, takes the peer from the connection and
-//     subscribes to the source, once.
+//  1. serve, the handler, counts it in and takes the peer from the connection.
 //  2. receive, in the handler, takes requests into the session: it is the only
-//     goroutine of a silent stream.
-//  3. work sends what the session says is due. It is called whenever the snapshot
-//     or the session may have changed, in a goroutine that ends when nothing more
-//     is due: streams are silent for nearly all of their life.
+//     goroutine of a silent stream. Nothing comes before it that may wait: what a
+//     thousand proxies say of themselves, 60 MB, would be held in memory meanwhile.
+//  3. work subscribes to the source, once, and sends what the session says is due.
+//     It is called whenever the snapshot or the session may have changed, in a
+//     goroutine that ends when nothing more is due: streams are silent for nearly
+//     all of their life.
 //  4. end says why the stream is to end: work then tells the client, and receive
 //     returns.
 //
@@ -41,13 +42,13 @@ type stream struct {
 	grpc     grpc.ServerStream
 	call     statusWriter
 	peer     *peer.Peer
-	watch    *identity.Watch
 	phase    atomic.Int32  // of work
 	ended    chan struct{} // closed by work when nothing will be sent any more
 
-	// Owned by work.
-	timer                       *time.Timer // nil if nothing is due by itself
-	unanswered, held, rejecting bool        // counted in the gauge of that name
+	// Owned by work, and by serve once that has ended.
+	watch                       *identity.Watch // nil until it has subscribed
+	timer                       *time.Timer     // nil if nothing is due by itself
+	unanswered, held, rejecting bool            // counted in the gauge of that name
 	// silentAt is when a client that has asked for nothing is sent away, heldAt
 	// when it is said that names wait; zero when that is settled.
 	silentAt, heldAt time.Time
@@ -82,8 +83,8 @@ func (s *Server) serve(g grpc.ServerStream, p protocol) error {
 	return st.err
 }
 
-// open counts a stream in and subscribes it. The caller calls release when nothing
-// works for it any more.
+// open counts a stream in. The caller calls release when nothing works for it any
+// more.
 func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func(), err error) {
 	ctx := g.Context()
 	caller, ok := peer.FromContext(ctx)
@@ -101,23 +102,19 @@ func (s *Server) open(g grpc.ServerStream, p protocol) (st *stream, release func
 	if err != nil {
 		return nil, nil, err
 	}
-	watch, err := s.subscribe(ctx, caller)
-	if err != nil {
-		leave()
-		return nil, nil, err
-	}
 	st = &stream{
-		server: s, protocol: p, grpc: g, call: call, peer: caller, watch: watch,
+		server: s, protocol: p, grpc: g, call: call, peer: caller,
 		ended:    make(chan struct{}),
 		session:  newSession(p.delta(), maxNames),
 		silentAt: time.Now().Add(firstRequestWithin),
 	}
 	s.metrics.streams[p].Inc()
-	watch.Notify(st.wake)
 	s.keep(st)
 	return st, func() {
 		s.drop(st)
-		watch.Close()
+		if st.watch != nil {
+			st.watch.Close()
+		}
 		s.metrics.streams[p].Dec()
 		leave()
 	}, nil
@@ -302,6 +299,11 @@ func (st *stream) setTimer(at time.Time) {
 // sendDue sends what is due and returns when to look again though nothing has
 // happened, zero for never. The error says that the stream is to end.
 func (st *stream) sendDue() (time.Time, error) {
+	if st.watch == nil {
+		if err := st.subscribe(); err != nil {
+			return time.Time{}, err
+		}
+	}
 	for {
 		response, at, err := st.due(time.Now())
 		if err != nil || response == nil {
@@ -311,6 +313,21 @@ func (st *stream) sendDue() (time.Time, error) {
 			return at, err
 		}
 	}
+}
+
+// subscribe subscribes the stream to the source, if it is not to end already.
+func (st *stream) subscribe() error {
+	st.mu.Lock()
+	err := st.err
+	st.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if st.watch, err = st.server.subscribe(st.grpc.Context(), st.peer); err != nil {
+		return err
+	}
+	st.watch.Notify(st.wake)
+	return nil
 }
 
 // due returns the response that is due now, or nil and when to look again though

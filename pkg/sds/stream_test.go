@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
 	"github.com/meshid/meshid/test/identitytest"
 )
@@ -475,4 +476,51 @@ func TestNew_NeedsASource(t *testing.T) {
 	if _, err := New(identitytest.NewSource(nil), Options{Registerer: reg}); err == nil {
 		t.Error("made with metrics that are registered already")
 	}
+}
+
+// gate is a source that has everybody wait.
+type gate struct {
+	Source
+	open chan struct{}
+}
+
+func (g gate) Subscribe(ctx context.Context, p *peer.Peer) (*identity.Watch, error) {
+	select {
+	case <-g.open:
+		return g.Source.Subscribe(ctx, p)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// What a proxy says is read, and what it says of itself dropped, however long it takes
+// to find out who it is: more of it than HTTP/2's windows hold does not have it wait.
+func TestRequestsDoNotWaitForTheSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := identitytest.NewAuthority(t, "a.test")
+		r := newRig(t, identitytest.NewSource(a.Snapshot(1, a.SVID("/x"))), Options{})
+		g := gate{r.source, make(chan struct{})}
+		r.server.source = g
+		c := r.sotw(t.Context())
+		for range 5 {
+			c.request(&discoveryv3.DiscoveryRequest{
+				TypeUrl: TypeURL, ResourceNames: []string{nameDefault}, Node: &corev3.Node{Id: strings.Repeat("x", 60<<10)},
+			})
+		}
+		close(g.open)
+		c.next()
+		left, cancel := context.WithCancel(t.Context())
+		r.server.source = gate{r.source, nil}
+		gone := r.sotw(left)
+		gone.ask(nameDefault)
+		synctest.Wait()
+		cancel() // while it waits
+		if _, err := gone.Recv(); status.Code(err) != codes.Canceled {
+			t.Errorf("left with %v", err)
+		}
+		synctest.Wait()
+		if n := r.value("meshid_agent_sds_streams", "sotw"); n != 1 {
+			t.Errorf("%v streams", n)
+		}
+	})
 }
