@@ -273,6 +273,14 @@ func TestTargetsThatAreNone(t *testing.T) {
 			t.Errorf("%q: mounted", target)
 		}
 	}
+	// Nor is anything unmounted there: a link in the place of the mount is not followed.
+	if err := unix.Mount("none", elsewhere, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	_ = k.unpublish(filepath.Join(inside, "mount")) // whether it complains or not
+	if err := unix.Unmount(elsewhere, 0); err != nil {
+		t.Errorf("what is mounted elsewhere was unmounted: %v", err)
+	}
 	entries, err := os.ReadDir(elsewhere)
 	if err != nil || len(entries) != 0 {
 		t.Errorf("outside there is %v, %v", entries, err)

@@ -34,6 +34,10 @@ func TestCredentials(t *testing.T) {
 	m.pods.change(func(pods map[string]*Pod) {
 		pods["uid-web-6"] = &Pod{Node: "n1", NodeUID: "another", Facts: pods["uid-web-6"].Facts}
 	})
+	for token, account := range map[string]string{"other namespace": "bank/web", "other account": "shop/admin"} {
+		namespace, name, _ := strings.Cut(account, "/")
+		m.tokens.known[token] = &Token{Namespace: namespace, ServiceAccount: name, PodName: "web-1", PodUID: "uid-web-1", NodeName: "n1", NodeUID: "uid-n1"}
+	}
 	m.tokens.known["unbound"] = &Token{Namespace: "shop", ServiceAccount: "web"}
 	for name, c := range map[string]*client{
 		"no token":        {m: m, conn: m.conn, key: newKey(t)},
@@ -42,6 +46,8 @@ func TestCredentials(t *testing.T) {
 		"node reborn":     {m: m, conn: m.conn, key: newKey(t), token: reborn},
 		"pod elsewhere":   {m: m, conn: m.conn, key: newKey(t), token: moved},
 		"pod of others":   {m: m, conn: m.conn, key: newKey(t), token: borrowed},
+		"other namespace": {m: m, conn: m.conn, key: newKey(t), token: "other namespace"},
+		"other account":   {m: m, conn: m.conn, key: newKey(t), token: "other account"},
 		"pod gone":        {m: m, conn: m.conn, key: newKey(t), token: gone},
 		"not of a pod":    {m: m, conn: m.conn, key: newKey(t), token: "unbound"},
 		"too large":       {m: m, conn: m.conn, key: newKey(t), token: strings.Repeat("x", maxToken+1)},

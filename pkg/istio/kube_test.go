@@ -1,6 +1,7 @@
 package istio
 
 import (
+	"context"
 	"errors"
 	"sync"
 	"testing"
@@ -40,6 +41,11 @@ func TestClusterThatIsNotHeard(t *testing.T) {
 		pods := PodsOf(followed, strict)
 		_, own := pods.Pod(t.Context(), "p1")
 		_, other := pods.OnNode(t.Context(), "shop", "cart", "n1")
+		waited, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := pods.OnNode(waited, "shop", "cart", "n2"); err == nil {
+			t.Error("a pod of another node is found")
+		}
 		for call, err := range map[string]error{"Pod": own, "OnNode": other} {
 			if (err != nil) != strict || errors.Is(err, ErrNoPod) {
 				t.Errorf("%s, strict %t: %v", call, strict, err)
