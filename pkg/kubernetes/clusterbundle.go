@@ -67,7 +67,9 @@ func SignerOf(name string) string {
 func CheckClusterBundleName(name string) error {
 	signer := SignerOf(name)
 	domain, path, ok := strings.Cut(signer, "/")
-	if name == "" || len(name) > 253 || strings.HasSuffix(name, ":") || strings.Contains(name, ":") && (!ok || domain == "" || path == "") {
+	// It becomes a part of a path and of a selector.
+	strange := strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune("abcdefghijklmnopqrstuvwxyz0123456789-.:", r) })
+	if name == "" || len(name) > 253 || strange || name[0] == '.' || strings.HasSuffix(name, ":") || strings.Contains(name, ":") && (!ok || domain == "" || path == "") {
 		return fmt.Errorf("%q is no name of a ClusterTrustBundle; write one of a signer, such as meshid.io:svid:bundle, or one without colons", name)
 	}
 	return nil
