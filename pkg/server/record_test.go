@@ -33,7 +33,7 @@ import (
 // callAs makes a call of the admin API through the gate, as a process of a user
 // would make it.
 func (h *house) callAs(uid uint32, method string, req any, call func(context.Context) error) error {
-	ctx := grpcpeer.NewContext(h.t.Context(), &grpcpeer.Peer{AuthInfo: peer.AuthInfo{Peer: &peer.Peer{UID: uid}}})
+	ctx := grpcpeer.NewContext(h.t.Context(), &grpcpeer.Peer{AuthInfo: peer.AuthInfo{Peer: peer.ForTest(1, uid, uid)}})
 	_, err := h.server.interceptUnary(ctx, req, &grpc.UnaryServerInfo{FullMethod: method},
 		func(ctx context.Context, _ any) (any, error) { return nil, call(ctx) })
 	return err

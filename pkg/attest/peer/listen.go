@@ -248,6 +248,7 @@ func (l *listener) take(c *net.UnixConn, since time.Duration) (net.Conn, reason,
 	}
 	// What cannot be read (the administrator hides processes) is in no container,
 	// and bounded by its user.
+	p.own = l.own
 	p.container, err = container(p.PID, l.own)
 	if err != nil {
 		l.options.Logger.Debug("container of a process is not known", "pid", p.PID, "err", err)

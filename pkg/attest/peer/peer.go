@@ -39,6 +39,7 @@ type Peer struct {
 	UID, GID uint32
 
 	container string // see containerOf
+	own       string // the container that this program is in, likewise
 	// proven: the kernel handed out the pidfd, and it was not opened by number, as it
 	// has to be before 6.5; see fallback.go.
 	proven bool
@@ -113,7 +114,7 @@ func (p *Peer) Elsewhere() error {
 	if p.closed || p.pidfd < 0 {
 		return nil
 	}
-	if p.container != "" {
+	if p.container != "" && p.container != p.own {
 		return fmt.Errorf("process %d is in the container %.200s", p.PID, p.container[strings.LastIndexByte(p.container, '/')+1:])
 	}
 	nested, err := nestedPID(p.pidfd)

@@ -125,6 +125,10 @@ func TestElsewhere(t *testing.T) {
 	if err := p.Elsewhere(); err == nil || !strings.Contains(err.Error(), idA) {
 		t.Errorf("a process in a container of this namespace: %v", err)
 	}
+	p.own = p.container // as kubectl exec does it, where control groups have no namespaces of their own
+	if err := p.Elsewhere(); err != nil {
+		t.Errorf("a process in this program's own container: %v", err)
+	}
 	_ = p.Close()
 	if err := p.Elsewhere(); err != nil {
 		t.Errorf("a process that has gone: %v", err)
