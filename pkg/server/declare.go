@@ -24,7 +24,8 @@ const DeclaredPrefix = "k8s/"
 // rejected, by its name; what was in force under that name stays.
 //
 // Changes are recorded like those of the admin API, with actor as who made them. It may
-// be called concurrently; with an error, nothing was changed.
+// be called concurrently; with an error, nothing was put into force, while what is not
+// wanted any more may have been deleted.
 func (s *Server) Declare(ctx context.Context, actor, source string, wanted []*entryv1.Entry) (rejected map[string]*identity.EntryError, err error) {
 	prefix := DeclaredPrefix + source + "/"
 	c := &caller{requestID: newRequestID(), actor: actor, began: time.Now()}
@@ -54,16 +55,23 @@ func (s *Server) Declare(ctx context.Context, actor, source string, wanted []*en
 			req.Entries = append(req.Entries, e)
 		}
 	}
-	changes, err := s.plan(current, req)
-	if err != nil {
-		return nil, err
-	}
+	var deleted []*change
 	for _, name := range current.Names() {
 		if strings.HasPrefix(name, prefix) && !named[name] {
 			before, _ := current.Proto(name)
-			changes = append(changes, &change{action: actionDeleted, before: before})
+			deleted = append(deleted, &change{action: actionDeleted, before: before})
 		}
 	}
+	changes, err := s.plan(current, req)
+	if err != nil {
+		// What was taken back does not stay in force because the others are too many.
+		if len(deleted) > 0 {
+			_, _, failed := s.commit(ctx, c, current, deleted)
+			err = errors.Join(err, failed)
+		}
+		return nil, err
+	}
+	changes = append(changes, deleted...)
 	slices.SortFunc(changes, func(a, b *change) int { return strings.Compare(a.name(), b.name()) })
 	if _, _, err := s.commit(ctx, c, current, changes); err != nil {
 		return nil, err

@@ -80,11 +80,17 @@ func TestDeclare(t *testing.T) {
 	if _, err := h.server.Declare(t.Context(), "kubernetes:test", "test", nil); err != nil || names() != "k8s/prod/web" {
 		t.Errorf("a source without entries: %v, in force: %s", err, names())
 	}
+	// What is wrong with the whole keeps nothing in force that is not wanted any more.
+	twice := shopEntry("k8s/prod/twice")
+	if _, err := h.server.Declare(t.Context(), "kubernetes:prod", "prod", []*entryv1.Entry{twice, twice}); err == nil || names() != "" {
+		t.Errorf("two of one name: %v, in force: %s", err, names())
+	}
+	declare(shopEntry("k8s/prod/last"))
 	declare()
 	if got := names(); got != "" {
 		t.Errorf("after all were taken back: %s", got)
 	}
-	if len(h.records(ledgerv1.Event_EVENT_ENTRY_DELETED)) != 2 {
+	if len(h.records(ledgerv1.Event_EVENT_ENTRY_DELETED)) != 3 {
 		t.Error("deletions are not recorded")
 	}
 }
