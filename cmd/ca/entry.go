@@ -282,11 +282,11 @@ node's agent attests now, or attributes from a file such as
 			}
 			request.Target = &adminv1.ExplainRequest_Workload{Workload: w}
 		}
-		id, err := nodeID(cmd.Context(), c, node)
+		ids, err := nodeIDs(cmd.Context(), c, []string{node})
 		if err != nil {
 			return nil, fmt.Errorf("%w%s", err, hint)
 		}
-		request.Node = &adminv1.ExplainRequest_NodeId{NodeId: id}
+		request.Node = &adminv1.ExplainRequest_NodeId{NodeId: ids[0]}
 		return call(cmd.Context(), c, adminv1.AdminServiceClient.Explain, request)
 	}, func(cmd *cobra.Command, _ string, answer *adminv1.ExplainResponse) error {
 		return writeExplanation(cmd.OutOrStdout(), answer)

@@ -24,30 +24,40 @@ func newNodeCommand() *cobra.Command {
 	return cmd
 }
 
-// nodeID returns the SPIFFE ID of a node that an operator named: by that ID, by
-// its last part, or by more of its end, such as "join_token/web-1".
-func nodeID(ctx context.Context, c *clientFlags, name string) (string, error) {
-	if strings.HasPrefix(name, "spiffe://") {
-		return name, nil
-	}
-	answer, err := call(ctx, c, adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{})
-	if err != nil {
-		return "", err
-	}
-	var found []string
-	for _, n := range answer.GetNodes() {
-		if strings.HasSuffix(n.GetId(), "/"+name) {
-			found = append(found, n.GetId())
+// nodeIDs returns the SPIFFE IDs of nodes that an operator named: by that ID, by its last
+// part, or by more of its end, such as "join_token/web-1".
+func nodeIDs(ctx context.Context, c *clientFlags, names []string) ([]string, error) {
+	ids := slices.Clone(names)
+	var ends map[string][]string // by each end of a SPIFFE ID, whose it is
+	for i, name := range names {
+		if strings.HasPrefix(name, "spiffe://") {
+			continue
+		}
+		if ends == nil {
+			answer, err := call(ctx, c, adminv1.AdminServiceClient.ListNodes, &adminv1.ListNodesRequest{})
+			if err != nil {
+				return nil, err
+			}
+			ends = make(map[string][]string)
+			for _, n := range answer.GetNodes() {
+				for at, r := range n.GetId() {
+					if r == '/' {
+						end := n.GetId()[at+1:]
+						ends[end] = append(ends[end], n.GetId())
+					}
+				}
+			}
+		}
+		switch found := ends[name]; len(found) {
+		case 1:
+			ids[i] = found[0]
+		case 0:
+			return nil, fmt.Errorf("no node is named %q; see: ca node list", name)
+		default:
+			return nil, fmt.Errorf("%q names several nodes; write one of: %s", name, strings.Join(found, ", "))
 		}
 	}
-	switch len(found) {
-	case 1:
-		return found[0], nil
-	case 0:
-		return "", fmt.Errorf("no node is named %q; see: ca node list", name)
-	default:
-		return "", fmt.Errorf("%q names several nodes; write one of: %s", name, strings.Join(found, ", "))
-	}
+	return ids, nil
 }
 
 func newNodeList(c *clientFlags) *cobra.Command {
@@ -84,63 +94,100 @@ func clockText(skew *durationpb.Duration) string {
 }
 
 func newNodeEvict(c *clientFlags) *cobra.Command {
-	return newNodeWithdrawal(c, "evict", "End a node's identity and all it serves; it may attest again", "evicted",
-		func(ctx context.Context, id, reason string) (withdrawn, error) {
-			return call(ctx, c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Id: id, Reason: reason})
+	return newNodeWithdrawal(c, "evict", "End the identities of nodes and all they serve; they may attest again", "evicted",
+		func(ctx context.Context, ids []string, reason string) (withdrawnNodes, error) {
+			return call(ctx, c, adminv1.AdminServiceClient.EvictNode, &adminv1.EvictNodeRequest{Ids: ids, Reason: reason})
 		})
 }
 
 func newNodeBan(c *clientFlags) *cobra.Command {
-	return newNodeWithdrawal(c, "ban", "Evict a node and refuse its attestation until it is unbanned", "banned",
-		func(ctx context.Context, id, reason string) (withdrawn, error) {
-			return call(ctx, c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Id: id, Reason: reason})
+	return newNodeWithdrawal(c, "ban", "Evict nodes and refuse their attestation until they are unbanned", "banned",
+		func(ctx context.Context, ids []string, reason string) (withdrawnNodes, error) {
+			return call(ctx, c, adminv1.AdminServiceClient.BanNode, &adminv1.BanNodeRequest{Ids: ids, Reason: reason})
 		})
 }
 
-// withdrawn is an answer that names a withdrawal.
-type withdrawn interface{ GetWithdrawal() string }
+// withdrawn is an answer that names a withdrawal, withdrawnNodes one of nodes.
+type (
+	withdrawn      interface{ GetWithdrawal() string }
+	withdrawnNodes interface {
+		withdrawn
+		GetNodes() uint32
+	}
+)
 
-// newNodeWithdrawal makes a command that takes a node's rights.
-func newNodeWithdrawal(c *clientFlags, verb, short, result string, change func(ctx context.Context, id, reason string) (withdrawn, error)) *cobra.Command {
+// nodeNames are the nodes that a command is given.
+func nodeNames(cmd *cobra.Command, c *clientFlags, list *nameList, args []string) ([]string, error) {
+	names, err := list.all(cmd, args)
+	if err != nil {
+		return nil, err
+	}
+	if len(names) == 0 {
+		return nil, list.none("the names of nodes (ca node list shows them)")
+	}
+	return nodeIDs(cmd.Context(), c, names)
+}
+
+// nodesText says of which nodes something was done.
+func nodesText(ids []string, n int) string {
+	if len(ids) == 1 {
+		return "node " + ids[0]
+	}
+	return fmt.Sprintf("%d nodes", n)
+}
+
+// newNodeWithdrawal makes a command that takes the rights of nodes.
+func newNodeWithdrawal(c *clientFlags, verb, short, result string, change func(ctx context.Context, ids []string, reason string) (withdrawnNodes, error)) *cobra.Command {
 	var reason string
 	var f waitFlags
+	var list nameList
 	cmd := &cobra.Command{
-		Use:               verb + " NODE",
-		Short:             short,
-		Args:              cobra.ExactArgs(1),
-		ValidArgsFunction: completeArgs(1, c.nodeNames),
+		Use:   verb + " (NODE... | --file LIST)",
+		Short: short,
+		Long: short + `.
+All of the nodes or none: if one is not known, nothing is changed. At most 10,000 at once.`,
+		Example: fmt.Sprintf(`  ca node %[1]s web-1 web-2 --reason "INC-411" --wait
+  ca node list -o json | jq -r '.nodes[] | select(.attributes.labels.rack == "b7") | .id' | ca node %[1]s --file -`, verb),
+		ValidArgsFunction: completeArgs(0, c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := nodeID(cmd.Context(), c, args[0])
+			ids, err := nodeNames(cmd, c, &list, args)
 			if err != nil {
 				return err
 			}
-			answer, err := change(cmd.Context(), id, reason)
+			ctx, cancel := bounded(cmd.Context(), len(ids))
+			defer cancel()
+			answer, err := change(ctx, ids, reason)
 			if err != nil {
 				return err
 			}
-			return f.after(cmd, c, answer, fmt.Sprintf("node %s %s\n", id, result))
+			return f.after(cmd, c, answer, nodesText(ids, int(answer.GetNodes()))+" "+result+"\n")
 		},
 	}
+	list.add(cmd, "names of nodes")
 	reasonFlag(cmd, &reason)
 	f.add(cmd)
 	return cmd
 }
 
 func newNodeUnban(c *clientFlags) *cobra.Command {
-	return &cobra.Command{
-		Use:               "unban NODE",
-		Short:             "Let a banned node attest again",
-		Args:              cobra.ExactArgs(1),
-		ValidArgsFunction: completeArgs(1, c.nodeNames),
+	var list nameList
+	cmd := &cobra.Command{
+		Use:               "unban (NODE... | --file LIST)",
+		Short:             "Let banned nodes attest again",
+		ValidArgsFunction: completeArgs(0, c.nodeNames),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := nodeID(cmd.Context(), c, args[0])
+			ids, err := nodeNames(cmd, c, &list, args)
 			if err != nil {
 				return err
 			}
-			_, err = call(cmd.Context(), c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Id: id})
-			return done(cmd, err, "node %s may attest again\n", id)
+			ctx, cancel := bounded(cmd.Context(), len(ids))
+			defer cancel()
+			_, err = call(ctx, c, adminv1.AdminServiceClient.UnbanNode, &adminv1.UnbanNodeRequest{Ids: ids})
+			return done(cmd, err, "%s may attest again\n", nodesText(ids, len(ids)))
 		},
 	}
+	list.add(cmd, "names of nodes")
+	return cmd
 }
 
 func reasonFlag(cmd *cobra.Command, reason *string) {

@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -206,85 +208,144 @@ func (a *adminService) ListNodes(context.Context, *adminv1.ListNodesRequest) (*a
 	return resp, nil
 }
 
+// maxNodesAtOnce bounds the nodes of one call.
+const maxNodesAtOnce = 10_000
+
 // EvictNode implements adminv1.AdminServiceServer.
 func (a *adminService) EvictNode(ctx context.Context, req *adminv1.EvictNodeRequest) (*adminv1.EvictNodeResponse, error) {
-	withdrawal, err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Evicted)
+	ids := namedNodes(req.GetId(), req.GetIds())
+	withdrawal, err := a.s.withdraw(ctx, ids, req.GetReason(), registry.Evicted)
 	if err != nil {
 		return nil, err
 	}
-	return &adminv1.EvictNodeResponse{Withdrawal: withdrawal}, nil
+	return &adminv1.EvictNodeResponse{Withdrawal: withdrawal, Nodes: clamp(len(ids))}, nil
 }
 
 // BanNode implements adminv1.AdminServiceServer.
 func (a *adminService) BanNode(ctx context.Context, req *adminv1.BanNodeRequest) (*adminv1.BanNodeResponse, error) {
-	withdrawal, err := a.s.withdraw(ctx, req.GetId(), req.GetReason(), registry.Banned)
+	ids := namedNodes(req.GetId(), req.GetIds())
+	withdrawal, err := a.s.withdraw(ctx, ids, req.GetReason(), registry.Banned)
 	if err != nil {
 		return nil, err
 	}
-	return &adminv1.BanNodeResponse{Withdrawal: withdrawal}, nil
+	return &adminv1.BanNodeResponse{Withdrawal: withdrawal, Nodes: clamp(len(ids))}, nil
 }
 
-// withdraw takes a node's rights: in force in memory first, so that nothing is
-// issued from then on whatever the disk does; then stored and recorded; then the
-// agent is told, and its connections are closed as soon as it has said what its
-// proxies did. If the disk fails, the caller is
-// told that it is in force until the CA restarts.
-func (s *Server) withdraw(ctx context.Context, id, reason string, state registry.State) (withdrawal string, err error) {
+// namedNodes are those of a request, each once and in order.
+func namedNodes(id string, more []string) []string {
+	ids := slices.Clone(more)
+	if id != "" || len(more) == 0 {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
+// withdraw takes the rights of nodes, of all or of none: in force in memory first, so
+// that nothing is issued from then on whatever the disk does; then stored and recorded;
+// then the agents are told, and their connections are closed as soon as they have said
+// what their proxies did. If the disk fails, the caller is told that it is in force
+// until the CA restarts.
+func (s *Server) withdraw(ctx context.Context, ids []string, reason string, state registry.State) (withdrawal string, err error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return "", err
 	}
-	if len(reason) > maxReasonBytes {
+	switch {
+	case len(reason) > maxReasonBytes:
 		return "", fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
+	case len(ids) > maxNodesAtOnce:
+		return "", fail(kindInvalid, fmt.Sprintf("%d nodes, at most %d are allowed in one call", len(ids), maxNodesAtOnce), nil)
 	}
 	event, action := ledgerv1.Event_EVENT_EVICT, "evict"
 	if state == registry.Banned {
 		event, action = ledgerv1.Event_EVENT_BAN, "ban"
 	}
-	unlock := s.lockNode(id)
-	node, ok := s.registry.Node(id)
-	if !ok {
+	unlock := s.lockNodes(ids)
+	nodes, err := s.toWithdraw(ids, reason, state)
+	if err != nil {
 		unlock()
-		return "", fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(id)), nil)
+		return "", err
 	}
-	if node.State == registry.Banned && state == registry.Evicted {
-		unlock()
-		return "", fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
-	}
-	next := *node
-	next.State, next.StateReason = state, reason
-	next.Previous, next.PreviousUntil = nil, time.Time{}
-	withdrawal = s.beginWithdrawal(c, withdrawalNode, id, []string{id}, func() uint64 {
-		s.registry.PutNode(&next)
+	what := nodesText(ids)
+	withdrawal = s.beginWithdrawal(c, withdrawalNode, what, ids, func() uint64 {
+		for _, n := range nodes {
+			s.registry.PutNode(n)
+		}
 		return 0
 	})
-	stored := s.storeNode(ctx, &next)
-	r := s.newRecord(c, event)
-	r.Node, r.Detail = nodeRef(&next, next.Address), reason
-	recorded := s.append(ctx, r)
+	stored := s.storeNodes(ctx, nodes...)
+	records := make([]*ledgerv1.Record, len(nodes))
+	for i, n := range nodes {
+		records[i] = s.newRecord(c, event)
+		records[i].Node, records[i].Detail = nodeRef(n, n.Address), reason
+	}
+	recorded := s.appendTogether(ctx, records)
 	unlock()
 
-	s.setClone(id, false)
-	s.metrics.evictions.WithLabelValues(action).Inc()
-	session, connected := s.hub.get(id)
-	if connected {
-		session.evict(&nodev1.Evicted{Banned: state == registry.Banned, Reason: reason})
+	s.clearClones(ids)
+	s.metrics.evictions.WithLabelValues(action).Add(float64(len(ids)))
+	var told []*session
+	for _, id := range ids {
+		if session, connected := s.hub.get(id); connected {
+			session.evict(&nodev1.Evicted{Banned: state == registry.Banned, Reason: reason})
+			told = append(told, session)
+		} else {
+			s.conns.closeAll(id)
+		}
 	}
-	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: truncate(action + " of node " + id + ": " + reason), actor: c.actor, match: ofNode(id)})
-	if connected {
-		s.dismiss(ctx, session)
-	} else {
-		s.conns.closeAll(id)
-		s.reviewWithdrawals(time.Now())
-	}
-	s.log.InfoContext(ctx, "node withdrawn", "node_id", id, "action", action, "actor", c.actor, "request_id", c.requestID)
+	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: truncate(action + " of node " + what + ": " + reason), actor: c.actor, match: ofNodes(ids)})
+	s.dismiss(ctx, told)
+	s.log.InfoContext(ctx, "nodes withdrawn", "node_id", what, "count", len(ids), "action", action, "actor", c.actor, "request_id", c.requestID)
 	if err := errors.Join(stored, recorded); err != nil {
-		s.log.ErrorContext(ctx, "withdrawal of node is not written", "node_id", id, "err", err)
+		s.log.ErrorContext(ctx, "withdrawal of nodes is not written", "node_id", what, "count", len(ids), "err", err)
 		return "", fail(kindUnavailable, "it is in force, but could not be written and will be forgotten when the CA restarts: "+
 			"look at the disk, then do it again", err)
 	}
 	return withdrawal, nil
 }
+
+// toWithdraw returns the nodes as they are to be, if all of them may be so.
+func (s *Server) toWithdraw(ids []string, reason string, state registry.State) ([]*registry.Node, error) {
+	nodes := make([]*registry.Node, 0, len(ids))
+	var unknown, banned []string
+	for _, id := range ids {
+		node, ok := s.registry.Node(id)
+		switch {
+		case !ok:
+			unknown = append(unknown, fmt.Sprintf("%q", truncate(id)))
+			continue
+		case node.State == registry.Banned && state == registry.Evicted:
+			banned = append(banned, id)
+			continue
+		}
+		next := *node
+		next.State, next.StateReason = state, reason
+		next.Previous, next.PreviousUntil = nil, time.Time{}
+		nodes = append(nodes, &next)
+	}
+	switch {
+	case len(unknown) > 0:
+		return nil, fail(kindNotFound, "nothing was changed: there is no node "+nodesText(unknown), nil)
+	case len(banned) > 0 && len(ids) == 1:
+		return nil, fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
+	case len(banned) > 0:
+		return nil, fail(kindConflict, "nothing was changed: these are banned, lift the bans first if they may attest again, or leave them out: "+nodesText(banned), nil)
+	}
+	return nodes, nil
+}
+
+// nodesText names some nodes for people.
+func nodesText(ids []string) string {
+	const most = 3
+	if len(ids) <= most {
+		return strings.Join(ids, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
+}
+
+// storeTimeoutOf bounds writing so many things at once, on a machine that has more to do.
+func storeTimeoutOf(n int) time.Duration { return storeTimeout + time.Duration(n)*5*time.Millisecond }
 
 // pause waits for d, or until ctx ends.
 func pause(ctx context.Context, d time.Duration) {
@@ -296,10 +357,10 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-func (s *Server) storeNode(ctx context.Context, n *registry.Node) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+func (s *Server) storeNodes(ctx context.Context, nodes ...*registry.Node) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeoutOf(len(nodes)))
 	defer cancel()
-	return s.cfg.Store.PutNode(ctx, n)
+	return s.cfg.Store.PutNodes(ctx, nodes...)
 }
 
 // UnbanNode implements adminv1.AdminServiceServer. The node is then one that has
@@ -309,28 +370,38 @@ func (a *adminService) UnbanNode(ctx context.Context, req *adminv1.UnbanNodeRequ
 	if err != nil {
 		return nil, err
 	}
-	s := a.s
-	defer s.lockNode(req.GetId())()
-	node, ok := s.registry.Node(req.GetId())
-	if !ok {
-		return nil, fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(req.GetId())), nil)
+	s, ids := a.s, namedNodes(req.GetId(), req.GetIds())
+	if len(ids) > maxNodesAtOnce {
+		return nil, fail(kindInvalid, fmt.Sprintf("%d nodes, at most %d are allowed in one call", len(ids), maxNodesAtOnce), nil)
 	}
-	if node.State != registry.Banned {
-		return nil, fail(kindConflict, "the node is not banned", nil)
+	defer s.lockNodes(ids)()
+	nodes := make([]*registry.Node, len(ids))
+	records := make([]*ledgerv1.Record, len(ids))
+	for i, id := range ids {
+		node, ok := s.registry.Node(id)
+		switch {
+		case !ok:
+			return nil, fail(kindNotFound, fmt.Sprintf("there is no node %q", truncate(id)), nil)
+		case node.State != registry.Banned && len(ids) == 1:
+			return nil, fail(kindConflict, "the node is not banned", nil)
+		case node.State != registry.Banned:
+			return nil, fail(kindConflict, "nothing was changed: the node "+id+" is not banned", nil)
+		}
+		records[i] = s.newRecord(c, ledgerv1.Event_EVENT_UNBAN)
+		records[i].Node, records[i].Detail = nodeRef(node, node.Address), node.StateReason
+		next := *node
+		next.State, next.StateReason = registry.Evicted, "ban lifted"
+		nodes[i] = &next
 	}
-	// The other way round than a ban: first the record, last the effect.
-	r := s.newRecord(c, ledgerv1.Event_EVENT_UNBAN)
-	r.Node, r.Detail = nodeRef(node, node.Address), node.StateReason
-	if err := s.append(ctx, r); err != nil {
+	// The other way round than a ban: first the records, last the effect.
+	if err := s.appendTogether(ctx, records); err != nil {
 		return nil, fail(kindUnavailable, "the ban stays: the ledger cannot write now", err)
 	}
-	next := *node
-	next.State, next.StateReason = registry.Evicted, "ban lifted"
-	if err := s.putNode(ctx, &next); err != nil {
+	if err := s.putNodes(ctx, nodes...); err != nil {
 		return nil, err
 	}
-	s.metrics.evictions.WithLabelValues("unban").Inc()
-	s.log.InfoContext(ctx, "ban of node lifted", "node_id", node.ID, "actor", c.actor, "request_id", c.requestID)
+	s.metrics.evictions.WithLabelValues("unban").Add(float64(len(ids)))
+	s.log.InfoContext(ctx, "ban of nodes lifted", "node_id", nodesText(ids), "count", len(ids), "actor", c.actor, "request_id", c.requestID)
 	return &adminv1.UnbanNodeResponse{}, nil
 }
 

@@ -281,13 +281,13 @@ func (s *Server) believe(ctx context.Context, nodes []*registry.Node, quarantine
 		switch i := slices.IndexFunc(nodes, func(n *registry.Node) bool { return e.node != nil && n.ID == e.node.ID }); {
 		case e.quarantine != nil:
 			quarantines = append(quarantines, e.quarantine)
-			err = s.cfg.Store.PutQuarantine(ctx, e.quarantine)
+			err = s.cfg.Store.PutQuarantines(ctx, e.quarantine)
 		case i >= 0:
 			nodes[i] = e.node
-			err = s.cfg.Store.PutNode(ctx, e.node)
+			err = s.cfg.Store.PutNodes(ctx, e.node)
 		default:
 			nodes = append(nodes, e.node)
-			err = s.cfg.Store.PutNode(ctx, e.node)
+			err = s.cfg.Store.PutNodes(ctx, e.node)
 		}
 		if err != nil { // it is in force all the same, and judged again at the next start
 			s.log.ErrorContext(ctx, "the database cannot be put right", "reason", e.reason, "err", err)

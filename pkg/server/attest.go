@@ -290,13 +290,13 @@ func (a *attestation) admit(ctx context.Context, attributes *attributesv1.Node, 
 		Serial: signed.Serial, NotAfter: signed.NotAfter,
 		AgentVersion: version, Address: a.c.address, LastSeen: now,
 	}
-	if err := s.putNode(ctx, node); err != nil {
+	if err := s.putNodes(ctx, node); err != nil {
 		return nil, err
 	}
 	// A stream of the node that was there before ends; it would go on with
 	// attributes that may no longer be true.
 	s.hub.end(node.ID, fail(kindUnauthenticated, "the node has attested again", nil))
-	s.setClone(node.ID, false)
+	s.clearClones([]string{node.ID})
 	s.log.InfoContext(ctx, "node attested", "node_id", node.ID, "method", a.method, "request_id", a.c.requestID)
 	return s.agentIdentity(durable, signed.RenewAt), nil
 }
@@ -347,15 +347,17 @@ func (s *Server) refuseAgent(ctx context.Context, id string, r *ledgerv1.Record,
 	s.refuse(ctx, id, false, r)
 }
 
-// putNode stores a node and puts it into force. The node's lock is held.
-func (s *Server) putNode(ctx context.Context, n *registry.Node) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+// putNodes stores nodes, all or none, and puts them into force. Their locks are held.
+func (s *Server) putNodes(ctx context.Context, nodes ...*registry.Node) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeoutOf(len(nodes)))
 	defer cancel()
-	if err := s.cfg.Store.PutNode(ctx, n); err != nil {
-		s.log.ErrorContext(ctx, "node cannot be stored", "node_id", n.ID, "err", err)
+	if err := s.cfg.Store.PutNodes(ctx, nodes...); err != nil {
+		s.log.ErrorContext(ctx, "nodes cannot be stored", "node_id", nodes[0].ID, "count", len(nodes), "err", err)
 		return fail(kindUnavailable, "the CA cannot store now: try again", err)
 	}
-	s.registry.PutNode(n)
+	for _, n := range nodes {
+		s.registry.PutNode(n)
+	}
 	return nil
 }
 
@@ -435,7 +437,7 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 	next.Serial, next.NotAfter, next.Confirmed = signed.Serial, signed.NotAfter, false
 	next.Previous, next.PreviousUntil = c.serial, c.notAfter
 	next.Address, next.LastSeen = c.address, c.began
-	if err := s.putNode(ctx, &next); err != nil {
+	if err := s.putNodes(ctx, &next); err != nil {
 		return nil, err
 	}
 	s.metrics.renewals.Inc()
@@ -446,7 +448,7 @@ func (n *nodeService) Renew(ctx context.Context, req *nodev1.RenewRequest) (*nod
 func (s *Server) noteClone(ctx context.Context, c *caller, n *registry.Node, serial []byte) {
 	s.metrics.clones.Inc()
 	s.metrics.refused.WithLabelValues(reasonClone).Inc()
-	s.setClone(n.ID, true)
+	s.setClone(n.ID)
 	s.log.WarnContext(ctx, "agent may have been cloned", "node_id", n.ID, "address", c.address,
 		"serial", fmt.Sprintf("%x", serial), "request_id", c.requestID)
 	c.recorded = true
@@ -460,14 +462,25 @@ func (s *Server) noteClone(ctx context.Context, c *caller, n *registry.Node, ser
 
 // setClone keeps the condition about agents that may have been cloned: it holds
 // until each of them was evicted or banned, or has attested again.
-func (s *Server) setClone(id string, suspect bool) {
+func (s *Server) setClone(id string) {
 	s.cloneMu.Lock()
 	defer s.cloneMu.Unlock()
-	if suspect {
-		s.clones[id] = true
-	} else {
+	s.clones[id] = true
+	s.sayClones()
+}
+
+// clearClones forgets what was suspected of nodes.
+func (s *Server) clearClones(ids []string) {
+	s.cloneMu.Lock()
+	defer s.cloneMu.Unlock()
+	for _, id := range ids {
 		delete(s.clones, id)
 	}
+	s.sayClones()
+}
+
+// sayClones sets the condition; cloneMu is held.
+func (s *Server) sayClones() {
 	if len(s.clones) == 0 {
 		s.cfg.Health.Clear(conditionClone)
 		return

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -28,7 +29,7 @@ const (
 	quarantineLift = "lift"
 )
 
-// AddQuarantine implements adminv1.AdminServiceServer. As with a ban, it is in force
+// AddQuarantine implements adminv1.AdminServiceServer. As with a ban, all are in force
 // in memory first, so that nothing is handed out from then on whatever the disk does;
 // then stored and recorded; the agents are told meanwhile.
 func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuarantineRequest) (*adminv1.AddQuarantineResponse, error) {
@@ -37,42 +38,49 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 		return nil, err
 	}
 	s := a.s
-	q, err := s.parseQuarantine(req.GetQuarantine())
+	all, err := s.parseQuarantines(req.GetQuarantine(), req.GetQuarantines(), func(q *registry.Quarantine, p *adminv1.Quarantine) error {
+		switch reason := p.GetReason(); {
+		case reason == "":
+			return fail(kindInvalid, "a reason is required", nil)
+		case len(reason) > maxReasonBytes:
+			return fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
+		}
+		q.Reason, q.CreatedBy, q.CreatedAt = p.GetReason(), c.actor, c.began
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	switch reason := req.GetQuarantine().GetReason(); {
-	case reason == "":
-		return nil, fail(kindInvalid, "a reason is required", nil)
-	case len(reason) > maxReasonBytes:
-		return nil, fail(kindInvalid, fmt.Sprintf("the reason has %d bytes, at most %d are allowed", len(reason), maxReasonBytes), nil)
-	default:
-		q.Reason, q.CreatedBy, q.CreatedAt = reason, c.actor, c.began
-	}
 	s.quarantineMu.Lock()
 	defer s.quarantineMu.Unlock()
-	before := s.registry.Quarantines()
-	if _, again := before.Get(q.Name()); !again && before.Len() >= maxQuarantines {
-		return nil, fail(kindConflict, fmt.Sprintf("there are %d quarantines: lift some, or delete entries instead", before.Len()), nil)
+	before, added := s.registry.Quarantines(), 0
+	for _, q := range all {
+		if _, again := before.Get(q.Name()); !again {
+			added++
+		}
 	}
-	withdrawal := s.beginWithdrawal(c, withdrawalQuarantine, q.Name(), s.entitled(), func() uint64 {
-		s.registry.ChangeQuarantines(time.Now(), []*registry.Quarantine{q})
+	if added > 0 && before.Len()+added > maxQuarantines {
+		return nil, fail(kindConflict, fmt.Sprintf("there are %d quarantines, and %d at most: lift some, or delete entries instead", before.Len(), maxQuarantines), nil)
+	}
+	what := quarantinesText(all)
+	withdrawal := s.beginWithdrawal(c, withdrawalQuarantine, what, s.entitled(), func() uint64 {
+		s.registry.ChangeQuarantines(time.Now(), all)
 		return s.registry.Quarantines().Sequence
 	})
 	s.hub.wakeAll()
 	s.below.wakeAll()
-	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: q.Name() + " is quarantined: " + q.Reason, actor: c.actor, match: ofQuarantine(q)})
-	s.metrics.quarantines.WithLabelValues(quarantineAdd).Inc()
-	s.log.InfoContext(ctx, "quarantined", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
+	s.revoke(ctx, &revocation{withdrawal: withdrawal, why: truncate(what + " is quarantined: " + all[0].Reason), actor: c.actor, match: ofQuarantines(all)})
+	s.metrics.quarantines.WithLabelValues(quarantineAdd).Add(float64(len(all)))
+	s.log.InfoContext(ctx, "quarantined", "what", what, "count", len(all), "actor", c.actor, "request_id", c.requestID)
 
-	storeCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+	storeCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeoutOf(len(all)))
 	defer cancel()
-	stored := s.cfg.Store.PutQuarantine(storeCtx, q)
-	recorded := s.append(ctx, s.quarantineRecord(c, q, false))
+	stored := s.cfg.Store.PutQuarantines(storeCtx, all...)
+	recorded := s.appendTogether(ctx, s.quarantineRecords(c, all, false))
 	if err := errors.Join(stored, recorded); err != nil {
 		const problem = "it is in force, but could not be written and may be forgotten when the CA restarts: look at the disk, then do it again"
-		s.log.ErrorContext(ctx, "quarantine is not written", "what", q.Name(), "err", err)
-		s.cfg.Health.Set(conditionQuarantine, health.Error, "the quarantine of "+q.Name()+" is in force, but could not be written: look at the disk, then add it again")
+		s.log.ErrorContext(ctx, "quarantine is not written", "what", what, "err", err)
+		s.cfg.Health.Set(conditionQuarantine, health.Error, "the quarantine of "+what+" is in force, but could not be written: look at the disk, then add it again")
 		return nil, fail(kindUnavailable, problem, err)
 	}
 	s.cfg.Health.Clear(conditionQuarantine)
@@ -80,35 +88,81 @@ func (a *adminService) AddQuarantine(ctx context.Context, req *adminv1.AddQuaran
 }
 
 // LiftQuarantine implements adminv1.AdminServiceServer. The other way round: first
-// the record, last the effect.
+// the records, last the effect.
 func (a *adminService) LiftQuarantine(ctx context.Context, req *adminv1.LiftQuarantineRequest) (*adminv1.LiftQuarantineResponse, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
 	s := a.s
-	asked, err := s.parseQuarantine(req.GetQuarantine())
+	asked, err := s.parseQuarantines(req.GetQuarantine(), req.GetQuarantines(), func(*registry.Quarantine, *adminv1.Quarantine) error { return nil })
 	if err != nil {
 		return nil, err
 	}
 	s.quarantineMu.Lock()
 	defer s.quarantineMu.Unlock()
-	q, ok := s.registry.Quarantines().Get(asked.Name())
-	if !ok {
-		return nil, fail(kindNotFound, asked.Name()+" is not quarantined: `ca quarantine list` shows what is", nil)
+	var all, missing []*registry.Quarantine
+	for _, q := range asked {
+		if found, ok := s.registry.Quarantines().Get(q.Name()); ok {
+			all = append(all, found)
+		} else {
+			missing = append(missing, q)
+		}
 	}
-	r := s.quarantineRecord(c, q, true)
-	storeCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeout)
+	if len(missing) > 0 {
+		return nil, fail(kindNotFound, quarantinesText(missing)+" is not quarantined, and nothing was changed: `ca quarantine list` shows what is", nil)
+	}
+	storeCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeTimeoutOf(len(all)))
 	defer cancel()
-	if err := s.cfg.Store.DeleteQuarantine(storeCtx, q, func() error { return s.append(ctx, r) }); err != nil {
+	record := func() error { return s.appendTogether(ctx, s.quarantineRecords(c, all, true)) }
+	if err := s.cfg.Store.DeleteQuarantines(storeCtx, record, all...); err != nil {
 		return nil, fail(kindUnavailable, "the quarantine stays: the store or the ledger cannot write now", err)
 	}
-	s.registry.ChangeQuarantines(time.Now(), nil, q)
+	s.registry.ChangeQuarantines(time.Now(), nil, all...)
 	s.hub.wakeAll()
 	s.below.wakeAll()
-	s.metrics.quarantines.WithLabelValues(quarantineLift).Inc()
-	s.log.InfoContext(ctx, "quarantine lifted", "what", q.Name(), "actor", c.actor, "request_id", c.requestID)
+	s.metrics.quarantines.WithLabelValues(quarantineLift).Add(float64(len(all)))
+	s.log.InfoContext(ctx, "quarantine lifted", "what", quarantinesText(all), "count", len(all), "actor", c.actor, "request_id", c.requestID)
 	return &adminv1.LiftQuarantineResponse{}, nil
+}
+
+// parseQuarantines checks what quarantines are of, and completes each. Of several of the
+// same, the last one counts.
+func (s *Server) parseQuarantines(one *adminv1.Quarantine, more []*adminv1.Quarantine, complete func(*registry.Quarantine, *adminv1.Quarantine) error) ([]*registry.Quarantine, error) {
+	asked := more
+	if one != nil || len(more) == 0 {
+		asked = append(slices.Clone(more), one)
+	}
+	if len(asked) > maxQuarantines {
+		return nil, fail(kindInvalid, fmt.Sprintf("%d quarantines, at most %d are allowed", len(asked), maxQuarantines), nil)
+	}
+	all := make([]*registry.Quarantine, 0, len(asked))
+	at := make(map[string]int, len(asked))
+	for _, p := range asked {
+		q, err := s.parseQuarantine(p)
+		if err == nil {
+			err = complete(q, p)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if i, again := at[q.Name()]; again {
+			all[i] = q
+			continue
+		}
+		at[q.Name()] = len(all)
+		all = append(all, q)
+	}
+	return all, nil
+}
+
+// quarantinesText names some for people.
+func quarantinesText(all []*registry.Quarantine) string {
+	names := make([]string, len(all))
+	for i, q := range all {
+		names[i] = q.Name()
+	}
+	return nodesText(names)
 }
 
 // ListQuarantines implements adminv1.AdminServiceServer.
@@ -166,11 +220,15 @@ func (s *Server) parseQuarantine(p *adminv1.Quarantine) (*registry.Quarantine, e
 	return q, nil
 }
 
-func (s *Server) quarantineRecord(c *caller, q *registry.Quarantine, lifted bool) *ledgerv1.Record {
-	r := s.newRecord(c, ledgerv1.Event_EVENT_QUARANTINE)
-	r.Detail, r.SpiffeId = q.Reason, q.SPIFFEID
-	r.Quarantine = &ledgerv1.Quarantine{SpiffeId: q.SPIFFEID, KeySha256: q.KeySHA256, Serial: q.Serial, Lifted: lifted}
-	return r
+func (s *Server) quarantineRecords(c *caller, all []*registry.Quarantine, lifted bool) []*ledgerv1.Record {
+	records := make([]*ledgerv1.Record, len(all))
+	for i, q := range all {
+		r := s.newRecord(c, ledgerv1.Event_EVENT_QUARANTINE)
+		r.Detail, r.SpiffeId = q.Reason, q.SPIFFEID
+		r.Quarantine = &ledgerv1.Quarantine{SpiffeId: q.SPIFFEID, KeySha256: q.KeySHA256, Serial: q.Serial, Lifted: lifted}
+		records[i] = r
+	}
+	return records
 }
 
 // quarantinesProto is what agents are told.

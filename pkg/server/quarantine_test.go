@@ -296,7 +296,7 @@ func TestV_E3_QuarantineRaces(t *testing.T) {
 // brokenQuarantines is a store that cannot write them.
 type brokenQuarantines struct{ Store }
 
-func (brokenQuarantines) PutQuarantine(context.Context, *registry.Quarantine) error {
+func (brokenQuarantines) PutQuarantines(context.Context, ...*registry.Quarantine) error {
 	return errors.New("disk full")
 }
 

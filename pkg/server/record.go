@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -59,6 +60,20 @@ func (s *Server) append(ctx context.Context, records ...*ledgerv1.Record) error 
 		}
 	}
 	return nil
+}
+
+// appendTogether makes records durable, all or none, as long as they are not too large
+// for that.
+func (s *Server) appendTogether(ctx context.Context, records []*ledgerv1.Record) error {
+	drafts := make([]*ledger.Draft, len(records))
+	for i, r := range records {
+		drafts[i] = ledger.NewDraft(r, nil)
+	}
+	err := s.appendDrafts(ctx, drafts)
+	if errors.Is(err, ledger.ErrRecord) && len(records) > maxItems {
+		return s.append(ctx, records...)
+	}
+	return err
 }
 
 func (s *Server) appendDrafts(ctx context.Context, drafts []*ledger.Draft) error {

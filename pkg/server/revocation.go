@@ -112,21 +112,28 @@ func ofEntries(names []string) func(*ca.Leaf) bool {
 	return func(l *ca.Leaf) bool { return l.Entry != "" && slices.Contains(names, l.Entry) }
 }
 
-func ofNode(id string) func(*ca.Leaf) bool {
-	return func(l *ca.Leaf) bool { return l.Node == id }
+func ofNodes(ids []string) func(*ca.Leaf) bool {
+	wanted := make(map[string]bool, len(ids))
+	for _, id := range ids {
+		wanted[id] = true
+	}
+	return func(l *ca.Leaf) bool { return wanted[l.Node] }
 }
 
-func ofQuarantine(q *registry.Quarantine) func(*ca.Leaf) bool {
-	serial := bytes.TrimLeft(q.Serial, "\x00")
-	return func(l *ca.Leaf) bool {
+func ofQuarantines(all []*registry.Quarantine) func(*ca.Leaf) bool {
+	ids, keys, serials := make(map[string]bool), make(map[string]bool), make(map[string]bool)
+	for _, q := range all {
 		switch {
 		case q.SPIFFEID != "":
-			return l.SPIFFEID == q.SPIFFEID
+			ids[q.SPIFFEID] = true
 		case len(q.KeySHA256) > 0:
-			return bytes.Equal(l.KeySHA256[:], q.KeySHA256)
+			keys[string(q.KeySHA256)] = true
 		default:
-			return bytes.Equal(bytes.TrimLeft(l.Serial[:], "\x00"), serial)
+			serials[string(bytes.TrimLeft(q.Serial, "\x00"))] = true
 		}
+	}
+	return func(l *ca.Leaf) bool {
+		return ids[l.SPIFFEID] || keys[string(l.KeySHA256[:])] || serials[string(bytes.TrimLeft(l.Serial[:], "\x00"))]
 	}
 }
 

@@ -296,7 +296,7 @@ func TestV_E3_WithdrawnAfterARestart(t *testing.T) {
 	h.withdraw(&adminv1.Quarantine{Serial: new(big.Int).Add(fresh.SerialNumber, big.NewInt(1)).Bytes()}) // of nobody
 	h.server.registry.ChangeQuarantines(time.Now(), nil)
 	third := a.served("other")
-	if err := h.store.PutQuarantine(t.Context(), quarantineOf(third)); err != nil {
+	if err := h.store.PutQuarantines(t.Context(), quarantineOf(third)); err != nil {
 		t.Fatal(err)
 	}
 	restart()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -67,7 +68,8 @@ type EntryStore interface {
 // concurrently, but not for the same node.
 type NodeStore interface {
 	Nodes(ctx context.Context) ([]*registry.Node, error)
-	PutNode(ctx context.Context, n *registry.Node) error
+	// PutNodes writes all of them, or none.
+	PutNodes(ctx context.Context, nodes ...*registry.Node) error
 	TouchNodes(ctx context.Context, touched []registry.Touch) error
 }
 
@@ -83,8 +85,9 @@ type TokenStore interface {
 // before a change is committed; nothing is changed if it fails.
 type QuarantineStore interface {
 	Quarantines(ctx context.Context) ([]*registry.Quarantine, error)
-	PutQuarantine(ctx context.Context, q *registry.Quarantine) error
-	DeleteQuarantine(ctx context.Context, q *registry.Quarantine, record func() error) error
+	// PutQuarantines and DeleteQuarantines change all of them, or none.
+	PutQuarantines(ctx context.Context, all ...*registry.Quarantine) error
+	DeleteQuarantines(ctx context.Context, record func() error, all ...*registry.Quarantine) error
 }
 
 // Store is what the server needs to have remembered; *store.DB has it.
@@ -440,14 +443,29 @@ func (s *Server) flush(ctx context.Context) {
 }
 
 // lockNode keeps others from changing the same node until unlock is called.
-func (s *Server) lockNode(id string) (unlock func()) {
-	h := uint32(2166136261) // FNV-1a
-	for i := range len(id) {
-		h = (h ^ uint32(id[i])) * 16777619
+func (s *Server) lockNode(id string) (unlock func()) { return s.lockNodes([]string{id}) }
+
+// lockNodes is lockNode for several.
+func (s *Server) lockNodes(ids []string) (unlock func()) {
+	var locks []int // in the order in which everybody takes them
+	for _, id := range ids {
+		h := uint32(2166136261) // FNV-1a
+		for i := range len(id) {
+			h = (h ^ uint32(id[i])) * 16777619
+		}
+		i := int(h % uint32(len(s.nodeMu)))
+		if at, locked := slices.BinarySearch(locks, i); !locked {
+			locks = slices.Insert(locks, at, i)
+		}
 	}
-	mu := &s.nodeMu[h%uint32(len(s.nodeMu))]
-	mu.Lock()
-	return mu.Unlock
+	for _, i := range locks {
+		s.nodeMu[i].Lock()
+	}
+	return func() {
+		for _, i := range locks {
+			s.nodeMu[i].Unlock()
+		}
+	}
 }
 
 // NodeService returns the service for agents. It relies on the interceptors of

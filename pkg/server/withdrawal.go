@@ -342,7 +342,7 @@ func (s *Server) settleWithdrawal(w *withdrawal) {
 	}
 	r := s.ownRecord(ledgerv1.Event_EVENT_WITHDRAWN)
 	r.Actor, r.RequestId = w.actor, w.request
-	if w.cause == withdrawalNode {
+	if w.cause == withdrawalNode && w.nodes == 1 {
 		r.Node = &ledgerv1.NodeRef{Id: w.what}
 	}
 	r.Detail, r.Took = truncate(w.summary()), durationpb.New(w.ended.Sub(w.began))
@@ -529,27 +529,52 @@ func (s *sender) stay() {
 	}
 }
 
-// dismiss closes an evicted node's stream and connections: at once, if its agent does
-// not stay to report.
-func (s *Server) dismiss(ctx context.Context, session *session) {
-	bye := func(ctx context.Context) {
+// dismiss closes the streams and connections of evicted nodes: at once those of which
+// the agent does not stay to report, and the others when it has reported.
+func (s *Server) dismiss(ctx context.Context, told []*session) {
+	ctx = context.WithoutCancel(ctx)
+	bye := func(session *session) {
 		session.end(fail(kindUnauthenticated, "the node was evicted: attest again", nil))
 		// The stream's end is on its way through gRPC's own queue; closing the
 		// connection at once could overtake it.
 		pause(ctx, flushGrace)
 		s.conns.closeAll(session.nodeID)
+	}
+	var mu sync.Mutex // guards staying
+	var staying []*session
+	var leaving sync.WaitGroup
+	for _, session := range told {
+		leaving.Go(func() {
+			session.waitLeft(ctx, evictionGrace)
+			if !session.reports() {
+				s.evictedSilently(session.nodeID)
+			}
+			if session.stays() {
+				mu.Lock()
+				defer mu.Unlock()
+				staying = append(staying, session)
+				return
+			}
+			bye(session)
+		})
+	}
+	leaving.Wait()
+	wait := func() {
+		var all sync.WaitGroup
+		for _, session := range staying {
+			all.Go(func() {
+				session.waitLeft(ctx, leaveGrace)
+				bye(session)
+			})
+		}
+		all.Wait()
 		s.reviewWithdrawals(time.Now())
 	}
-	ctx = context.WithoutCancel(ctx)
-	session.waitLeft(ctx, evictionGrace)
-	if !session.reports() {
-		s.evictedSilently(session.nodeID)
-	}
-	if session.stays() && s.tasks.start(func() {
-		session.waitLeft(ctx, leaveGrace)
-		bye(ctx)
-	}) {
+	if len(staying) > 0 && s.tasks.start(wait) {
 		return
 	}
-	bye(ctx)
+	for _, session := range staying { // the CA is shutting down
+		bye(session)
+	}
+	s.reviewWithdrawals(time.Now())
 }

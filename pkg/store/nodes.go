@@ -50,14 +50,10 @@ func (d *DB) Nodes(ctx context.Context) ([]*registry.Node, error) {
 	return nodes, nil
 }
 
-// PutNode writes all that is known about a node.
-func (d *DB) PutNode(ctx context.Context, n *registry.Node) error {
-	attributes, err := protojson.Marshal(n.Attributes)
-	if err != nil {
-		return fmt.Errorf("encode node %s: %w", n.ID, err)
-	}
-	err = d.update(ctx, func(tx *sql.Tx) error {
-		_, err := d.exec(ctx, tx,
+// PutNodes writes all that is known about nodes, of all or none.
+func (d *DB) PutNodes(ctx context.Context, nodes ...*registry.Node) error {
+	return d.update(ctx, func(tx *sql.Tx) error {
+		put, err := tx.PrepareContext(ctx, d.dialect.rebind(
 			`INSERT INTO nodes (id, state, state_reason, attributes, attested_at, serial, not_after, confirmed,
 				previous, previous_until, agent_version, address, last_seen)
 			VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)
@@ -65,16 +61,23 @@ func (d *DB) PutNode(ctx context.Context, n *registry.Node) error {
 				state = excluded.state, state_reason = excluded.state_reason, attributes = excluded.attributes,
 				attested_at = excluded.attested_at, serial = excluded.serial, not_after = excluded.not_after,
 				confirmed = excluded.confirmed, previous = excluded.previous, previous_until = excluded.previous_until,
-				agent_version = excluded.agent_version, address = excluded.address, last_seen = excluded.last_seen`,
-			n.ID, string(n.State), n.StateReason, string(attributes), toStored(n.AttestedAt), blob(n.Serial),
-			toStored(n.NotAfter), n.Confirmed, blob(n.Previous), toStored(n.PreviousUntil), n.AgentVersion, n.Address,
-			toStored(n.LastSeen))
-		return err
+				agent_version = excluded.agent_version, address = excluded.address, last_seen = excluded.last_seen`))
+		if err != nil {
+			return fmt.Errorf("write nodes: %w", err)
+		}
+		defer put.Close() //nolint:errcheck // the transaction's end says what went wrong
+		for _, n := range nodes {
+			attributes, err := protojson.Marshal(n.Attributes)
+			if err != nil {
+				return fmt.Errorf("encode node %s: %w", n.ID, err)
+			}
+			if _, err := put.ExecContext(ctx, n.ID, string(n.State), n.StateReason, string(attributes), toStored(n.AttestedAt), blob(n.Serial),
+				toStored(n.NotAfter), n.Confirmed, blob(n.Previous), toStored(n.PreviousUntil), n.AgentVersion, n.Address, toStored(n.LastSeen)); err != nil {
+				return fmt.Errorf("write node %s: %w", n.ID, err)
+			}
+		}
+		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("write node %s: %w", n.ID, err)
-	}
-	return nil
 }
 
 // TouchNodes writes what was noted about nodes in passing. A node that has

@@ -17,7 +17,7 @@ func TestNodes(t *testing.T) {
 	a, b := node("a"), node("b")
 	b.Previous, b.PreviousUntil, b.Confirmed = nil, time.Time{}, false
 	for _, n := range []*registry.Node{b, a} {
-		if err := d.PutNode(t.Context(), n); err != nil {
+		if err := d.PutNodes(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -41,7 +41,7 @@ func TestNodes(t *testing.T) {
 	}
 	banned := *a
 	banned.State = registry.Banned
-	if err := d.PutNode(t.Context(), &banned); err != nil {
+	if err := d.PutNodes(t.Context(), &banned); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.PruneNodes(t.Context(), a.NotAfter.Add(time.Second)); err != nil {
@@ -52,7 +52,7 @@ func TestNodes(t *testing.T) {
 	}
 	bad := node("c")
 	bad.State = "sleeping"
-	if err := d.PutNode(t.Context(), bad); err == nil {
+	if err := d.PutNodes(t.Context(), bad); err == nil {
 		t.Error("a node in an unknown state was stored")
 	}
 }

@@ -42,7 +42,7 @@ func TestV_L2_WithdrawnStaysWithdrawn(t *testing.T) {
 				switch random.IntN(6) {
 				case 0, 1:
 					q := some()
-					if err := d.PutQuarantine(t.Context(), q); err != nil {
+					if err := d.PutQuarantines(t.Context(), q); err != nil {
 						t.Fatal(err)
 					}
 					quarantined[q.Name()] = true
@@ -51,7 +51,7 @@ func TestV_L2_WithdrawnStaysWithdrawn(t *testing.T) {
 					if !quarantined[q.Name()] {
 						continue
 					}
-					if err := d.DeleteQuarantine(t.Context(), q, func() error { return nil }); err != nil {
+					if err := d.DeleteQuarantines(t.Context(), func() error { return nil }, q); err != nil {
 						t.Fatal(err)
 					}
 					delete(quarantined, q.Name())
@@ -64,7 +64,7 @@ func TestV_L2_WithdrawnStaysWithdrawn(t *testing.T) {
 					} else {
 						delete(banned, n.ID)
 					}
-					if err := d.PutNode(t.Context(), n); err != nil {
+					if err := d.PutNodes(t.Context(), n); err != nil {
 						t.Fatal(err)
 					}
 				case 4:

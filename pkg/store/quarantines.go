@@ -33,35 +33,33 @@ func (d *DB) Quarantines(ctx context.Context) ([]*registry.Quarantine, error) {
 	return all, nil
 }
 
-// PutQuarantine stores a quarantine, in the place of one of the same.
-func (d *DB) PutQuarantine(ctx context.Context, q *registry.Quarantine) error {
-	err := d.update(ctx, func(tx *sql.Tx) error {
-		_, err := d.exec(ctx, tx,
-			`INSERT INTO quarantines (spiffe_id, key_sha256, serial, reason, created_by, created_at)
+// PutQuarantines stores quarantines, all or none, each in the place of one of the same.
+func (d *DB) PutQuarantines(ctx context.Context, all ...*registry.Quarantine) error {
+	return d.update(ctx, func(tx *sql.Tx) error {
+		for _, q := range all {
+			if _, err := d.exec(ctx, tx,
+				`INSERT INTO quarantines (spiffe_id, key_sha256, serial, reason, created_by, created_at)
 			VALUES (?1, ?2, ?3, ?4, ?5, ?6)
 			ON CONFLICT (spiffe_id, key_sha256, serial) DO UPDATE SET
 				reason = excluded.reason, created_by = excluded.created_by, created_at = excluded.created_at`,
-			q.SPIFFEID, blob(q.KeySHA256), blob(q.Serial), q.Reason, q.CreatedBy, toStored(q.CreatedAt))
-		return err
+				q.SPIFFEID, blob(q.KeySHA256), blob(q.Serial), q.Reason, q.CreatedBy, toStored(q.CreatedAt)); err != nil {
+				return fmt.Errorf("store quarantine of %s: %w", q.Name(), err)
+			}
+		}
+		return nil
 	})
-	if err != nil {
-		return fmt.Errorf("store quarantine of %s: %w", q.Name(), err)
-	}
-	return nil
 }
 
-// DeleteQuarantine forgets a quarantine. Before it commits, it calls record: if
-// record fails, the quarantine stays. record must not call the store.
-func (d *DB) DeleteQuarantine(ctx context.Context, q *registry.Quarantine, record func() error) error {
-	err := d.update(ctx, func(tx *sql.Tx) error {
-		if _, err := d.exec(ctx, tx, `DELETE FROM quarantines WHERE spiffe_id = ?1 AND key_sha256 = ?2 AND serial = ?3`,
-			q.SPIFFEID, blob(q.KeySHA256), blob(q.Serial)); err != nil {
-			return err
+// DeleteQuarantines forgets quarantines, all or none. Before it commits, it calls
+// record: if record fails, they stay. record must not call the store.
+func (d *DB) DeleteQuarantines(ctx context.Context, record func() error, all ...*registry.Quarantine) error {
+	return d.update(ctx, func(tx *sql.Tx) error {
+		for _, q := range all {
+			if _, err := d.exec(ctx, tx, `DELETE FROM quarantines WHERE spiffe_id = ?1 AND key_sha256 = ?2 AND serial = ?3`,
+				q.SPIFFEID, blob(q.KeySHA256), blob(q.Serial)); err != nil {
+				return fmt.Errorf("delete quarantine of %s: %w", q.Name(), err)
+			}
 		}
 		return record()
 	})
-	if err != nil {
-		return fmt.Errorf("delete quarantine of %s: %w", q.Name(), err)
-	}
-	return nil
 }

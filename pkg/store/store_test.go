@@ -139,7 +139,7 @@ func TestV_L5_CommittedIsRead(t *testing.T) {
 		if round%2 == 1 {
 			n.State = registry.Banned
 		}
-		if err := d.PutNode(t.Context(), n); err != nil {
+		if err := d.PutNodes(t.Context(), n); err != nil {
 			t.Fatal(err)
 		}
 		var read sync.WaitGroup

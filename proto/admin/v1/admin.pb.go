@@ -1271,9 +1271,11 @@ func (x *ListNodesResponse) GetNodes() []*Node {
 }
 
 type EvictNodeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// More nodes, all of them or none; 10,000 in all.
+	Ids           []string `protobuf:"bytes,3,rep,name=ids,proto3" json:"ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1322,10 +1324,19 @@ func (x *EvictNodeRequest) GetReason() string {
 	return ""
 }
 
+func (x *EvictNodeRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
 type EvictNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Id for ListWithdrawals.
-	Withdrawal    string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	Withdrawal string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	// How many nodes there were.
+	Nodes         uint32 `protobuf:"varint,2,opt,name=nodes,proto3" json:"nodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1367,10 +1378,19 @@ func (x *EvictNodeResponse) GetWithdrawal() string {
 	return ""
 }
 
+func (x *EvictNodeResponse) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
 type BanNodeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Reason string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// More nodes, all of them or none; 10,000 in all.
+	Ids           []string `protobuf:"bytes,3,rep,name=ids,proto3" json:"ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1419,10 +1439,19 @@ func (x *BanNodeRequest) GetReason() string {
 	return ""
 }
 
+func (x *BanNodeRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
 type BanNodeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Id for ListWithdrawals.
-	Withdrawal    string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	Withdrawal string `protobuf:"bytes,1,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	// How many nodes there were.
+	Nodes         uint32 `protobuf:"varint,2,opt,name=nodes,proto3" json:"nodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1464,9 +1493,18 @@ func (x *BanNodeResponse) GetWithdrawal() string {
 	return ""
 }
 
+func (x *BanNodeResponse) GetNodes() uint32 {
+	if x != nil {
+		return x.Nodes
+	}
+	return 0
+}
+
 type UnbanNodeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// More nodes, all of them or none; 10,000 in all.
+	Ids           []string `protobuf:"bytes,2,rep,name=ids,proto3" json:"ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1506,6 +1544,13 @@ func (x *UnbanNodeRequest) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *UnbanNodeRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
 }
 
 type UnbanNodeResponse struct {
@@ -1633,7 +1678,9 @@ func (x *Quarantine) GetCreatedAt() *timestamppb.Timestamp {
 type AddQuarantineRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// created_by and created_at are ignored; reason is required.
-	Quarantine    *Quarantine `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	Quarantine *Quarantine `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	// More of them, all or none; 10,000 in all.
+	Quarantines   []*Quarantine `protobuf:"bytes,2,rep,name=quarantines,proto3" json:"quarantines,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1671,6 +1718,13 @@ func (*AddQuarantineRequest) Descriptor() ([]byte, []int) {
 func (x *AddQuarantineRequest) GetQuarantine() *Quarantine {
 	if x != nil {
 		return x.Quarantine
+	}
+	return nil
+}
+
+func (x *AddQuarantineRequest) GetQuarantines() []*Quarantine {
+	if x != nil {
+		return x.Quarantines
 	}
 	return nil
 }
@@ -1730,8 +1784,10 @@ func (x *AddQuarantineResponse) GetWithdrawal() string {
 }
 
 type LiftQuarantineRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Quarantine    *Quarantine            `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Quarantine *Quarantine            `protobuf:"bytes,1,opt,name=quarantine,proto3" json:"quarantine,omitempty"`
+	// More of them, all or none.
+	Quarantines   []*Quarantine `protobuf:"bytes,2,rep,name=quarantines,proto3" json:"quarantines,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1769,6 +1825,13 @@ func (*LiftQuarantineRequest) Descriptor() ([]byte, []int) {
 func (x *LiftQuarantineRequest) GetQuarantine() *Quarantine {
 	if x != nil {
 		return x.Quarantine
+	}
+	return nil
+}
+
+func (x *LiftQuarantineRequest) GetQuarantines() []*Quarantine {
+	if x != nil {
+		return x.Quarantines
 	}
 	return nil
 }
@@ -4414,23 +4477,28 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"clock_skew\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\tclockSkew\"\x12\n" +
 	"\x10ListNodesRequest\"@\n" +
 	"\x11ListNodesResponse\x12+\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x15.meshid.admin.v1.NodeR\x05nodes\":\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x15.meshid.admin.v1.NodeR\x05nodes\"L\n" +
 	"\x10EvictNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"3\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x10\n" +
+	"\x03ids\x18\x03 \x03(\tR\x03ids\"I\n" +
 	"\x11EvictNodeResponse\x12\x1e\n" +
 	"\n" +
 	"withdrawal\x18\x01 \x01(\tR\n" +
-	"withdrawal\"8\n" +
+	"withdrawal\x12\x14\n" +
+	"\x05nodes\x18\x02 \x01(\rR\x05nodes\"J\n" +
 	"\x0eBanNodeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"1\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x10\n" +
+	"\x03ids\x18\x03 \x03(\tR\x03ids\"G\n" +
 	"\x0fBanNodeResponse\x12\x1e\n" +
 	"\n" +
 	"withdrawal\x18\x01 \x01(\tR\n" +
-	"withdrawal\"\"\n" +
+	"withdrawal\x12\x14\n" +
+	"\x05nodes\x18\x02 \x01(\rR\x05nodes\"4\n" +
 	"\x10UnbanNodeRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x13\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03ids\x18\x02 \x03(\tR\x03ids\"\x13\n" +
 	"\x11UnbanNodeResponse\"\xd2\x01\n" +
 	"\n" +
 	"Quarantine\x12\x1b\n" +
@@ -4442,20 +4510,22 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"created_by\x18\x05 \x01(\tR\tcreatedBy\x129\n" +
 	"\n" +
-	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"S\n" +
+	"created_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"\x92\x01\n" +
 	"\x14AddQuarantineRequest\x12;\n" +
 	"\n" +
 	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
-	"quarantine\"M\n" +
+	"quarantine\x12=\n" +
+	"\vquarantines\x18\x02 \x03(\v2\x1b.meshid.admin.v1.QuarantineR\vquarantines\"M\n" +
 	"\x15AddQuarantineResponse\x12\x14\n" +
 	"\x05nodes\x18\x01 \x01(\rR\x05nodes\x12\x1e\n" +
 	"\n" +
 	"withdrawal\x18\x02 \x01(\tR\n" +
-	"withdrawal\"T\n" +
+	"withdrawal\"\x93\x01\n" +
 	"\x15LiftQuarantineRequest\x12;\n" +
 	"\n" +
 	"quarantine\x18\x01 \x01(\v2\x1b.meshid.admin.v1.QuarantineR\n" +
-	"quarantine\"\x18\n" +
+	"quarantine\x12=\n" +
+	"\vquarantines\x18\x02 \x03(\v2\x1b.meshid.admin.v1.QuarantineR\vquarantines\"\x18\n" +
 	"\x16LiftQuarantineResponse\"\x18\n" +
 	"\x16ListQuarantinesRequest\"\xae\x01\n" +
 	"\x17ListQuarantinesResponse\x12=\n" +
@@ -4770,111 +4840,113 @@ var file_proto_admin_v1_admin_proto_depIdxs = []int32{
 	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
 	70, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
 	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
-	27, // 21: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
-	27, // 22: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
-	36, // 23: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
-	70, // 24: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
-	70, // 25: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
-	71, // 26: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
-	71, // 27: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
-	71, // 28: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
-	59, // 29: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
-	71, // 30: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
-	42, // 31: meshid.admin.v1.Withdrawal.below:type_name -> meshid.admin.v1.AuthorityBelow
-	70, // 32: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	70, // 33: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	40, // 34: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	42, // 35: meshid.admin.v1.ListAuthoritiesResponse.below:type_name -> meshid.admin.v1.AuthorityBelow
-	70, // 36: meshid.admin.v1.AuthorityBelow.not_after:type_name -> google.protobuf.Timestamp
-	71, // 37: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	40, // 38: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	56, // 39: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	56, // 40: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 41: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
-	47, // 42: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
-	70, // 43: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
-	70, // 44: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
-	49, // 45: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
-	49, // 46: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	56, // 47: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 48: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	57, // 49: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	59, // 50: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	70, // 51: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	70, // 52: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	70, // 53: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	58, // 54: meshid.admin.v1.Root.holders:type_name -> meshid.admin.v1.RootHolder
-	70, // 55: meshid.admin.v1.RootHolder.until:type_name -> google.protobuf.Timestamp
-	70, // 56: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	70, // 57: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	71, // 58: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	70, // 59: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	64, // 60: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	71, // 61: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	70, // 62: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	72, // 63: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	72, // 64: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	70, // 65: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	69, // 66: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 67: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 68: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 69: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 70: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 71: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 72: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 73: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 74: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 75: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 76: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 77: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 78: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 79: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 80: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 81: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 82: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
-	37, // 83: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	39, // 84: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	43, // 85: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	45, // 86: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	47, // 87: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	50, // 88: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
-	52, // 89: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
-	54, // 90: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
-	60, // 91: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 92: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	62, // 93: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 94: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 95: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 96: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 97: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 98: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 99: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 100: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 101: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 102: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 103: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 104: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 105: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 106: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 107: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 108: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 109: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
-	38, // 110: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	41, // 111: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	44, // 112: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	46, // 113: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	48, // 114: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	51, // 115: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
-	53, // 116: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
-	55, // 117: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
-	61, // 118: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 119: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	63, // 120: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	94, // [94:121] is the sub-list for method output_type
-	67, // [67:94] is the sub-list for method input_type
-	67, // [67:67] is the sub-list for extension type_name
-	67, // [67:67] is the sub-list for extension extendee
-	0,  // [0:67] is the sub-list for field type_name
+	27, // 21: meshid.admin.v1.AddQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
+	27, // 22: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
+	27, // 23: meshid.admin.v1.LiftQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
+	27, // 24: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
+	36, // 25: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
+	70, // 26: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
+	70, // 27: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
+	71, // 28: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
+	71, // 29: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
+	71, // 30: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
+	59, // 31: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
+	71, // 32: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
+	42, // 33: meshid.admin.v1.Withdrawal.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 34: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	70, // 35: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	40, // 36: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	42, // 37: meshid.admin.v1.ListAuthoritiesResponse.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 38: meshid.admin.v1.AuthorityBelow.not_after:type_name -> google.protobuf.Timestamp
+	71, // 39: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	40, // 40: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	56, // 41: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	56, // 42: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 43: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
+	47, // 44: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
+	70, // 45: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
+	70, // 46: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
+	49, // 47: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
+	49, // 48: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	56, // 49: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 50: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	57, // 51: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	59, // 52: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	70, // 53: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	70, // 54: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	70, // 55: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	58, // 56: meshid.admin.v1.Root.holders:type_name -> meshid.admin.v1.RootHolder
+	70, // 57: meshid.admin.v1.RootHolder.until:type_name -> google.protobuf.Timestamp
+	70, // 58: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	70, // 59: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	71, // 60: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	70, // 61: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	64, // 62: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	71, // 63: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	70, // 64: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	72, // 65: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	72, // 66: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	70, // 67: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	69, // 68: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 69: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 70: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 71: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 72: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 73: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 74: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 75: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 76: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 77: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 78: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 79: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 80: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 81: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 82: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 83: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 84: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 85: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 86: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	43, // 87: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	45, // 88: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	47, // 89: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	50, // 90: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
+	52, // 91: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
+	54, // 92: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
+	60, // 93: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 94: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	62, // 95: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 96: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 97: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 98: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 99: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 100: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 101: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 102: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 103: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 104: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 105: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 106: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 107: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 108: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 109: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 110: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 111: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 112: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 113: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	44, // 114: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	46, // 115: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	48, // 116: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	51, // 117: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
+	53, // 118: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
+	55, // 119: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
+	61, // 120: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 121: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	63, // 122: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	96, // [96:123] is the sub-list for method output_type
+	69, // [69:96] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }

@@ -67,13 +67,13 @@ type AdminServiceClient interface {
 	ListTokens(ctx context.Context, in *ListTokensRequest, opts ...grpc.CallOption) (*ListTokensResponse, error)
 	DeleteToken(ctx context.Context, in *DeleteTokenRequest, opts ...grpc.CallOption) (*DeleteTokenResponse, error)
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
-	// EvictNode ends a node's SVID and stream; it may attest again.
+	// EvictNode ends the SVIDs and streams of nodes; they may attest again.
 	EvictNode(ctx context.Context, in *EvictNodeRequest, opts ...grpc.CallOption) (*EvictNodeResponse, error)
-	// BanNode evicts a node and refuses its attestation until UnbanNode.
+	// BanNode evicts nodes and refuses their attestation until UnbanNode.
 	BanNode(ctx context.Context, in *BanNodeRequest, opts ...grpc.CallOption) (*BanNodeResponse, error)
 	UnbanNode(ctx context.Context, in *UnbanNodeRequest, opts ...grpc.CallOption) (*UnbanNodeResponse, error)
-	// AddQuarantine has an identity, a key or a certificate refused from the answer
-	// on, and withdrawn wherever an agent serves it.
+	// AddQuarantine has identities, keys or certificates refused from the answer
+	// on, and withdrawn wherever an agent serves them.
 	AddQuarantine(ctx context.Context, in *AddQuarantineRequest, opts ...grpc.CallOption) (*AddQuarantineResponse, error)
 	LiftQuarantine(ctx context.Context, in *LiftQuarantineRequest, opts ...grpc.CallOption) (*LiftQuarantineResponse, error)
 	// ListQuarantines says also on how many nodes they are in force.
@@ -401,13 +401,13 @@ type AdminServiceServer interface {
 	ListTokens(context.Context, *ListTokensRequest) (*ListTokensResponse, error)
 	DeleteToken(context.Context, *DeleteTokenRequest) (*DeleteTokenResponse, error)
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
-	// EvictNode ends a node's SVID and stream; it may attest again.
+	// EvictNode ends the SVIDs and streams of nodes; they may attest again.
 	EvictNode(context.Context, *EvictNodeRequest) (*EvictNodeResponse, error)
-	// BanNode evicts a node and refuses its attestation until UnbanNode.
+	// BanNode evicts nodes and refuses their attestation until UnbanNode.
 	BanNode(context.Context, *BanNodeRequest) (*BanNodeResponse, error)
 	UnbanNode(context.Context, *UnbanNodeRequest) (*UnbanNodeResponse, error)
-	// AddQuarantine has an identity, a key or a certificate refused from the answer
-	// on, and withdrawn wherever an agent serves it.
+	// AddQuarantine has identities, keys or certificates refused from the answer
+	// on, and withdrawn wherever an agent serves them.
 	AddQuarantine(context.Context, *AddQuarantineRequest) (*AddQuarantineResponse, error)
 	LiftQuarantine(context.Context, *LiftQuarantineRequest) (*LiftQuarantineResponse, error)
 	// ListQuarantines says also on how many nodes they are in force.
