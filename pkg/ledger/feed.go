@@ -39,9 +39,6 @@ type Sink interface {
 type FeedOptions struct {
 	// Timeout bounds each call of the sink; 30 s if 0.
 	Timeout time.Duration
-	// Overdue is the age of the oldest record not taken at which OnState reports
-	// the sink; 5 min if 0.
-	Overdue time.Duration
 	// Linger is how long a record waits for others, so that they share one call of
 	// the sink; not at all if 0. A full batch does not wait.
 	Linger time.Duration
@@ -81,9 +78,6 @@ type Feed struct {
 func NewFeed(j *Journal, name string, sink Sink, metrics *FeedMetrics, o FeedOptions) *Feed {
 	if o.Timeout == 0 {
 		o.Timeout = feedTimeout
-	}
-	if o.Overdue == 0 {
-		o.Overdue = feedOverdue
 	}
 	if o.Retry == (backoff.Policy{}) {
 		o.Retry = backoff.Policy{Base: time.Second / 2, Max: 30 * time.Second}
@@ -264,7 +258,7 @@ func (f *Feed) report(now time.Time) {
 	lag := f.Lag(now)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	bad := f.final || lag.Age > f.options.Overdue
+	bad := f.final || lag.Age > feedOverdue
 	if f.options.OnState == nil || !bad && !f.told {
 		return
 	}

@@ -112,7 +112,7 @@ func (s *Server) IssueDirect(ctx context.Context, d *Direct) (*DirectSVID, error
 	use := s.useOf(c.node.ID)
 	defer use.inFlight.Add(-1)
 	admitted, retryAfter := 0, retryOverload
-	if int(use.inFlight.Add(1)) <= s.cfg.Limits.DirectRequests {
+	if int(use.inFlight.Add(1)) <= maxDirect {
 		admitted, retryAfter = use.issues.take(c.began, 1)
 	}
 	if admitted == 0 {

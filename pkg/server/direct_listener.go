@@ -27,7 +27,7 @@ const (
 	directMessage      = 64 << 10
 	directHeaderBytes  = 24 << 10 // a token, and a cookie-sized rest
 	directStreams      = 32
-	directHandshakes   = 1024
+	directHandshakes   = 1024 // at the same time; a quarter of it from one address
 	directConnections  = 16384
 	directKeepaliveMin = 10 * time.Second // Istio's clients ping every 30 s
 )
@@ -35,10 +35,9 @@ const (
 // DirectListener is how DirectGRPC's server meets its callers. Zero means the
 // default.
 type DirectListener struct {
-	// Handshakes is the number of TLS handshakes at the same time, Connections that of
-	// connections without a client certificate; a quarter of each from one address.
-	// Defaults 1,024 and 16,384.
-	Handshakes, Connections int
+	// Connections is the number of connections without a client certificate, a quarter
+	// of it from one address; default 16,384.
+	Connections int
 	// Counted is called with how a handshake ended: ok, failed or overload.
 	Counted func(outcome string)
 }
@@ -48,9 +47,6 @@ type DirectListener struct {
 // one, connections, messages and calls bounded. It has no service, and who calls is
 // for the service to find out. The caller serves and stops it.
 func (s *Server) DirectGRPC(l DirectListener, opts ...grpc.ServerOption) *grpc.Server {
-	if l.Handshakes <= 0 {
-		l.Handshakes = directHandshakes
-	}
 	if l.Connections <= 0 {
 		l.Connections = directConnections
 	}
@@ -67,7 +63,7 @@ func (s *Server) DirectGRPC(l DirectListener, opts ...grpc.ServerOption) *grpc.S
 	bundles := new(bundleCache)
 	base.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return bundles.config(s, base), nil }
 	return grpc.NewServer(append([]grpc.ServerOption{
-		grpc.Creds(&tlsCredentials{s: s, base: base, conns: newConnections(l.Handshakes, l.Connections, 0), counted: l.Counted}),
+		grpc.Creds(&tlsCredentials{s: s, base: base, conns: newConnections(directHandshakes, l.Connections, 0), counted: l.Counted}),
 		grpc.UnaryInterceptor(s.interceptDirect),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxConcurrentStreams(directStreams),

@@ -147,8 +147,6 @@ type Config struct {
 
 // Limits bound what callers may use up. Zero means the default.
 type Limits struct {
-	// Streams is the number of Sync streams, one a node; default 20,000.
-	Streams int
 	// Attestations is the number of attestations at the same time, from
 	// callers that nobody knows yet; default 64.
 	Attestations int
@@ -158,16 +156,9 @@ type Limits struct {
 	// IssueRate and IssueBurst bound the X.509-SVIDs that one node asks for: so
 	// many a second after so many at once; defaults 200 and 5,000.
 	IssueRate, IssueBurst int
-	// DirectRequests is the number of requests at the same time of one node's
-	// workloads that speak to the CA themselves; default 64.
-	DirectRequests int
 	// Handshakes is the number of TLS handshakes at the same time; a quarter
 	// of it from one address. Default 2,048.
 	Handshakes int
-	// Anonymous is the number of connections without a client certificate, which
-	// last as long as an attestation; a quarter of it from one address. Default
-	// 1,024.
-	Anonymous int
 }
 
 func (l Limits) withDefaults() Limits {
@@ -176,16 +167,25 @@ func (l Limits) withDefaults() Limits {
 			*p = v
 		}
 	}
-	set(&l.Streams, 20_000)
 	set(&l.Attestations, 64)
 	set(&l.IssueRequests, 16)
-	set(&l.DirectRequests, 64)
 	set(&l.IssueRate, 200)
 	set(&l.IssueBurst, 5000)
 	set(&l.Handshakes, 2048)
-	set(&l.Anonymous, 1024)
 	return l
 }
+
+// Limits that nobody has to change.
+const (
+	// maxSyncs is the number of Sync streams, one a node.
+	maxSyncs = 20_000
+	// maxDirect is the number of requests at the same time of one node's workloads
+	// that speak to the CA themselves.
+	maxDirect = 64
+	// maxAnonymous is the number of connections without a client certificate, which
+	// last as long as an attestation; a quarter of it from one address.
+	maxAnonymous = 1024
+)
 
 // Times of the server itself.
 const (
@@ -264,7 +264,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:       cfg,
 		log:       cfg.Logger,
-		conns:     newConnections(cfg.Limits.Handshakes, cfg.Limits.Anonymous, anonymousLife),
+		conns:     newConnections(cfg.Limits.Handshakes, maxAnonymous, anonymousLife),
 		verifiers: make(map[string]attest.NodeVerifier, len(cfg.Verifiers)),
 		refusals:  newRefusalLog(),
 		below:     newBelow(),
@@ -287,7 +287,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	if err := s.load(ctx); err != nil {
 		return nil, fmt.Errorf("make server: %w", err)
 	}
-	s.hub = newHub(cfg.Limits.Streams)
+	s.hub = newHub(maxSyncs)
 	var err error
 	if s.metrics, err = newMetrics(cfg.Registerer, s, methods); err != nil {
 		return nil, fmt.Errorf("make server: %w", err)

@@ -12,7 +12,7 @@ import (
 
 // Stats are figures for metrics.
 type Stats struct {
-	Instances, Watches, Identities, SVIDs, InFlight, Pending int
+	Instances, Identities, SVIDs int
 	// MinNotAfter is when the first SVID expires; zero if there is none.
 	MinNotAfter time.Time
 	// Overdue are SVIDs whose renewal should have been done.
@@ -28,8 +28,7 @@ type Stats struct {
 // Stats returns figures at a moment.
 func (c *Cache) Stats(now time.Time) Stats {
 	st := Stats{
-		Instances: len(c.instances), Watches: len(c.watches), Identities: c.slots,
-		InFlight: len(c.flights), Pending: len(c.pending),
+		Instances: len(c.instances), Identities: c.slots,
 		Limited: len(c.limited), Full: len(c.instances) >= c.config.MaxInstances,
 	}
 	for _, i := range c.instances {
