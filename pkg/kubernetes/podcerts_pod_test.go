@@ -102,6 +102,7 @@ func TestPodIsNotHeardOfYet(t *testing.T) {
 		"the pods were not":                {false, true, "p1", "nu1", ""},
 		"all was read, and not the pod":    {true, true, "p2", "nu1", "there is no pod p2"},
 		"all was read, and another node":   {true, true, "p1", "nu2", "does not have the UID nu2"},
+		"the pod has ended":                {true, true, "p4", "nu1", "has ended"},
 		"the pod is another's in any case": {true, false, "p3", "nu1", "is not on node n1"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -109,6 +110,7 @@ func TestPodIsNotHeardOfYet(t *testing.T) {
 			api.Set("nodes", nodeOne)
 			api.Set("pods", podCart)
 			api.Set("pods", strings.NewReplacer("p1", "p3", "cart", "other", "n1", "n2").Replace(podCart))
+			api.Set("pods", strings.NewReplacer("p1", "p4", `"name":"cart"`, `"name":"done"`, "Running", "Succeeded").Replace(podCart))
 			for collection, read := range map[string]bool{"pods": c.pods, "nodes": c.nodes} {
 				if !read {
 					api.Hold(collection)
@@ -125,8 +127,8 @@ func TestPodIsNotHeardOfYet(t *testing.T) {
 			}
 			r := cartRequest()
 			r.Spec.PodUID, r.Spec.NodeUID = c.podUID, c.nodeUID
-			if c.podUID == "p3" {
-				r.Spec.PodName = "other"
+			if name := map[string]string{"p3": "other", "p4": "done"}[c.podUID]; name != "" {
+				r.Spec.PodName = name
 			}
 			err = p.checkPod(t.Context(), r, &server.Direct{Workload: new(attributesv1.Workload)})
 			refused, denied := errors.AsType[*denial](err)
