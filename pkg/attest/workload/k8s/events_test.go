@@ -67,9 +67,11 @@ func TestWatchEvents(t *testing.T) {
 	if v := testutil.ToFloat64(w.attestor.metrics.watched); v != 0 {
 		t.Errorf("%v cgroups are watched beside the events", v)
 	}
-	if len(w.attestor.wanted.byID) != 0 {
-		t.Error("containers that nobody asks for are remembered")
-	}
+	until(t, "containers that nobody asks for are forgotten", func() bool {
+		w.attestor.wanted.mu.Lock()
+		defer w.attestor.wanted.mu.Unlock()
+		return len(w.attestor.wanted.byID) == 0
+	})
 }
 
 // A process that waits for a container that has not been started is served when the event

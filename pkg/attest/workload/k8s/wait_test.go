@@ -76,9 +76,11 @@ func TestWaitForStartIsShort(t *testing.T) {
 	until(t, "the runtime is asked again", func() bool { return w.runtime.count(id("A")) >= 3 })
 	w.runtime.set(func() { w.runtime.containers[id("A")].status.State = cri.ContainerState_CONTAINER_RUNNING })
 	wg.Wait()
-	if n := len(w.attestor.wanted.byID); n != 0 {
-		t.Errorf("%d containers are still waited for", n)
-	}
+	until(t, "no container is waited for any more", func() bool {
+		w.attestor.wanted.mu.Lock()
+		defer w.attestor.wanted.mu.Unlock()
+		return len(w.attestor.wanted.byID) == 0
+	})
 }
 
 // A process is served although whoever asked first about its container has given up.
