@@ -60,7 +60,7 @@ func run(t testing.TB, env []string, args ...string) (string, error) {
 // render returns the manifests that the chart makes of values.
 func render(t testing.TB, args ...string) string {
 	t.Helper()
-	out, err := run(t, nil, append([]string{"template", "meshid", chart, "--namespace=meshid", "--set=trustDomain=example.org"}, args...)...)
+	out, err := run(t, nil, append([]string{"template", "meshid", chart, "--no-hooks", "--namespace=meshid", "--set=trustDomain=example.org"}, args...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,9 +191,14 @@ type document struct {
 }
 
 // documents are the objects that the chart makes of values.
-func documents(t testing.TB, args ...string) (all []document) {
+func documents(t testing.TB, args ...string) []document {
 	t.Helper()
-	for text := range strings.SplitSeq(render(t, args...), "\n---\n") {
+	return parse(t, render(t, args...))
+}
+
+func parse(t testing.TB, manifests string) (all []document) {
+	t.Helper()
+	for text := range strings.SplitSeq(manifests, "\n---\n") {
 		var d document
 		if err := yaml.Unmarshal([]byte(text), &d); err != nil {
 			t.Fatalf("%v\n%s", err, text)
@@ -252,7 +257,7 @@ contexts: [{name: a, context: {cluster: a}}], current-context: a}`))
 // A mistake in the values is found before anything is installed.
 func TestValuesAreStrict(t *testing.T) {
 	for name, c := range map[string]struct{ values, want string }{
-		"no trust domain":  {"{}", "trustDomain"},
+		"no trust domain":  {"{}", "trustDomain is missing: write"},
 		"not one":          {"trustDomain: Example.org", "trustDomain"},
 		"empty label":      {"trustDomain: a..b", "trustDomain"},
 		"label of a dash":  {"trustDomain: -.example.org", "trustDomain"},
@@ -300,7 +305,7 @@ func TestMonitors(t *testing.T) {
 	found := make(map[string]int)
 	jobs := make(map[string]string) // by kind of monitor
 	names := make(map[string]string)
-	manifests, err := run(t, nil, "template", "prod", chart, "--values="+values(t, everything))
+	manifests, err := run(t, nil, "template", "prod", chart, "--no-hooks", "--values="+values(t, everything))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -415,13 +420,17 @@ func TestAPIServerAcceptsManifests(t *testing.T) {
 	s.Apply(t, read("crds.yaml"))
 	s.Apply(t, read("meshid.yaml"))
 
-	t.Run("the CA's pod is a restricted one", func(t *testing.T) {
+	t.Run("the CA's pods are restricted ones", func(t *testing.T) {
 		s.Apply(t, "{apiVersion: v1, kind: Namespace, metadata: {name: strict, labels: {pod-security.kubernetes.io/enforce: restricted}}}")
-		for _, account := range []string{"meshid-ca", "meshid-agent"} {
+		for _, account := range []string{"meshid-ca", "meshid-agent", "default"} {
 			s.Apply(t, "{apiVersion: v1, kind: ServiceAccount, metadata: {name: "+account+", namespace: strict}}")
 		}
-		for _, d := range documents(t) {
-			if d.Kind != "StatefulSet" && d.Kind != "DaemonSet" {
+		hooks, err := run(t, nil, "template", "meshid", chart, "--namespace=meshid", "--set=trustDomain=example.org", "--show-only=templates/ca-check.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range append(documents(t), parse(t, hooks)...) {
+			if d.Kind != "StatefulSet" && d.Kind != "DaemonSet" && d.Kind != "Job" {
 				continue
 			}
 			pod, ok := d.Spec.Template.(map[string]any)
@@ -435,7 +444,7 @@ func TestAPIServerAcceptsManifests(t *testing.T) {
 				spec["volumes"] = append(volumes, map[string]any{"name": "data", "emptyDir": map[string]any{}}) // a claim's, there
 			}
 			err := s.Do(t.Context(), http.MethodPost, "/api/v1/namespaces/strict/pods?dryRun=All", pod, nil)
-			if want := d.Kind == "StatefulSet"; (err == nil) != want {
+			if want := d.Kind != "DaemonSet"; (err == nil) != want {
 				t.Errorf("%s: %v", d.Metadata.Name, err)
 			} else if err != nil && !strings.Contains(err.Error(), "PodSecurity") {
 				t.Errorf("%s is refused for another reason: %v", d.Metadata.Name, err)

@@ -194,6 +194,15 @@ func TestClusterInstall(t *testing.T) {
 	within("an upgrade changes values", func(i installation) {
 		before := i.reports(pods)
 		agents := i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-agent", 2)
+		// A mistake is found before anything is replaced.
+		ca := i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-ca", 1)[0]
+		i.shell("! "+i.command("--set ca.config.console"), "--timeout=4m", "--set=ca.config.svid.defaul_ttl=20m")
+		if out := i.documented("logs job/meshid-ca-check"); !strings.Contains(out, `did you mean "default_ttl"`) {
+			i.t.Errorf("the mistake is not named: %s", out)
+		}
+		if now := i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-ca", 1)[0]; now.Metadata.UID != ca.Metadata.UID {
+			i.t.Error("the CA was replaced")
+		}
 		i.documented("--set ca.config.console", "--timeout=4m", "--set=ca.config.svid.default_ttl=20m")
 		i.requests(pods, before, 20)
 		for at, p := range i.AwaitPods(i.t, "meshid", "app.kubernetes.io/name=meshid-agent", 2) {

@@ -42,6 +42,7 @@ meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersio
 {{- end -}}
 
 {{- define "meshid.ca.config" -}}
+{{- $_ := required "trustDomain is missing: write the name under which all identities are issued, such as --set trustDomain=example.org. It cannot be changed later" .Values.trustDomain -}}
 {{- include "meshid.fixed" (list "ca.config" .Values.ca.config) -}}
 {{- $values := .Values -}}
 {{- $name := include "meshid.name" . -}}
@@ -83,6 +84,7 @@ meshid/{{ index . 1 }}:{{ $root.Values.image.tag | default $root.Chart.AppVersio
 {{- end -}}
 
 {{- define "meshid.agent.config" -}}
+{{- $_ := required "trustDomain is missing: write the name under which all identities are issued, such as --set trustDomain=example.org. It cannot be changed later" .Values.trustDomain -}}
 {{- include "meshid.fixed" (list "agent.config" .Values.agent.config) -}}
 {{- $kubelet := dict "kubelet" "https://$NODE_IP:10250" "runtime_socket" .Values.agent.runtimeSocket "cgroup_root" "/host/cgroup" -}}
 {{- if and (not .Values.ca.enabled) (not .Values.agent.caAddress) -}}
@@ -143,4 +145,42 @@ volumeMounts:
   {{- with .Values.ca.volumeMounts }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end -}}
+
+{{- /* The files of the CA's ConfigMap. */ -}}
+{{- define "meshid.ca.files" -}}
+ca.yaml: |
+  {{- include "meshid.ca.config" . | nindent 2 }}
+{{- with .Values.istio.previousRoots }}
+previous-roots.pem: |
+  {{- . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "meshid.ca.security" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532 # to make its folder in a new volume
+# Not at each start: it would open files to the group that are the CA's alone, such as the root's key.
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- /* The volumes of the CA's pod but for its data. Argument: [root, name of the ConfigMap]. */ -}}
+{{- define "meshid.ca.volumes" -}}
+{{- $root := index . 0 -}}
+- name: config
+  configMap: {name: {{ index . 1 }}}
+- name: run
+  emptyDir: {medium: Memory, sizeLimit: 1Mi}
+- name: tmp
+  emptyDir: {sizeLimit: 256Mi}
+{{- range $root.Values.clusters }}
+- name: cluster-{{ .name | replace "_" "-" }}
+  secret: {secretName: {{ .kubeconfigSecret }}}
+{{- end }}
+{{- with $root.Values.ca.volumes }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
 {{- end -}}
