@@ -92,6 +92,12 @@ type settings struct {
 		// What is in the names of new roots and intermediates.
 		Subject subjectSettings `yaml:"subject"`
 	} `yaml:"authority"`
+	Entries struct {
+		// Have entries that give power, those marked admin or downstream, wait until
+		// somebody else has approved them, when they are new or changed. See
+		// docs/rotation.md.
+		TwoPersons bool `yaml:"two_persons" default:"false"`
+	} `yaml:"entries"`
 	// How certificates are revoked before they expire: off, or crl, by revocation lists
 	// that proxies go by. It takes a root of this CA's own and no CAs below. See
 	// docs/withdrawal.md.

@@ -95,8 +95,12 @@ func apply(cmd *cobra.Command, c *clientFlags, file string, dryRun, prune bool) 
 	if err != nil {
 		return nil, err
 	}
-	return call(cmd.Context(), c, adminv1.AdminServiceClient.ApplyEntries,
+	answer, err := call(cmd.Context(), c, adminv1.AdminServiceClient.ApplyEntries,
 		&adminv1.ApplyEntriesRequest{Entries: entries, DryRun: dryRun, Prune: prune})
+	if h := answer.GetHeld(); h != nil {
+		return nil, notDoneYet(h)
+	}
+	return answer, err
 }
 
 func newEntryDiff(c *clientFlags) *cobra.Command {

@@ -237,8 +237,8 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 		TrustDomain: v.trustDomain, CA: authority, Ledger: journal, Store: db, Anchor: anchor, Records: index.server(), Sinks: archivable(feedMetrics, proofs, exports, feeds), Verifiers: verifiers,
 		NewToken: jointoken.NewToken, Instance: v.Instance, Version: cli.Version(),
 		AgentTTL: v.SVID.NodeTTL.Or(0), DefaultTTL: v.SVID.DefaultTTL.Or(0), Clock: guard,
-		TwoPersons: v.Authority.TwoPersons,
-		Logger:     logger, Registerer: registry, Health: tracker, Placement: kubernetes.placed,
+		TwoPersons: v.Authority.TwoPersons, TwoPersonsEntries: v.Entries.TwoPersons,
+		Logger: logger, Registerer: registry, Health: tracker, Placement: kubernetes.placed,
 		ConsoleLink: func(by string) (string, time.Time, error) { return web.link(by) },
 	})
 	if err != nil {

@@ -75,11 +75,16 @@ func (c *change) name() string {
 
 // ApplyEntries implements adminv1.AdminServiceServer.
 func (a *adminService) ApplyEntries(ctx context.Context, req *adminv1.ApplyEntriesRequest) (*adminv1.ApplyEntriesResponse, error) {
+	return a.s.applyEntries(ctx, req, "")
+}
+
+// applyEntries applies what a second person has approved if approved is the basis of
+// that, and else whatever takes none.
+func (s *Server) applyEntries(ctx context.Context, req *adminv1.ApplyEntriesRequest, approved string) (*adminv1.ApplyEntriesResponse, error) {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	s := a.s
 	names := make([]string, len(req.GetEntries()))
 	for i, e := range req.GetEntries() {
 		names[i] = e.GetName()
@@ -95,6 +100,14 @@ func (a *adminService) ApplyEntries(ctx context.Context, req *adminv1.ApplyEntri
 		return nil, err
 	}
 	resp := &adminv1.ApplyEntriesResponse{Revision: current.Revision}
+	switch {
+	case req.GetDryRun() || !s.cfg.TwoPersonsEntries || !slices.ContainsFunc(changes, (*change).givesPower):
+	case approved == "":
+		resp.Held, err = s.holdEntries(ctx, c, current, changes)
+		return resp, err
+	case approved != entriesBasis(current, req.GetEntries()):
+		return nil, errEntriesChanged
+	}
 	if !req.GetDryRun() {
 		if resp.Revision, resp.Withdrawal, err = s.commit(ctx, c, current, changes); err != nil {
 			return nil, err

@@ -133,6 +133,9 @@ type Config struct {
 	DefaultTTL time.Duration
 	// TwoPersons has what changes roots done only when a second person has approved it.
 	TwoPersons bool
+	// TwoPersonsEntries has the same done with entries that give power: those marked
+	// admin or downstream that are new or changed.
+	TwoPersonsEntries bool
 	// Clock watches the clock; nil means that nobody does. It is the same that the
 	// CA asks.
 	Clock      *clock.Guard

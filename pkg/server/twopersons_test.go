@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"regexp"
 	"strings"
 	"testing"
@@ -372,5 +373,123 @@ func TestV_J7_TwoPersons_NothingWithoutARecord(t *testing.T) {
 	defer h.server.held.mu.Unlock()
 	if n := len(h.server.held.all); n != 1 {
 		t.Errorf("%d are held, want the one that was recorded", n)
+	}
+}
+
+// With entries.two_persons, entries that make an administrator or a CA below wait for
+// another person, exactly as they were asked for, and nothing else does.
+func TestV_J7_TwoPersons_Entries(t *testing.T) {
+	h := newHouse(t)
+	ctx := t.Context()
+	a := h.join("n1", nil)
+	ops, security, third := h.remoteAdmin(a, "ops"), h.remoteAdmin(a, "security"), h.remoteAdmin(a, "third")
+	local := h.onSocket()
+	h.server.cfg.TwoPersonsEntries = true
+	entry := func(name string, change func(*entryv1.Entry)) *entryv1.Entry {
+		e := shopEntry(name)
+		e.SpiffeId, e.DnsNames = "spiffe://example.org/"+name, nil
+		change(e)
+		return e
+	}
+	boss := func(e *entryv1.Entry) { e.Admin = true }
+	lower := func(e *entryv1.Entry) { e.Downstream = true }
+	plain := func(*entryv1.Entry) {}
+	apply := func(who adminv1.AdminServiceClient, req *adminv1.ApplyEntriesRequest) *adminv1.RootChange {
+		t.Helper()
+		answer, err := who.ApplyEntries(ctx, req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return answer.GetHeld()
+	}
+	of := func(entries ...*entryv1.Entry) *adminv1.ApplyEntriesRequest {
+		return &adminv1.ApplyEntriesRequest{Entries: entries}
+	}
+	is := func(name string) *entryv1.Entry {
+		e, _ := h.server.registry.Entries().Proto(name)
+		return e
+	}
+	approve := func(who adminv1.AdminServiceClient, id string) error {
+		_, err := who.ApproveRootChange(ctx, &adminv1.ApproveRootChangeRequest{Id: id})
+		return err
+	}
+
+	// What gives no power takes one person, and so does what takes it away.
+	if apply(ops, of(entry("web", plain))) != nil || is("web") == nil {
+		t.Error("an entry without a mark waits")
+	}
+	if apply(ops, &adminv1.ApplyEntriesRequest{Entries: []*entryv1.Entry{entry("evil", boss)}, DryRun: true}) != nil || is("evil") != nil {
+		t.Error("a dry run waits, or is none")
+	}
+	for _, who := range []adminv1.AdminServiceClient{ops, local} {
+		for _, e := range []*entryv1.Entry{entry("evil", boss), entry("evil", lower)} {
+			held := apply(who, of(e, entry("beside", plain)))
+			if held.GetId() == "" || is("evil") != nil || is("beside") != nil || len(held.GetEntries().GetEntries()) != 2 || !strings.Contains(held.GetWhat(), "entry evil is created: spiffe://example.org/evil, ") {
+				t.Errorf("one person has done it: %v", held)
+			}
+			if _, err := who.RejectRootChange(ctx, &adminv1.RejectRootChangeRequest{Id: held.GetId()}); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	// The mark is there already, and the rule is not what it was.
+	wider := is("ops")
+	changed := entry("ops", boss)
+	changed.Workloads = "unix.uid == 0"
+	held := apply(ops, of(changed, entry("web", plain)))
+	if held.GetId() == "" || is("ops").GetWorkloads() != wider.GetWorkloads() || len(held.GetEntries().GetEntries()) != 1 {
+		t.Errorf("a wider rule of an administrator's entry: %v", held)
+	}
+	if again := apply(ops, of(changed)); again.GetId() != held.GetId() {
+		t.Error("the same waits twice")
+	}
+	h.wantCode(approve(ops, held.GetId()), codes.FailedPrecondition)
+	if err := approve(security, held.GetId()); err != nil || is("ops").GetWorkloads() != "unix.uid == 0" {
+		t.Errorf("approved by another: %v, %v", err, is("ops"))
+	}
+	h.wantCode(approve(third, held.GetId()), codes.NotFound) // once
+	asked := false
+	for _, r := range h.records(ledgerv1.Event_EVENT_ENTRY_APPLIED) {
+		asked = asked || r.GetEntry().GetName() == "ops" && r.GetActor() == "spiffe://example.org/ops"
+	}
+	approved := false
+	for _, r := range h.records(ledgerv1.Event_EVENT_APPROVAL) {
+		approved = approved || r.GetReason() == "approved" && r.GetActor() == "spiffe://example.org/security" && strings.HasSuffix(r.GetDetail(), "asked for by spiffe://example.org/ops")
+	}
+	if !asked || !approved {
+		t.Errorf("the records do not say who asked (%t) and who approved (%t)", asked, approved)
+	}
+
+	// Another entry has come in its place meanwhile.
+	held = apply(local, of(entry("new", boss)))
+	if apply(ops, of(entry("new", plain))) != nil || is("new") == nil {
+		t.Error("an entry without a mark waits")
+	}
+	err := approve(security, held.GetId())
+	h.wantCode(err, codes.FailedPrecondition)
+	if is("new").GetAdmin() || err == nil || !strings.Contains(err.Error(), "the entries have changed") {
+		t.Errorf("approved though it is another entry: %v", err)
+	}
+	// Who asked is no administrator any more; to see to that takes one person.
+	held = apply(third, of(entry("heir", boss)))
+	unmarked := entry("third", plain)
+	if apply(ops, of(unmarked)) != nil || is("third").GetAdmin() {
+		t.Error("taking power away waits")
+	}
+	h.wantCode(approve(security, held.GetId()), codes.FailedPrecondition)
+	if is("heir") != nil {
+		t.Error("who is no administrator has made one")
+	}
+	// What cannot be shown to a second person is not held.
+	_, err = ops.ApplyEntries(ctx, &adminv1.ApplyEntriesRequest{Entries: []*entryv1.Entry{entry("evil", boss)}, Prune: true})
+	h.wantCode(err, codes.FailedPrecondition)
+	many := []*entryv1.Entry{entry("evil", boss)}
+	for i := range 500 {
+		many = append(many, entry(fmt.Sprintf("web-%d", i), func(e *entryv1.Entry) { e.Hint = strings.Repeat("x", 150) }))
+	}
+	_, err = ops.ApplyEntries(ctx, of(many...))
+	h.wantCode(err, codes.InvalidArgument)
+	if is("evil") != nil || is("web-1") != nil || is("security") == nil {
+		t.Error("it was done all the same")
 	}
 }

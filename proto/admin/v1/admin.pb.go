@@ -183,7 +183,9 @@ type ApplyEntriesResponse struct {
 	Changes  []*ApplyEntriesResponse_Change `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
 	Revision uint64                         `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
 	// Id of the withdrawal, if an entry was deleted.
-	Withdrawal    string `protobuf:"bytes,3,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	Withdrawal string `protobuf:"bytes,3,opt,name=withdrawal,proto3" json:"withdrawal,omitempty"`
+	// Set if nothing was changed yet: a second person has to approve it.
+	Held          *RootChange `protobuf:"bytes,4,opt,name=held,proto3" json:"held,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,6 +239,13 @@ func (x *ApplyEntriesResponse) GetWithdrawal() string {
 		return x.Withdrawal
 	}
 	return ""
+}
+
+func (x *ApplyEntriesResponse) GetHeld() *RootChange {
+	if x != nil {
+		return x.Held
+	}
+	return nil
 }
 
 type DeleteEntriesRequest struct {
@@ -2981,17 +2990,20 @@ func (x *ChangeRotationResponse) GetHeld() *RootChange {
 	return nil
 }
 
-// RootChange is a change of roots that waits for a second person.
+// RootChange is a change of roots, or of entries that give power, which waits for a
+// second person.
 type RootChange struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// What would be done, for a person; change is what will be.
+	// What would be done, for a person; change or entries is what will be.
 	What   string                 `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"`
 	Change *ChangeRotationRequest `protobuf:"bytes,3,opt,name=change,proto3" json:"change,omitempty"`
 	// Who asked for it: "uid:0", or a SPIFFE ID.
-	Actor         string                 `protobuf:"bytes,4,opt,name=actor,proto3" json:"actor,omitempty"`
-	RequestedAt   *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=requested_at,json=requestedAt,proto3" json:"requested_at,omitempty"`
-	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	Actor       string                 `protobuf:"bytes,4,opt,name=actor,proto3" json:"actor,omitempty"`
+	RequestedAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=requested_at,json=requestedAt,proto3" json:"requested_at,omitempty"`
+	ExpiresAt   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// Instead of change.
+	Entries       *ApplyEntriesRequest `protobuf:"bytes,7,opt,name=entries,proto3" json:"entries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3064,6 +3076,13 @@ func (x *RootChange) GetRequestedAt() *timestamppb.Timestamp {
 func (x *RootChange) GetExpiresAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *RootChange) GetEntries() *ApplyEntriesRequest {
+	if x != nil {
+		return x.Entries
 	}
 	return nil
 }
@@ -3196,8 +3215,9 @@ func (x *ApproveRootChangeRequest) GetId() string {
 type ApproveRootChangeResponse struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Change *RootChange            `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
-	// How far the roots are with it.
-	Rotation      *Rotation `protobuf:"bytes,2,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	// How far the roots are with it, or what it changed of the entries.
+	Rotation      *Rotation             `protobuf:"bytes,2,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	Entries       *ApplyEntriesResponse `protobuf:"bytes,3,opt,name=entries,proto3" json:"entries,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3242,6 +3262,13 @@ func (x *ApproveRootChangeResponse) GetChange() *RootChange {
 func (x *ApproveRootChangeResponse) GetRotation() *Rotation {
 	if x != nil {
 		return x.Rotation
+	}
+	return nil
+}
+
+func (x *ApproveRootChangeResponse) GetEntries() *ApplyEntriesResponse {
+	if x != nil {
+		return x.Entries
 	}
 	return nil
 }
@@ -4373,13 +4400,14 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x13ApplyEntriesRequest\x120\n" +
 	"\aentries\x18\x01 \x03(\v2\x16.meshid.entry.v1.EntryR\aentries\x12\x17\n" +
 	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x14\n" +
-	"\x05prune\x18\x03 \x01(\bR\x05prune\"\xaf\x02\n" +
+	"\x05prune\x18\x03 \x01(\bR\x05prune\"\xe0\x02\n" +
 	"\x14ApplyEntriesResponse\x12F\n" +
 	"\achanges\x18\x01 \x03(\v2,.meshid.admin.v1.ApplyEntriesResponse.ChangeR\achanges\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x1e\n" +
 	"\n" +
 	"withdrawal\x18\x03 \x01(\tR\n" +
-	"withdrawal\x1a\x92\x01\n" +
+	"withdrawal\x12/\n" +
+	"\x04held\x18\x04 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x04held\x1a\x92\x01\n" +
 	"\x06Change\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06action\x18\x02 \x01(\tR\x06action\x12.\n" +
@@ -4605,7 +4633,7 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\boverride\x18\x03 \x01(\bR\boverride\"\x80\x01\n" +
 	"\x16ChangeRotationResponse\x125\n" +
 	"\brotation\x18\x01 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\x12/\n" +
-	"\x04held\x18\x02 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x04held\"\x80\x02\n" +
+	"\x04held\x18\x02 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x04held\"\xc0\x02\n" +
 	"\n" +
 	"RootChange\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -4614,15 +4642,17 @@ const file_proto_admin_v1_admin_proto_rawDesc = "" +
 	"\x05actor\x18\x04 \x01(\tR\x05actor\x12=\n" +
 	"\frequested_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\vrequestedAt\x129\n" +
 	"\n" +
-	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x18\n" +
+	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12>\n" +
+	"\aentries\x18\a \x01(\v2$.meshid.admin.v1.ApplyEntriesRequestR\aentries\"\x18\n" +
 	"\x16ListRootChangesRequest\"P\n" +
 	"\x17ListRootChangesResponse\x125\n" +
 	"\achanges\x18\x01 \x03(\v2\x1b.meshid.admin.v1.RootChangeR\achanges\"*\n" +
 	"\x18ApproveRootChangeRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x87\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xc8\x01\n" +
 	"\x19ApproveRootChangeResponse\x123\n" +
 	"\x06change\x18\x01 \x01(\v2\x1b.meshid.admin.v1.RootChangeR\x06change\x125\n" +
-	"\brotation\x18\x02 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\")\n" +
+	"\brotation\x18\x02 \x01(\v2\x19.meshid.admin.v1.RotationR\brotation\x12?\n" +
+	"\aentries\x18\x03 \x01(\v2%.meshid.admin.v1.ApplyEntriesResponseR\aentries\")\n" +
 	"\x17RejectRootChangeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"O\n" +
 	"\x18RejectRootChangeResponse\x123\n" +
@@ -4823,130 +4853,133 @@ var file_proto_admin_v1_admin_proto_depIdxs = []int32{
 	71, // 1: meshid.admin.v1.ConfirmClockResponse.by:type_name -> google.protobuf.Duration
 	72, // 2: meshid.admin.v1.ApplyEntriesRequest.entries:type_name -> meshid.entry.v1.Entry
 	65, // 3: meshid.admin.v1.ApplyEntriesResponse.changes:type_name -> meshid.admin.v1.ApplyEntriesResponse.Change
-	72, // 4: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
-	73, // 5: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
-	74, // 6: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
-	66, // 7: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
-	73, // 8: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
-	74, // 9: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
-	71, // 10: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	67, // 11: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
-	70, // 12: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	68, // 13: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
-	73, // 14: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
-	70, // 15: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
-	70, // 16: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
-	71, // 17: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
-	18, // 18: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
-	70, // 19: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
-	27, // 20: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
-	27, // 21: meshid.admin.v1.AddQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
-	27, // 22: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
-	27, // 23: meshid.admin.v1.LiftQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
-	27, // 24: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
-	36, // 25: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
-	70, // 26: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
-	70, // 27: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
-	71, // 28: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
-	71, // 29: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
-	71, // 30: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
-	59, // 31: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
-	71, // 32: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
-	42, // 33: meshid.admin.v1.Withdrawal.below:type_name -> meshid.admin.v1.AuthorityBelow
-	70, // 34: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	70, // 35: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	40, // 36: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
-	42, // 37: meshid.admin.v1.ListAuthoritiesResponse.below:type_name -> meshid.admin.v1.AuthorityBelow
-	70, // 38: meshid.admin.v1.AuthorityBelow.not_after:type_name -> google.protobuf.Timestamp
-	71, // 39: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
-	40, // 40: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
-	56, // 41: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	56, // 42: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 43: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
-	47, // 44: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
-	70, // 45: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
-	70, // 46: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
-	49, // 47: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
-	49, // 48: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	56, // 49: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
-	49, // 50: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
-	57, // 51: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
-	59, // 52: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
-	70, // 53: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
-	70, // 54: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
-	70, // 55: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
-	58, // 56: meshid.admin.v1.Root.holders:type_name -> meshid.admin.v1.RootHolder
-	70, // 57: meshid.admin.v1.RootHolder.until:type_name -> google.protobuf.Timestamp
-	70, // 58: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
-	70, // 59: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
-	71, // 60: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
-	70, // 61: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	64, // 62: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
-	71, // 63: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
-	70, // 64: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
-	72, // 65: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
-	72, // 66: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
-	70, // 67: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
-	69, // 68: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
-	2,  // 69: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
-	4,  // 70: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
-	6,  // 71: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
-	8,  // 72: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
-	10, // 73: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
-	12, // 74: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
-	14, // 75: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
-	16, // 76: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
-	19, // 77: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
-	21, // 78: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
-	23, // 79: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
-	25, // 80: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
-	28, // 81: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
-	30, // 82: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
-	32, // 83: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
-	34, // 84: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
-	37, // 85: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
-	39, // 86: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
-	43, // 87: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
-	45, // 88: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
-	47, // 89: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
-	50, // 90: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
-	52, // 91: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
-	54, // 92: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
-	60, // 93: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
-	0,  // 94: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
-	62, // 95: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
-	3,  // 96: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
-	5,  // 97: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
-	7,  // 98: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
-	9,  // 99: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
-	11, // 100: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
-	13, // 101: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
-	15, // 102: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
-	17, // 103: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
-	20, // 104: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
-	22, // 105: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
-	24, // 106: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
-	26, // 107: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
-	29, // 108: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
-	31, // 109: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
-	33, // 110: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
-	35, // 111: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
-	38, // 112: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
-	41, // 113: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
-	44, // 114: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
-	46, // 115: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
-	48, // 116: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
-	51, // 117: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
-	53, // 118: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
-	55, // 119: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
-	61, // 120: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
-	1,  // 121: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
-	63, // 122: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
-	96, // [96:123] is the sub-list for method output_type
-	69, // [69:96] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	49, // 4: meshid.admin.v1.ApplyEntriesResponse.held:type_name -> meshid.admin.v1.RootChange
+	72, // 5: meshid.admin.v1.ListEntriesResponse.entries:type_name -> meshid.entry.v1.Entry
+	73, // 6: meshid.admin.v1.ExplainRequest.node_attributes:type_name -> meshid.attributes.v1.Node
+	74, // 7: meshid.admin.v1.ExplainRequest.workload:type_name -> meshid.attributes.v1.Workload
+	66, // 8: meshid.admin.v1.ExplainResponse.verdicts:type_name -> meshid.admin.v1.ExplainResponse.Verdict
+	73, // 9: meshid.admin.v1.ExplainResponse.node:type_name -> meshid.attributes.v1.Node
+	74, // 10: meshid.admin.v1.ExplainResponse.workload:type_name -> meshid.attributes.v1.Workload
+	71, // 11: meshid.admin.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	67, // 12: meshid.admin.v1.CreateTokenRequest.labels:type_name -> meshid.admin.v1.CreateTokenRequest.LabelsEntry
+	70, // 13: meshid.admin.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	68, // 14: meshid.admin.v1.ListTokensResponse.tokens:type_name -> meshid.admin.v1.ListTokensResponse.Token
+	73, // 15: meshid.admin.v1.Node.attributes:type_name -> meshid.attributes.v1.Node
+	70, // 16: meshid.admin.v1.Node.attested_at:type_name -> google.protobuf.Timestamp
+	70, // 17: meshid.admin.v1.Node.svid_not_after:type_name -> google.protobuf.Timestamp
+	71, // 18: meshid.admin.v1.Node.clock_skew:type_name -> google.protobuf.Duration
+	18, // 19: meshid.admin.v1.ListNodesResponse.nodes:type_name -> meshid.admin.v1.Node
+	70, // 20: meshid.admin.v1.Quarantine.created_at:type_name -> google.protobuf.Timestamp
+	27, // 21: meshid.admin.v1.AddQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
+	27, // 22: meshid.admin.v1.AddQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
+	27, // 23: meshid.admin.v1.LiftQuarantineRequest.quarantine:type_name -> meshid.admin.v1.Quarantine
+	27, // 24: meshid.admin.v1.LiftQuarantineRequest.quarantines:type_name -> meshid.admin.v1.Quarantine
+	27, // 25: meshid.admin.v1.ListQuarantinesResponse.quarantines:type_name -> meshid.admin.v1.Quarantine
+	36, // 26: meshid.admin.v1.ListWithdrawalsResponse.withdrawals:type_name -> meshid.admin.v1.Withdrawal
+	70, // 27: meshid.admin.v1.Withdrawal.began:type_name -> google.protobuf.Timestamp
+	70, // 28: meshid.admin.v1.Withdrawal.ended:type_name -> google.protobuf.Timestamp
+	71, // 29: meshid.admin.v1.Withdrawal.p50:type_name -> google.protobuf.Duration
+	71, // 30: meshid.admin.v1.Withdrawal.p99:type_name -> google.protobuf.Duration
+	71, // 31: meshid.admin.v1.Withdrawal.max:type_name -> google.protobuf.Duration
+	59, // 32: meshid.admin.v1.Withdrawal.laggards:type_name -> meshid.admin.v1.Laggard
+	71, // 33: meshid.admin.v1.Withdrawal.revocation_effect:type_name -> google.protobuf.Duration
+	42, // 34: meshid.admin.v1.Withdrawal.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 35: meshid.admin.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	70, // 36: meshid.admin.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	40, // 37: meshid.admin.v1.ListAuthoritiesResponse.authorities:type_name -> meshid.admin.v1.Authority
+	42, // 38: meshid.admin.v1.ListAuthoritiesResponse.below:type_name -> meshid.admin.v1.AuthorityBelow
+	70, // 39: meshid.admin.v1.AuthorityBelow.not_after:type_name -> google.protobuf.Timestamp
+	71, // 40: meshid.admin.v1.RotateIntermediateRequest.within:type_name -> google.protobuf.Duration
+	40, // 41: meshid.admin.v1.RotateIntermediateResponse.authority:type_name -> meshid.admin.v1.Authority
+	56, // 42: meshid.admin.v1.GetRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	56, // 43: meshid.admin.v1.ChangeRotationResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	49, // 44: meshid.admin.v1.ChangeRotationResponse.held:type_name -> meshid.admin.v1.RootChange
+	47, // 45: meshid.admin.v1.RootChange.change:type_name -> meshid.admin.v1.ChangeRotationRequest
+	70, // 46: meshid.admin.v1.RootChange.requested_at:type_name -> google.protobuf.Timestamp
+	70, // 47: meshid.admin.v1.RootChange.expires_at:type_name -> google.protobuf.Timestamp
+	2,  // 48: meshid.admin.v1.RootChange.entries:type_name -> meshid.admin.v1.ApplyEntriesRequest
+	49, // 49: meshid.admin.v1.ListRootChangesResponse.changes:type_name -> meshid.admin.v1.RootChange
+	49, // 50: meshid.admin.v1.ApproveRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	56, // 51: meshid.admin.v1.ApproveRootChangeResponse.rotation:type_name -> meshid.admin.v1.Rotation
+	3,  // 52: meshid.admin.v1.ApproveRootChangeResponse.entries:type_name -> meshid.admin.v1.ApplyEntriesResponse
+	49, // 53: meshid.admin.v1.RejectRootChangeResponse.change:type_name -> meshid.admin.v1.RootChange
+	57, // 54: meshid.admin.v1.Rotation.roots:type_name -> meshid.admin.v1.Root
+	59, // 55: meshid.admin.v1.Rotation.laggards:type_name -> meshid.admin.v1.Laggard
+	70, // 56: meshid.admin.v1.Root.since:type_name -> google.protobuf.Timestamp
+	70, // 57: meshid.admin.v1.Root.not_after:type_name -> google.protobuf.Timestamp
+	70, // 58: meshid.admin.v1.Root.live_until:type_name -> google.protobuf.Timestamp
+	58, // 59: meshid.admin.v1.Root.holders:type_name -> meshid.admin.v1.RootHolder
+	70, // 60: meshid.admin.v1.RootHolder.until:type_name -> google.protobuf.Timestamp
+	70, // 61: meshid.admin.v1.Laggard.since:type_name -> google.protobuf.Timestamp
+	70, // 62: meshid.admin.v1.Laggard.waited_until:type_name -> google.protobuf.Timestamp
+	71, // 63: meshid.admin.v1.RenewSVIDsRequest.within:type_name -> google.protobuf.Duration
+	70, // 64: meshid.admin.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	64, // 65: meshid.admin.v1.GetStatusResponse.conditions:type_name -> meshid.admin.v1.Condition
+	71, // 66: meshid.admin.v1.GetStatusResponse.outage_budget:type_name -> google.protobuf.Duration
+	70, // 67: meshid.admin.v1.Condition.since:type_name -> google.protobuf.Timestamp
+	72, // 68: meshid.admin.v1.ApplyEntriesResponse.Change.before:type_name -> meshid.entry.v1.Entry
+	72, // 69: meshid.admin.v1.ApplyEntriesResponse.Change.after:type_name -> meshid.entry.v1.Entry
+	70, // 70: meshid.admin.v1.ListTokensResponse.Token.expires_at:type_name -> google.protobuf.Timestamp
+	69, // 71: meshid.admin.v1.ListTokensResponse.Token.labels:type_name -> meshid.admin.v1.ListTokensResponse.Token.LabelsEntry
+	2,  // 72: meshid.admin.v1.AdminService.ApplyEntries:input_type -> meshid.admin.v1.ApplyEntriesRequest
+	4,  // 73: meshid.admin.v1.AdminService.DeleteEntries:input_type -> meshid.admin.v1.DeleteEntriesRequest
+	6,  // 74: meshid.admin.v1.AdminService.ListEntries:input_type -> meshid.admin.v1.ListEntriesRequest
+	8,  // 75: meshid.admin.v1.AdminService.Explain:input_type -> meshid.admin.v1.ExplainRequest
+	10, // 76: meshid.admin.v1.AdminService.EntryStatus:input_type -> meshid.admin.v1.EntryStatusRequest
+	12, // 77: meshid.admin.v1.AdminService.CreateToken:input_type -> meshid.admin.v1.CreateTokenRequest
+	14, // 78: meshid.admin.v1.AdminService.ListTokens:input_type -> meshid.admin.v1.ListTokensRequest
+	16, // 79: meshid.admin.v1.AdminService.DeleteToken:input_type -> meshid.admin.v1.DeleteTokenRequest
+	19, // 80: meshid.admin.v1.AdminService.ListNodes:input_type -> meshid.admin.v1.ListNodesRequest
+	21, // 81: meshid.admin.v1.AdminService.EvictNode:input_type -> meshid.admin.v1.EvictNodeRequest
+	23, // 82: meshid.admin.v1.AdminService.BanNode:input_type -> meshid.admin.v1.BanNodeRequest
+	25, // 83: meshid.admin.v1.AdminService.UnbanNode:input_type -> meshid.admin.v1.UnbanNodeRequest
+	28, // 84: meshid.admin.v1.AdminService.AddQuarantine:input_type -> meshid.admin.v1.AddQuarantineRequest
+	30, // 85: meshid.admin.v1.AdminService.LiftQuarantine:input_type -> meshid.admin.v1.LiftQuarantineRequest
+	32, // 86: meshid.admin.v1.AdminService.ListQuarantines:input_type -> meshid.admin.v1.ListQuarantinesRequest
+	34, // 87: meshid.admin.v1.AdminService.ListWithdrawals:input_type -> meshid.admin.v1.ListWithdrawalsRequest
+	37, // 88: meshid.admin.v1.AdminService.GetBundle:input_type -> meshid.admin.v1.GetBundleRequest
+	39, // 89: meshid.admin.v1.AdminService.ListAuthorities:input_type -> meshid.admin.v1.ListAuthoritiesRequest
+	43, // 90: meshid.admin.v1.AdminService.RotateIntermediate:input_type -> meshid.admin.v1.RotateIntermediateRequest
+	45, // 91: meshid.admin.v1.AdminService.GetRotation:input_type -> meshid.admin.v1.GetRotationRequest
+	47, // 92: meshid.admin.v1.AdminService.ChangeRotation:input_type -> meshid.admin.v1.ChangeRotationRequest
+	50, // 93: meshid.admin.v1.AdminService.ListRootChanges:input_type -> meshid.admin.v1.ListRootChangesRequest
+	52, // 94: meshid.admin.v1.AdminService.ApproveRootChange:input_type -> meshid.admin.v1.ApproveRootChangeRequest
+	54, // 95: meshid.admin.v1.AdminService.RejectRootChange:input_type -> meshid.admin.v1.RejectRootChangeRequest
+	60, // 96: meshid.admin.v1.AdminService.RenewSVIDs:input_type -> meshid.admin.v1.RenewSVIDsRequest
+	0,  // 97: meshid.admin.v1.AdminService.ConfirmClock:input_type -> meshid.admin.v1.ConfirmClockRequest
+	62, // 98: meshid.admin.v1.AdminService.GetStatus:input_type -> meshid.admin.v1.GetStatusRequest
+	3,  // 99: meshid.admin.v1.AdminService.ApplyEntries:output_type -> meshid.admin.v1.ApplyEntriesResponse
+	5,  // 100: meshid.admin.v1.AdminService.DeleteEntries:output_type -> meshid.admin.v1.DeleteEntriesResponse
+	7,  // 101: meshid.admin.v1.AdminService.ListEntries:output_type -> meshid.admin.v1.ListEntriesResponse
+	9,  // 102: meshid.admin.v1.AdminService.Explain:output_type -> meshid.admin.v1.ExplainResponse
+	11, // 103: meshid.admin.v1.AdminService.EntryStatus:output_type -> meshid.admin.v1.EntryStatusResponse
+	13, // 104: meshid.admin.v1.AdminService.CreateToken:output_type -> meshid.admin.v1.CreateTokenResponse
+	15, // 105: meshid.admin.v1.AdminService.ListTokens:output_type -> meshid.admin.v1.ListTokensResponse
+	17, // 106: meshid.admin.v1.AdminService.DeleteToken:output_type -> meshid.admin.v1.DeleteTokenResponse
+	20, // 107: meshid.admin.v1.AdminService.ListNodes:output_type -> meshid.admin.v1.ListNodesResponse
+	22, // 108: meshid.admin.v1.AdminService.EvictNode:output_type -> meshid.admin.v1.EvictNodeResponse
+	24, // 109: meshid.admin.v1.AdminService.BanNode:output_type -> meshid.admin.v1.BanNodeResponse
+	26, // 110: meshid.admin.v1.AdminService.UnbanNode:output_type -> meshid.admin.v1.UnbanNodeResponse
+	29, // 111: meshid.admin.v1.AdminService.AddQuarantine:output_type -> meshid.admin.v1.AddQuarantineResponse
+	31, // 112: meshid.admin.v1.AdminService.LiftQuarantine:output_type -> meshid.admin.v1.LiftQuarantineResponse
+	33, // 113: meshid.admin.v1.AdminService.ListQuarantines:output_type -> meshid.admin.v1.ListQuarantinesResponse
+	35, // 114: meshid.admin.v1.AdminService.ListWithdrawals:output_type -> meshid.admin.v1.ListWithdrawalsResponse
+	38, // 115: meshid.admin.v1.AdminService.GetBundle:output_type -> meshid.admin.v1.GetBundleResponse
+	41, // 116: meshid.admin.v1.AdminService.ListAuthorities:output_type -> meshid.admin.v1.ListAuthoritiesResponse
+	44, // 117: meshid.admin.v1.AdminService.RotateIntermediate:output_type -> meshid.admin.v1.RotateIntermediateResponse
+	46, // 118: meshid.admin.v1.AdminService.GetRotation:output_type -> meshid.admin.v1.GetRotationResponse
+	48, // 119: meshid.admin.v1.AdminService.ChangeRotation:output_type -> meshid.admin.v1.ChangeRotationResponse
+	51, // 120: meshid.admin.v1.AdminService.ListRootChanges:output_type -> meshid.admin.v1.ListRootChangesResponse
+	53, // 121: meshid.admin.v1.AdminService.ApproveRootChange:output_type -> meshid.admin.v1.ApproveRootChangeResponse
+	55, // 122: meshid.admin.v1.AdminService.RejectRootChange:output_type -> meshid.admin.v1.RejectRootChangeResponse
+	61, // 123: meshid.admin.v1.AdminService.RenewSVIDs:output_type -> meshid.admin.v1.RenewSVIDsResponse
+	1,  // 124: meshid.admin.v1.AdminService.ConfirmClock:output_type -> meshid.admin.v1.ConfirmClockResponse
+	63, // 125: meshid.admin.v1.AdminService.GetStatus:output_type -> meshid.admin.v1.GetStatusResponse
+	99, // [99:126] is the sub-list for method output_type
+	72, // [72:99] is the sub-list for method input_type
+	72, // [72:72] is the sub-list for extension type_name
+	72, // [72:72] is the sub-list for extension extendee
+	0,  // [0:72] is the sub-list for field type_name
 }
 
 func init() { file_proto_admin_v1_admin_proto_init() }

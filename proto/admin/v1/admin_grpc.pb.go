@@ -91,7 +91,8 @@ type AdminServiceClient interface {
 	// ChangeRotation has a root take its next step. What would cut somebody off is
 	// refused, with the reason.
 	ChangeRotation(ctx context.Context, in *ChangeRotationRequest, opts ...grpc.CallOption) (*ChangeRotationResponse, error)
-	// ListRootChanges says which changes of roots wait for a second person.
+	// ListRootChanges says which changes of roots, and of entries, wait for a second
+	// person.
 	ListRootChanges(ctx context.Context, in *ListRootChangesRequest, opts ...grpc.CallOption) (*ListRootChangesResponse, error)
 	// ApproveRootChange carries out what somebody else has asked for, exactly as asked,
 	// and once.
@@ -425,7 +426,8 @@ type AdminServiceServer interface {
 	// ChangeRotation has a root take its next step. What would cut somebody off is
 	// refused, with the reason.
 	ChangeRotation(context.Context, *ChangeRotationRequest) (*ChangeRotationResponse, error)
-	// ListRootChanges says which changes of roots wait for a second person.
+	// ListRootChanges says which changes of roots, and of entries, wait for a second
+	// person.
 	ListRootChanges(context.Context, *ListRootChangesRequest) (*ListRootChangesResponse, error)
 	// ApproveRootChange carries out what somebody else has asked for, exactly as asked,
 	// and once.
