@@ -152,7 +152,7 @@ func TestCompileErrors(t *testing.T) {
 		{"made message", workloads(`meshid.attributes.v1.Docker{image: "x"}.image == "x" && unix.uid == 1`), "a message cannot be made in a rule"},
 		{"clock", workloads(`timestamp("2026-01-01T00:00:00Z") == timestamp("2026-01-01T00:00:00Z")`), "there is no function timestamp()"},
 		{"dynamic type", workloads(`dyn(unix.uid) == "x"`), "there is no function dyn()"},
-		{"format", workloads(`"%s".format([docker.image]) == "x"`), "format() cannot be used in a rule"},
+		{"format", workloads(`"%s".format([docker.image]) == "x"`), "there is no function format()"},
 		{"chosen pattern", workloads(`docker.image.matches(docker.labels["re"])`), "the pattern of matches must be a literal string"},
 		{"broken pattern", workloads(`docker.image.matches("(")`), "the pattern is not a valid regular expression"},
 		{"costly pattern", workloads(`docker.image.matches("(a{1,100}b){1,9}")`), "regex program size 1828 exceeds limit of 1000"},

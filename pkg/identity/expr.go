@@ -17,7 +17,6 @@ import (
 	"cel.dev/cel-go/common/operators"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
-	"cel.dev/cel-go/ext"
 )
 
 // Bounds of one expression. They keep compiling in the range of a millisecond
@@ -74,7 +73,6 @@ func newEnv(sc scope) (*cel.Env, error) {
 	s := schema()
 	opts := []cel.EnvOption{
 		cel.StdLib(cel.StdLibSubset(subset)),
-		ext.Strings(ext.StringsVersion(2)),
 		cel.CustomTypeAdapter(registry),
 		cel.CustomTypeProvider(&provider{Registry: registry, schema: s}),
 		cel.ParserExpressionSizeLimit(maxExpression),
@@ -84,6 +82,7 @@ func newEnv(sc scope) (*cel.Env, error) {
 		cel.RegexProgramSizeLimit(maxRegexProgram),
 		cel.ASTValidators(cel.ValidateRegexLiterals()),
 	}
+	opts = append(opts, textFunctions()...)
 	for i := range s.vars {
 		if sc == scopeWorkload || s.vars[i].name == varNode {
 			opts = append(opts, cel.Variable(s.vars[i].name, s.vars[i].typ))
