@@ -3,9 +3,9 @@ SHELL    := /bin/bash
 PATH     := $(PATH):/usr/sbin:/sbin
 ROOT     := scripts/as-root
 PACKAGES := protobuf-compiler openssl procps gcc libc6-dev prometheus rsyslog rsyslog-openssl strace chromium softhsm2 swtpm libpcsclite-dev pkg-config
-PROTOS   := $(wildcard proto/*/*/*.proto)
 FUZZTIME ?= 20s
 export GOFLAGS ?= -tags=grpcnotrace # no trace pages of gRPC: their templates make the linker keep every method
+AGENT    := -tags=grpcnotrace,nethttpomithttp2 ./cmd/node-agent # net/http asks and serves by HTTP/1.1; gRPC has an HTTP/2 of its own
 
 .DEFAULT_GOAL := all
 .PHONY: all help build build-pkcs11 build-yubikey build-cloudkms release images vet quick up demo test race lint fuzz crash bench e2e cluster-test generate install clean
@@ -16,10 +16,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9][a-z0-9 -]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build ca and node-agent into bin/
-	go build -o bin/ ./cmd/ca ./cmd/node-agent
+	go build -o bin/ ./cmd/ca && go build -o bin/ $(AGENT)
 
 release images: ## the same as they are shipped: static, position independent, reproducible; as images for containers
-	CGO_ENABLED=0 go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ ./cmd/ca ./cmd/node-agent$(if $(filter images,$@), && go run ./scripts/images bin/release bin/images)
+	export CGO_ENABLED=0 && build() { go build -trimpath -buildmode=pie -ldflags='-s -w' -o bin/release/ "$$@"; } && build ./cmd/ca && build $(AGENT)$(if $(filter images,$@), && go run ./scripts/images bin/release bin/images)
 
 build-pkcs11 build-yubikey build-cloudkms: build-%: ## bin/ca that can keep the root's key in an HSM, a YubiKey or a cloud (docs/keys.md)
 	go build -tags=grpcnotrace,$* -o bin/ca ./cmd/ca
@@ -69,7 +69,7 @@ bench: ## the benchmarks; docs/performance.md says what they should be
 generate: ## Go from .proto files, and what is generated into docs/ and deploy/
 	scripts/install-packages protobuf-compiler libprotobuf-dev && scripts/install-tools protoc-gen-go protoc-gen-go-grpc helm
 	PATH=$(CURDIR)/bin:$$PATH protoc -I. --go_out=. --go_opt=module=github.com/meshid/meshid \
-		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid $(PROTOS)
+		--go-grpc_out=. --go-grpc_opt=module=github.com/meshid/meshid proto/*/*/*.proto
 	go generate ./...
 	go test -count=1 -run 'TestConfiguration|TestMetrics|TestRecord|TestManifests' ./test/docs ./test/helm -update
 

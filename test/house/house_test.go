@@ -5,6 +5,7 @@ import (
 	"go/ast"
 	"maps"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"regexp"
@@ -281,6 +282,36 @@ func TestNoRegistryNames(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// An agent is on every machine. What would make it larger by a fiftieth or more for
+// little has no way into it.
+func TestAgentHasNothingHeavy(t *testing.T) {
+	heavy := map[string]string{
+		"cel.dev/cel-go/ext":              "formats numbers for every language of the world: pkg/identity has what rules use of it",
+		"golang.org/x/text/message":       "has every language of the world",
+		"html/template":                   "calls methods by name, so that the linker keeps every method of every type",
+		"net/http/pprof":                  "is a door, and a profiler",
+		"k8s.io/client-go/rest":           "is for who asks the API server: an agent asks its kubelet",
+		"k8s.io/apimachinery/pkg/runtime": "is for who asks the API server: an agent asks its kubelet",
+		"github.com/docker/docker/client": "is a hundred types where two are asked for",
+	}
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-tags=grpcnotrace,nethttpomithttp2", "./cmd/node-agent")
+	cmd.Dir = root
+	deps, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for name := range strings.FieldsSeq(string(deps)) {
+		n++
+		if why, ok := heavy[name]; ok {
+			t.Errorf("the agent imports %s, which %s", name, why)
+		}
+	}
+	if n < 100 {
+		t.Errorf("only %d packages were looked at", n)
 	}
 }
 
