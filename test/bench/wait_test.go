@@ -209,7 +209,8 @@ func memoryOf(b *testing.B, a *local.Agent, n float64, open func()) {
 	b.ReportMetric((own-before)/n/1024, "KiB/stream")
 	b.ReportMetric((goroutines(b, a.Metrics)-busy)/n, "goroutines/stream")
 	pause(b, 10*time.Second)
-	_, own = resident(b, a.PID())
+	all, own = resident(b, a.PID())
+	b.ReportMetric(all/(1<<20), "settled-MiB")
 	b.ReportMetric((own-before)/n/1024, "settled-KiB/stream")
 	only(b)
 }
