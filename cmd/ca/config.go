@@ -92,6 +92,7 @@ type settings struct {
 		// What is in the names of new roots and intermediates.
 		Subject subjectSettings `yaml:"subject"`
 	} `yaml:"authority"`
+	// Registration entries.
 	Entries struct {
 		// Have entries that give power, those marked admin or downstream, wait until
 		// somebody else has approved them, when they are new or changed. See
