@@ -34,9 +34,9 @@ type Limits struct {
 	// also where the heap that is kept is smaller: a program that keeps little would
 	// otherwise spend its time on collecting. 0 leaves GOGC as it is.
 	Room uint64
-	// Garbage is how many bytes may be allocated between two collections at any time,
-	// about, where GOGC allows for a half or all of what is kept: a program that
-	// grows by a burst has that much more than it needs at the most. 0 is no limit.
+	// Garbage is how many bytes may be allocated between two collections while the
+	// program grows, about, where GOGC allows for a half or all of what is kept: it
+	// has that much more than it needs at the most. 0 is no limit.
 	Garbage uint64
 	// File is how many bytes of the program's file are in its memory during a burst
 	// at the most, about: it is looked at with each collection. 0 is no limit.
@@ -55,10 +55,12 @@ func Tend(ctx context.Context, l Limits, log *slog.Logger) {
 	if os.Getenv("GOGC") != "" {
 		l.Room, l.Garbage = 0, 0
 	}
-	percent := usual
+	percent, most := usual, uint64(0) // most that was kept since it was calm
 	pace := func(bursting bool) {
 		kept := read("/gc/heap/live:bytes") + read("/memory/classes/heap/stacks:bytes")
-		if to := l.percent(usual, kept, bursting); to != percent {
+		growing := kept > most+l.Garbage/8
+		most = max(most, kept)
+		if to := l.percent(usual, kept, bursting, growing); to != percent {
 			percent = to
 			debug.SetGCPercent(int(to)) //nolint:gosec // G115: Room, in percent of what is at least a page
 		}
@@ -82,6 +84,7 @@ func Tend(ctx context.Context, l Limits, log *slog.Logger) {
 				given = n
 				runtime.GC() // what is in a sync.Pool outlives one
 				debug.FreeOSMemory()
+				most = 0
 				pace(false)
 				if err := file.unmap(); err != nil {
 					log.DebugContext(ctx, "pages of the program's file stay in memory", "err", err)
@@ -93,14 +96,18 @@ func Tend(ctx context.Context, l Limits, log *slog.Logger) {
 
 // percent returns the GOGC that keeps to the limits, where it usually is usual and kept
 // bytes were kept by the last collection.
-func (l Limits) percent(usual, kept uint64, bursting bool) uint64 {
+func (l Limits) percent(usual, kept uint64, bursting, growing bool) uint64 {
 	kept = max(kept, 1<<20)
 	switch {
 	case l.Garbage > 0:
-		// To collect often costs little while there is little, and where there is
-		// much, the processor's time is dearer.
-		const least, most = 20, 100
-		return min(max(l.Garbage*100/kept, least), most)
+		// To collect often costs little while there is little. Where there is much,
+		// the processor's time is dearer, and more so if what is made replaces
+		// something: then the program gets no larger by it.
+		least := uint64(50)
+		if growing {
+			least = 20
+		}
+		return min(max(l.Garbage*100/kept, least), 100)
 	case l.Room > 0 && bursting:
 		return max(usual, l.Room*100/kept)
 	default:

@@ -128,28 +128,30 @@ func resident(t *testing.T) (kib int) {
 func TestPercent(t *testing.T) {
 	const mib = 1 << 20
 	for _, tc := range []struct {
-		limits   Limits
-		kept     uint64
-		bursting bool
-		want     uint64
+		limits            Limits
+		kept              uint64
+		bursting, growing bool
+		want              uint64
 	}{
-		{Limits{}, 50 * mib, true, 77},
-		{Limits{Room: 40 * mib}, 10 * mib, false, 77},
-		{Limits{Room: 40 * mib}, 10 * mib, true, 400},
-		{Limits{Room: 40 * mib}, 100 * mib, true, 77},
-		{Limits{Garbage: 6 * mib}, 0, false, 100},
-		{Limits{Garbage: 6 * mib}, 6 * mib, true, 100},
-		{Limits{Garbage: 6 * mib}, 12 * mib, true, 50},
-		{Limits{Garbage: 6 * mib}, 24 * mib, false, 25},
-		{Limits{Garbage: 6 * mib}, 40 * mib, false, 20},
+		{Limits{}, 50 * mib, true, true, 77},
+		{Limits{Room: 40 * mib}, 10 * mib, false, true, 77},
+		{Limits{Room: 40 * mib}, 10 * mib, true, false, 400},
+		{Limits{Room: 40 * mib}, 100 * mib, true, false, 77},
+		{Limits{Garbage: 6 * mib}, 0, false, true, 100},
+		{Limits{Garbage: 6 * mib}, 6 * mib, true, true, 100},
+		{Limits{Garbage: 6 * mib}, 12 * mib, true, true, 50},
+		{Limits{Garbage: 6 * mib}, 24 * mib, false, true, 25},
+		{Limits{Garbage: 6 * mib}, 40 * mib, false, true, 20},
+		{Limits{Garbage: 6 * mib}, 8 * mib, true, false, 75},
+		{Limits{Garbage: 6 * mib}, 40 * mib, true, false, 50},
 	} {
-		if got := tc.limits.percent(77, tc.kept, tc.bursting); got != tc.want {
-			t.Errorf("%+v, %d kept, burst %v: GOGC %d, want %d", tc.limits, tc.kept, tc.bursting, got, tc.want)
+		if got := tc.limits.percent(77, tc.kept, tc.bursting, tc.growing); got != tc.want {
+			t.Errorf("%+v, %d kept, burst %v, growing %v: GOGC %d, want %d", tc.limits, tc.kept, tc.bursting, tc.growing, got, tc.want)
 		}
 	}
 }
 
-// GOGC follows what is kept where there is a limit of garbage.
+// The collector begins early while the program grows, and later once it does not.
 func TestTendGarbage(t *testing.T) {
 	t.Setenv("GOGC", "")
 	usual := debug.SetGCPercent(77)
@@ -164,15 +166,22 @@ func TestTendGarbage(t *testing.T) {
 		cancel()
 		<-ended
 	}()
-	kept := make([]byte, 64<<20)
 	poll := time.NewTicker(time.Millisecond)
 	defer poll.Stop()
-	for deadline := time.Now().Add(time.Minute); read("/gc/gogc:percent") != 20; <-poll.C {
-		if time.Now().After(deadline) {
-			t.Fatalf("GOGC is %d with 64 MiB kept", read("/gc/gogc:percent"))
+	var kept [][]byte
+	await := func(what string, want uint64, grow int) {
+		for deadline := time.Now().Add(time.Minute); read("/gc/gogc:percent") != want; <-poll.C {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: GOGC is %d, want %d", what, read("/gc/gogc:percent"), want)
+			}
+			if len(kept) < 64 {
+				kept = append(kept, make([]byte, grow))
+			}
+			runtime.GC()
 		}
-		runtime.GC()
 	}
+	await("it grows", 20, 8<<20)
+	await("it does not", 50, 0)
 	runtime.KeepAlive(kept)
 }
 
