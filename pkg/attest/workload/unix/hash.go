@@ -103,6 +103,11 @@ func newHashes(limit int64) *hashes {
 	}
 }
 
+// hashTimeout bounds the hashing of one file. Who asks waits no longer than his own
+// deadline; the next who asks, himself again perhaps, finds it under way or done. A large
+// file on a slow machine would otherwise be begun again and again, and never be known.
+const hashTimeout = time.Minute
+
 // bounded runs f, which may hang, in a goroutine, and returns when it has
 // returned or ctx has ended. If it does not run f at all, it runs instead.
 func (h *hashes) bounded(ctx context.Context, uid uint32, f func(context.Context) (*attest.Facts, error), instead func()) (*attest.Facts, error) {
@@ -118,7 +123,9 @@ func (h *hashes) bounded(ctx context.Context, uid uint32, f func(context.Context
 	done := make(chan result, 1)
 	go func() {
 		defer release()
-		facts, err := f(ctx)
+		working, cancel := context.WithTimeout(context.WithoutCancel(ctx), hashTimeout)
+		defer cancel()
+		facts, err := f(working)
 		done <- result{facts, err}
 	}()
 	select {
