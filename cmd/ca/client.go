@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/meshid/meshid/internal/cli"
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/identity"
 	adminv1 "github.com/meshid/meshid/proto/admin/v1"
 )
@@ -146,6 +147,9 @@ func (c *clientFlags) nodeNames(ctx context.Context) (names []cobra.Completion, 
 func (c *clientFlags) dial(ctx context.Context) (*grpc.ClientConn, func() error, error) {
 	limit := grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(256<<20), grpc.WaitForReady(c.wait))
 	if c.address == "" {
+		if err := peer.Settle(ctx); err != nil {
+			return nil, nil, err
+		}
 		conn, err := grpc.NewClient("unix:"+c.socket, limit, grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
 			return nil, nil, fmt.Errorf("reach the CA at %s: %w", c.socket, err)

@@ -290,6 +290,9 @@ func serve(ctx context.Context, v *validated, out io.Writer, logger *slog.Logger
 	}
 	logger.InfoContext(ctx, "ca is ready", "trust_domain", v.trustDomain.Name(), "listen", listener.Addr().String(),
 		"admin_socket", v.AdminSocket, "version", cli.Version())
+	if err := cli.Ready(ctx); err != nil {
+		logger.WarnContext(ctx, "who waits for this program is not told", "err", err)
+	}
 	err = group.Wait()
 	logger.InfoContext(ctx, "ca has stopped")
 	return err

@@ -221,6 +221,9 @@ func serve(ctx context.Context, v *validated, logger *slog.Logger) error {
 		group.Go(func() error { return cli.ServeMetrics(ctx, v.MetricsListen, registry, tracker, logger) })
 	}
 	logger.InfoContext(ctx, "node agent is ready", "trust_domain", v.trustDomain.Name(), "ca", v.CA.Address, "socket", v.Socket, "version", cli.Version())
+	if err := cli.Ready(ctx); err != nil {
+		logger.WarnContext(ctx, "who waits for this program is not told", "err", err)
+	}
 	err = group.Wait()
 	logger.InfoContext(ctx, "node agent has stopped")
 	return err

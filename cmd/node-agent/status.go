@@ -22,9 +22,11 @@ import (
 	"google.golang.org/grpc/codes"
 	grpcstatus "google.golang.org/grpc/status"
 
+	"github.com/meshid/meshid/internal/backoff"
 	"github.com/meshid/meshid/internal/cli"
 	"github.com/meshid/meshid/internal/durable"
 	"github.com/meshid/meshid/pkg/agent"
+	"github.com/meshid/meshid/pkg/attest/peer"
 	"github.com/meshid/meshid/pkg/health"
 )
 
@@ -61,6 +63,9 @@ func newStatusCommand() *cobra.Command {
 func getStatus(ctx context.Context, socket string) (*agent.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
+	if err := peer.Settle(ctx); err != nil {
+		return nil, err
+	}
 	answer, err := get(ctx, "unix", socket, "http://agent/status")
 	if err != nil {
 		return nil, fmt.Errorf("reach the agent at %s: %w\n  Is `node-agent run` running, and is this its admin_socket? Only root and the agent's user may use it", socket, err)
@@ -153,7 +158,13 @@ identities are those of this process and its user, not of another one.`,
 			if err := checkAddress(socket); err != nil {
 				return fmt.Errorf("%s is %q: %w\n  Write unix:///path/of/agent.sock", name, socket, err)
 			}
+			if err := peer.Settle(ctx); err != nil {
+				return err
+			}
 			x, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socket))
+			for tries := backoff.New(fetchBackoff); again(err) && backoff.Wait(ctx, tries.Next()) == nil; {
+				x, err = workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socket))
+			}
 			if err != nil {
 				return fetchError(ctx, socket, timeout, err)
 			}
@@ -184,6 +195,14 @@ func checkAddress(socket string) error {
 		return errors.New("it has no absolute path")
 	}
 	return nil
+}
+
+// fetchBackoff is between the attempts of fetch.
+var fetchBackoff = backoff.Policy{Base: 100 * time.Millisecond, Max: time.Second}
+
+// again says whether the agent, which has answered, wants to be asked again.
+func again(err error) bool {
+	return grpcstatus.Code(err) == codes.Unavailable && !strings.Contains(err.Error(), "dial")
 }
 
 // fetchError says what to do about an error of the Workload API.

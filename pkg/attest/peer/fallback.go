@@ -13,6 +13,7 @@ package peer
 // succeeds, since by then it is old enough.
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -22,6 +23,41 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// settled is the age at which a process is certainly older than its next connection:
+// drainedEvery, a tick, and what a busy machine adds.
+const settled = 150 * time.Millisecond
+
+// Settle waits until a listener can tell this process from one that is given its number:
+// settled after its start before Linux 6.5, not at all since. Programs that do little
+// else than connect call it first, for else they would be refused each time.
+func Settle(ctx context.Context) error {
+	if hasPeerPIDFD() {
+		return nil
+	}
+	p, err := OpenProcess(os.Getpid())
+	if err != nil {
+		return err
+	}
+	defer p.Close() //nolint:errcheck // nothing was written
+	stat, err := p.Stat()
+	if err != nil {
+		return err
+	}
+	return settle(ctx, boottime()-time.Duration(stat.StartTime)*tick) //nolint:gosec // G115: it is in the past
+}
+
+// settle waits on behalf of a process of that age.
+func settle(ctx context.Context, age time.Duration) error {
+	timer := time.NewTimer(settled - age)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
 
 // errUnproven says that the process may be younger than the connection.
 var errUnproven = errors.New("process may be younger than its connection (kernel older than 6.5): it may try again")

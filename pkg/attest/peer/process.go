@@ -327,6 +327,9 @@ func openBelow(dir int, name string, flags int) (int, error) {
 		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) {
 			continue // EAGAIN: a rename raced with the resolution; procfs has none
 		}
+		if errors.Is(err, unix.ENOSYS) {
+			err = fmt.Errorf("openat2: %w: Linux 5.6 has it, and a systemd unit with RestrictSUIDSGID=yes takes it away", err)
+		}
 		return fd, err
 	}
 }
