@@ -38,7 +38,7 @@ bin/shop bin/demo: FORCE
 	@CGO_ENABLED=0 go build -o $@ $(if $(filter bin/shop,$@),./test/shop,./deploy/demo)
 
 install: ## install all that tests need
-	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin && scripts/install-certmanager && scripts/install-docker -own && scripts/install-kubernetes && scripts/install-tools fsck omniwitness step-ca pilot-agent helm
+	scripts/install-packages $(PACKAGES) && scripts/install-envoy && scripts/install-otelcol && scripts/install-validators && scripts/install-plugin && scripts/install-certmanager && scripts/install-docker -own && scripts/install-kubernetes && scripts/install-machine && scripts/install-tools fsck omniwitness step-ca pilot-agent helm
 
 test: install build ## everything, with race detector, real Envoy and real Docker; nothing is skipped
 	go build -o bin/with-docker ./scripts/with-docker

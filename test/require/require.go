@@ -68,6 +68,19 @@ func Kubernetes(t testing.TB) string {
 	return dir
 }
 
+// Machine needs a virtual machine and what runs it, and returns the folder with its disk.
+func Machine(t testing.TB) string {
+	t.Helper()
+	for _, program := range []string{"qemu-system-x86_64", "swtpm", "mke2fs"} {
+		Program(t, program)
+	}
+	dir := filepath.Join(Repository(), ".cache", "machine")
+	if _, err := os.Stat(filepath.Join(dir, "version")); err != nil {
+		Missing(t, "no machine (run scripts/install-machine): %v", err)
+	}
+	return dir
+}
+
 // CertificateRequest needs the definition of cert-manager's CertificateRequest and returns
 // its path.
 func CertificateRequest(t testing.TB) string {
