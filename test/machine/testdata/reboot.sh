@@ -11,5 +11,5 @@ echo "attestations $(ca ledger find --event attest -o jsonl | wc -l)"
 echo "== remove"
 . /mnt/example-remove
 find / -xdev \( -path /tmp -o -path /proc -o -path /sys \) -prune -o -iname '*meshid*' -print
-systemctl list-unit-files --no-legend 'meshid*'
+systemctl list-unit-files --no-legend 'meshid*' || true # it fails if there is none
 echo "== removed"
