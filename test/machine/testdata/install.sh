@@ -19,6 +19,11 @@ fetch
 systemctl is-active meshid-ca meshid-node-agent
 node-agent status
 
+echo "== what they may"
+systemd-analyze security --no-pager meshid-ca meshid-node-agent | tail -3
+echo "== warnings"
+journalctl --no-pager -o cat -u meshid-ca -u meshid-node-agent | grep -E 'level=(WARN|ERROR)' || true
+
 echo "== killed"
 was=$(systemctl show -p MainPID --value meshid-node-agent)
 systemctl kill --signal=KILL meshid-node-agent
@@ -35,8 +40,3 @@ fetch
 echo "== root in a container"
 unshare --pid --fork --mount-proc ca status && echo "ca answers" || echo "ca refuses"
 unshare --pid --fork --mount-proc node-agent status && echo "agent answers" || echo "agent refuses"
-
-echo "== what they may"
-systemd-analyze security --no-pager meshid-ca meshid-node-agent | tail -3
-echo "== warnings"
-journalctl --no-pager -o cat -u meshid-ca -u meshid-node-agent | grep -E 'level=(WARN|ERROR)' || true
