@@ -42,7 +42,10 @@ func TestUnits(t *testing.T) {
 	_, warnings, _ := strings.Cut(said, "== warnings\n")
 	warnings, _, _ = strings.Cut(warnings, "== killed\n")
 	for line := range strings.Lines(warnings) {
-		if !strings.Contains(line, "kernel does not tell the pidfd of a peer") && strings.Contains(line, "level=") {
+		switch {
+		case strings.Contains(line, "kernel does not tell the pidfd of a peer"):
+		case strings.Contains(line, "read its executable: context deadline exceeded"): // on a busy machine: it is asked again
+		case strings.Contains(line, "level="):
 			t.Errorf("a program warns: %s", line)
 		}
 	}
