@@ -6,9 +6,7 @@ package machine
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,8 +16,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/meshid/meshid/test/local"
 	"github.com/meshid/meshid/test/require"
 )
+
+func TestMain(m *testing.M) { os.Exit(local.Main(m)) } //nolint:forbidigo // as every TestMain
 
 // bootTimeout bounds a boot with all that is done in it. The processor is emulated, and
 // shared with other tests.
@@ -78,24 +79,18 @@ func match(t *testing.T, said, expression string) {
 
 // machine is a virtual machine that is off.
 type machine struct {
-	dir      string // with a folder for each TPM
-	disk     string
-	kernel   string
-	initrd   string
-	programs string // folder with ca and node-agent, as they are shipped
+	dir    string // with a folder for each TPM
+	disk   string
+	kernel string
+	initrd string
 }
 
 func newMachine(t *testing.T) *machine {
 	t.Helper()
 	base := require.Machine(t)
-	m := &machine{dir: t.TempDir(), kernel: filepath.Join(base, "vmlinuz"), initrd: filepath.Join(base, "initrd.img"), programs: t.TempDir()}
+	m := &machine{dir: t.TempDir(), kernel: filepath.Join(base, "vmlinuz"), initrd: filepath.Join(base, "initrd.img")}
 	m.disk = filepath.Join(m.dir, "disk.ext4")
 	run(t, "cp", "--sparse=always", filepath.Join(base, "disk.ext4"), m.disk)
-	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-buildmode=pie", "-ldflags=-s -w", "-o", m.programs, "./cmd/ca", "./cmd/node-agent")
-	build.Dir, build.Env = require.Repository(), append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the programs: %v\n%s", err, out)
-	}
 	return m
 }
 
@@ -150,12 +145,9 @@ func (m *machine) boot(t *testing.T, script, tpm string) string {
 // payload makes the second disk: programs, units and scripts.
 func (m *machine) payload(t *testing.T) string {
 	t.Helper()
-	files, disk := filepath.Join(m.dir, "payload"), filepath.Join(m.dir, "payload.ext4")
-	if err := os.MkdirAll(files, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for _, from := range []string{m.programs, filepath.Join(require.Repository(), "deploy/systemd"), "testdata"} {
-		if err := copyFiles(files, from); err != nil {
+	files, disk := t.TempDir(), filepath.Join(t.TempDir(), "payload.ext4")
+	for _, from := range []string{local.Binaries(t), filepath.Join(require.Repository(), "deploy/systemd"), "testdata"} {
+		if err := os.CopyFS(files, os.DirFS(from)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -164,32 +156,8 @@ func (m *machine) payload(t *testing.T) string {
 			t.Fatal(err)
 		}
 	}
-	_ = os.Remove(disk) // that of the last boot
 	run(t, "mke2fs", "-q", "-t", "ext4", "-d", files, disk, "160M")
 	return disk
-}
-
-// copyFiles copies the files of one folder into another.
-func copyFiles(to, from string) error {
-	files, err := os.ReadDir(from)
-	if err != nil {
-		return err
-	}
-	for _, f := range files {
-		in, err := os.Open(filepath.Join(from, f.Name()))
-		if err != nil {
-			return err
-		}
-		out, err := os.Create(filepath.Join(to, f.Name()))
-		if err == nil {
-			_, err = io.Copy(out, in)
-			err = errors.Join(err, out.Close())
-		}
-		if err = errors.Join(err, in.Close()); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // startTPM starts a software TPM, which ends with the machine that uses it, and returns
