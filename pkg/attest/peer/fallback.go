@@ -44,11 +44,7 @@ func Settle(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return settle(ctx, boottime()-time.Duration(stat.StartTime)*tick) //nolint:gosec // G115: it is in the past
-}
-
-// settle waits on behalf of a process of that age.
-func settle(ctx context.Context, age time.Duration) error {
+	age := boottime() - time.Duration(stat.StartTime)*tick //nolint:gosec // G115: it is in the past
 	timer := time.NewTimer(settled - age)
 	defer timer.Stop()
 	select {

@@ -62,9 +62,9 @@ func (q *quota) leave(uid uint32, container string) {
 
 // containerOf returns the cgroup of the container that a process is in, as far as
 // its name tells, and "" if it is in none: 64 hexadecimal digits in it are what
-// all runtimes call their containers. It decides how connections are counted, and who is
-// no administrator (Peer.Elsewhere). Of nested ones it is the outermost, since a process may make more of
-// them below its own; and it is the path from the root, so that a cgroup of
+// all runtimes call their containers. It decides how connections are counted, and
+// who is no administrator (Peer.Elsewhere). Of nested ones it is the outermost,
+// since a process may make more of them below its own; and it is the path from the root, so that a cgroup of
 // another's name that somebody made elsewhere counts for nobody else. Below own,
 // the container that this program is in, the next one counts.
 func containerOf(cgroups []byte, own string) string {
