@@ -289,8 +289,8 @@ func (j *Journal) commit(r *request) {
 	j.announce(Head{Size: j.writer.next, Link: j.writer.link}, entries)
 	j.settle(batch, nil)
 	if len(batch) > 1 {
-		// Those who were told are about to ask again, and this goroutine would
-		// begin a batch with the first of them.
+		// Those who were told are about to ask again, and the next batch would
+		// begin with the first of them.
 		runtime.Gosched()
 	}
 }

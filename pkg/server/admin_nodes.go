@@ -267,7 +267,7 @@ func (s *Server) withdraw(ctx context.Context, ids []string, reason string, stat
 		unlock()
 		return "", err
 	}
-	what := nodesText(ids)
+	what := namesText(ids)
 	withdrawal = s.beginWithdrawal(c, withdrawalNode, what, ids, func() uint64 {
 		for _, n := range nodes {
 			s.registry.PutNode(n)
@@ -326,17 +326,17 @@ func (s *Server) toWithdraw(ids []string, reason string, state registry.State) (
 	}
 	switch {
 	case len(unknown) > 0:
-		return nil, fail(kindNotFound, "nothing was changed: there is no node "+nodesText(unknown), nil)
+		return nil, fail(kindNotFound, "nothing was changed: there is no node "+namesText(unknown), nil)
 	case len(banned) > 0 && len(ids) == 1:
 		return nil, fail(kindConflict, "the node is banned: lift the ban first if it may attest again", nil)
 	case len(banned) > 0:
-		return nil, fail(kindConflict, "nothing was changed: these are banned, lift the bans first if they may attest again, or leave them out: "+nodesText(banned), nil)
+		return nil, fail(kindConflict, "nothing was changed: these are banned, lift the bans first if they may attest again, or leave them out: "+namesText(banned), nil)
 	}
 	return nodes, nil
 }
 
-// nodesText names some nodes for people.
-func nodesText(ids []string) string {
+// namesText names some of what was named, for people.
+func namesText(ids []string) string {
 	const most = 3
 	if len(ids) <= most {
 		return strings.Join(ids, ", ")
@@ -401,7 +401,7 @@ func (a *adminService) UnbanNode(ctx context.Context, req *adminv1.UnbanNodeRequ
 		return nil, err
 	}
 	s.metrics.evictions.WithLabelValues("unban").Add(float64(len(ids)))
-	s.log.InfoContext(ctx, "ban of nodes lifted", "node_id", nodesText(ids), "count", len(ids), "actor", c.actor, "request_id", c.requestID)
+	s.log.InfoContext(ctx, "ban of nodes lifted", "node_id", namesText(ids), "count", len(ids), "actor", c.actor, "request_id", c.requestID)
 	return &adminv1.UnbanNodeResponse{}, nil
 }
 

@@ -162,7 +162,7 @@ func quarantinesText(all []*registry.Quarantine) string {
 	for i, q := range all {
 		names[i] = q.Name()
 	}
-	return nodesText(names)
+	return namesText(names)
 }
 
 // ListQuarantines implements adminv1.AdminServiceServer.
